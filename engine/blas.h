@@ -1,0 +1,55 @@
+// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer at once.
+// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS (strided batches) and cuDNN.
+// Every result is the same bits on every call with the same shapes, whatever the number of threads.
+#pragma once
+#include <memory>
+
+#include "engine/runtime.h"
+
+namespace baton {
+
+// One matrix of a batch: where it starts and how far the next replica's lies (0: all replicas share it).
+struct Matrices {
+  const float* data;
+  size_t stride;
+};
+struct MutableMatrices {
+  float* data;
+  size_t stride;
+};
+
+// C[r] = op(A[r]) op(B[r]) + beta C[r], row-major and packed: op(A) is m x k, op(B) is k x n, C is m x n.
+void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
+          MutableMatrices c, int replicas);
+
+// A square convolution (cross-correlation) of stride 1, NCHW, kernels [out, in, k, k].
+struct ConvShape {
+  int batch, in_channels, height, width, out_channels, kernel, pad;
+  int out_height() const { return height + 2 * pad - kernel + 1; }
+  int out_width() const { return width + 2 * pad - kernel + 1; }
+  size_t input_size() const { return size_t(batch) * in_channels * height * width; }
+  size_t output_size() const { return size_t(batch) * out_channels * out_height() * out_width(); }
+  size_t weight_size() const { return size_t(out_channels) * in_channels * kernel * kernel; }
+};
+
+// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0.
+class Convolution {
+ public:
+  // Throws InputError for shapes that have no output.
+  Convolution(Device&, Arena&, const ConvShape&, int replicas);
+  ~Convolution();
+  Convolution(Convolution&&) noexcept;
+
+  const ConvShape& shape() const { return shape_; }
+  void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const;            // y = x * w
+  void backward_data(Device&, Matrices dy, Matrices w, MutableMatrices dx) const;    // dx = dL/dx
+  void backward_weights(Device&, Matrices x, Matrices dy, MutableMatrices dw) const;  // dw = dL/dw, summed over the batch
+
+ private:
+  struct Plan;
+  ConvShape shape_;
+  int replicas_;
+  std::unique_ptr<Plan> plan_;
+};
+
+}  // namespace baton

@@ -1,0 +1,48 @@
+// Matrix products on the host: OpenBLAS, one thread a call, inside our own loop over fixed tiles, so that a result does
+// not depend on the number of threads or replicas and no second thread pool competes with OpenMP's.
+#include <cblas.h>
+
+#include <algorithm>
+
+#include "engine/blas.h"
+
+namespace baton {
+
+namespace {
+
+// How many pieces the rows or columns of one product are cut into: from the shape alone.
+constexpr double flops_per_tile = 4e6;
+constexpr int most_tiles = 8;
+
+struct SingleThreaded {
+  SingleThreaded() { openblas_set_num_threads(1); }
+};
+
+}  // namespace
+
+void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
+          MutableMatrices c, int replicas) {
+  static const SingleThreaded once;
+  if (m == 0 || n == 0 || replicas == 0) return;
+  const bool cut_rows = m >= n;
+  const int extent = cut_rows ? m : n;
+  const int wanted = int(std::clamp(2.0 * m * n * k / flops_per_tile, 1.0, double(most_tiles)));
+  const int step = ((extent + wanted - 1) / wanted + 15) / 16 * 16;  // whole register tiles
+  const int tiles = (extent + step - 1) / step;
+  const int lda = transpose_a ? m : k, ldb = transpose_b ? k : n;
+#pragma omp parallel for schedule(static) if (tiles * replicas > 1)
+  for (int task = 0; task < tiles * replicas; task++) {
+    const int r = task / tiles, first = task % tiles * step, count = std::min(step, extent - first);
+    const float* ar = a.data + a.stride * r;
+    const float* br = b.data + b.stride * r;
+    float* cr = c.data + c.stride * r;
+    if (cut_rows)
+      ar += transpose_a ? first : size_t(first) * lda, cr += size_t(first) * n;
+    else
+      br += transpose_b ? size_t(first) * ldb : first, cr += first;
+    cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+                cut_rows ? count : m, cut_rows ? n : count, k, 1.f, ar, lda, br, ldb, beta, cr, n);
+  }
+}
+
+}  // namespace baton

@@ -1,0 +1,113 @@
+// The device behind one small interface: stream, memory, events, graph capture. runtime_host.cpp implements it for the
+// serial and emulated builds (calls run at once, memory is the host's), runtime_cuda.cu for the GPU.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/simt.h"
+
+namespace baton {
+
+struct LibraryHandles;  // cuBLAS and cuDNN on the GPU; nothing on the host
+
+// A stream and the libraries bound to it. One per program; kernels and library calls run in order on its stream.
+class Device {
+ public:
+  Device();  // throws RunError when there is no usable device
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  Stream stream() const { return stream_; }
+  LibraryHandles& libraries() { return *libraries_; }
+  void synchronize();
+  // "NVIDIA H200, CUDA 13.0" or "host CPU, 2 threads, serial kernels"
+  std::string description() const;
+  size_t peak_bytes() const;  // device memory that arenas have taken so far, at its highest
+
+ private:
+  Stream stream_{};
+  std::unique_ptr<LibraryHandles> libraries_;
+};
+
+// The only source of device memory. Tensors are laid out before step 0, each zero-filled and 256-byte aligned; freeze()
+// then makes any later request an error, so "no growth after step 0" holds by construction. Freed as a whole.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(take_bytes(count * sizeof(T)));
+  }
+  void freeze() { frozen_ = true; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* take_bytes(size_t bytes);
+  struct Chunk {
+    void* base;
+    size_t size, used;
+  };
+  std::vector<Chunk> chunks_;
+  size_t bytes_ = 0;
+  bool frozen_ = false;
+};
+
+// Ordered on the stream; copies from and to the host return when the bytes have arrived.
+void copy_to_device(Device&, void* device, const void* host, size_t bytes);
+void copy_to_host(Device&, void* host, const void* device, size_t bytes);
+void copy_on_device(Device&, void* to, const void* from, size_t bytes);  // asynchronous; capturable
+void fill_zero(Device&, void* device, size_t bytes);                     // asynchronous; capturable
+
+template <class T>
+void upload(Device& d, T* device, const std::vector<T>& host) {
+  copy_to_device(d, device, host.data(), host.size() * sizeof(T));
+}
+template <class T>
+std::vector<T> download(Device& d, const T* device, size_t count) {
+  std::vector<T> host(count);
+  copy_to_host(d, host.data(), device, count * sizeof(T));
+  return host;
+}
+
+// A point in the stream's time.
+class Event {
+ public:
+  Event();
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(Device&);
+  double seconds_since(const Event& earlier);  // waits for this event
+
+ private:
+  void* handle_ = nullptr;
+  double host_time_ = 0;
+};
+
+// A step is a graph: capture() records what `body` puts on the stream, replay() runs it again. On the host, replay()
+// calls the body. What changes from step to step must therefore live in device memory, not in arguments.
+class Graph {
+ public:
+  Graph() = default;
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void capture(Device&, std::function<void()> body);
+  void replay(Device&);
+  bool captured() const { return bool(body_); }
+  int nodes() const { return nodes_; }  // 0 on the host
+
+ private:
+  std::function<void()> body_;
+  void* executable_ = nullptr;
+  int nodes_ = 0;
+};
+
+}  // namespace baton

@@ -1,0 +1,365 @@
+// The emulated back end: runs the CUDA threads of one block at a time as fibers (see README.md here).
+//
+// A fiber takes threads that have not started yet, one after the other; it is only left when its thread has to wait. So
+// a kernel without barriers never switches. Whoever comes last to a barrier releases the others and runs on. A shuffle
+// is one meeting of the lanes in its mask, in which the last to come moves the values for all.
+//
+// Compiled without sanitizers: this file tells them itself which stack a thread is on, and that only barriers, shuffles
+// and the borders of a launch order the accesses of two threads.
+//
+//   SIMT_SEED=n   run threads and blocks in a random order, n != 0, and switch at atomics (0: in order, the default)
+#include <sys/mman.h>
+
+#include <boost/context/detail/fcontext.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "engine/simt.h"
+
+extern "C" {  // present when the program is linked with the sanitizer
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
+__attribute__((weak)) void* __tsan_get_current_fiber();
+__attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
+__attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
+__attribute__((weak)) void __tsan_set_fiber_name(void* fiber, const char* name);
+__attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);  // 1: no happens-before
+__attribute__((weak)) void __tsan_acquire(void* address);
+__attribute__((weak)) void __tsan_release(void* address);
+// The shared variables of all kernels, between two symbols that the linker makes.
+extern unsigned char __start_simt_shared[] __attribute__((weak)), __stop_simt_shared[] __attribute__((weak));
+}
+
+baton::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace baton::simt::emu {
+unsigned char* dynamic_shared;
+namespace {
+namespace ctx = boost::context::detail;
+constexpr int max_threads = 1024, max_warps = max_threads / 32;
+constexpr size_t max_shared = 227 * 1024;  // sm_90's limit for a block
+constexpr size_t stack_size = 256 * 1024, guard = 4096;
+
+struct Fiber {
+  ctx::fcontext_t context = nullptr;
+  const void* bottom = nullptr;  // its stack
+  size_t size = 0;
+  void* fake_stack = nullptr;  // ASan's
+};
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+enum class State { running, at_barrier, at_exchange, done };
+struct Thread {  // a CUDA thread
+  State state;
+  Index index;
+  Fiber* fiber;
+  void* tsan;                           // TSan's view of it
+  Site site;                            // where it waits
+  unsigned mask;                        // of a warp exchange: who takes part,
+  int source;                           // the lane whose value it wants
+  alignas(16) unsigned char value[16];  // and what it brings
+};
+
+struct Machine {
+  void (*kernel)(void*);
+  void* args;
+  const char* name;
+  Thread threads[max_threads];
+  Thread* current;
+  int n, order[max_threads], started, finished, at_barrier;
+  unsigned barriers;                                // met so far by this block
+  unsigned pending[max_warps];                      // per warp, the lanes that wait at an exchange
+  int ready[max_threads], ready_head, ready_count;  // a ring
+  Fiber fibers[max_threads], *idle[max_threads], os;
+  int fiber_count, idle_count;
+  void* os_tsan;
+  uint64_t random, rank_seed;  // random: 0 in order
+  char error[1024];
+
+  // Addresses that stand for TSan's synchronisation objects.
+  enum : int { launch_begin, launch_end, even_barrier, odd_barrier, first_warp };
+  char sync[first_warp + max_warps];
+
+  uint64_t draw(uint64_t below) {
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    return random % below;
+  }
+  void acquire(int object) {
+    if (__tsan_acquire) __tsan_acquire(&sync[object]);
+  }
+  void release(int object) {
+    if (__tsan_release) __tsan_release(&sync[object]);
+  }
+
+  // ---- fibers
+  __forceinline__ static void arrive(ctx::transfer_t from, Fiber* self, Fiber& os) {
+    Fiber* left = static_cast<Fiber*>(from.data);
+    left->context = from.fctx;
+    if (__sanitizer_finish_switch_fiber) {
+      const void* bottom;
+      size_t size;
+      __sanitizer_finish_switch_fiber(self->fake_stack, &bottom, &size);
+      if (left == &os) os.bottom = bottom, os.size = size;
+    }
+  }
+  __forceinline__ void jump(Fiber* from, Fiber* to) {
+    if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from->fake_stack, to->bottom, to->size);
+    arrive(ctx::jump_fcontext(to->context, from), from, os);
+  }
+  static void entry(ctx::transfer_t from);
+  Fiber* fresh_fiber() {
+    if (idle_count) return idle[--idle_count];
+    Fiber* f = &fibers[fiber_count++];
+    void* memory =
+        mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) fprintf(stderr, "simt_emu: no memory for the stack of a fiber\n"), abort();
+    char* base = static_cast<char*>(memory);
+    mprotect(base, guard, PROT_NONE);
+    size_t colour = fiber_count % 32 * 128;  // do not let all stacks share the same cache sets
+    f->bottom = base + guard;
+    f->size = stack_size - guard - colour;
+    f->fake_stack = nullptr;
+    f->context = ctx::make_fcontext(base + stack_size - colour, f->size, entry);
+    return f;
+  }
+
+  // ---- scheduling
+  void make_ready(Thread* t) {
+    t->state = State::running;
+    ready[(ready_head + ready_count++) % max_threads] = int(t - threads);
+  }
+  bool choose_fresh() {
+    int fresh = n - started;
+    return fresh && (!ready_count || !random || rank_seed % 2 == 0 || draw(fresh + ready_count) < unsigned(fresh));
+  }
+  int favourite() {  // Half of the blocks: any thread. The others: warps have random ranks, the best one runs ahead.
+    if (rank_seed % 2) return int(draw(ready_count));
+    auto rank = [&](int k) {
+      return (ready[(ready_head + k) % max_threads] / 32 + 1) * (rank_seed | 1) >> 40 & 0xFFFF;
+    };
+    int best = 0;
+    for (int k = 1; k < ready_count; k++)
+      if (rank(k) < rank(best)) best = k;
+    return best;
+  }
+  Fiber* choose() {  // what runs next, when the current fiber cannot go on
+    if (choose_fresh()) return fresh_fiber();
+    if (!ready_count) {
+      if (finished < n) report_stuck();
+      return &os;
+    }
+    if (random) std::swap(ready[ready_head], ready[(ready_head + favourite()) % max_threads]);
+    Thread* t = &threads[ready[ready_head]];
+    ready_head = (ready_head + 1) % max_threads;
+    ready_count--;
+    return t->fiber;
+  }
+  __forceinline__ void enter(Thread* t) {
+    current = t;
+    threadIdx = t->index;
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(t->tsan, 1);
+  }
+  __forceinline__ void suspend(Thread* me) {
+    Fiber* next = choose();
+    if (next != me->fiber) jump(me->fiber, next);
+    enter(me);
+  }
+  void work(Fiber* self) {
+    for (;;) {
+      while (choose_fresh()) {
+        Thread* t = &threads[order[started++]];
+        t->fiber = self;
+        enter(t);
+        acquire(launch_begin);
+        kernel(args);
+        release(launch_end);
+        current->state = State::done;
+        finished++;
+        if (__tsan_create_fiber) break;  // or it would see a race between the locals of two threads on one stack
+      }
+      if (!__tsan_create_fiber || finished == n) idle[idle_count++] = self;
+      Fiber* next = choose();
+      if (next != self) jump(self, next);
+    }
+  }
+  template <class... A>
+  void fail(const char* format, A... a) {
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(os_tsan, 0);
+    int used = snprintf(error, sizeof error, "%s\n  block (%u,%u,%u), thread (%u,%u,%u): ", name, blockIdx.x,
+                        blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+    snprintf(error + used, sizeof error - used, format, a...);
+    fiber_count = 0;  // the fibers that still wait are lost
+    Fiber lost;
+    jump(&lost, &os);
+  }
+  void report_stuck() {
+    int waiting = 0, done = 0;
+    Thread* first = nullptr;
+    for (int i = 0; i < n; i++) {
+      Thread& t = threads[i];
+      if (t.state == State::done) done++;
+      if (t.state == State::at_barrier || t.state == State::at_exchange) waiting++, first = first ? first : &t;
+    }
+    fail("%d threads wait for ever, the first (%d) at %s:%d; %d have returned", waiting, int(first - threads),
+         first->site.file, first->site.line, done);
+  }
+
+  // ---- what kernels call
+  __forceinline__ void barrier(Site site) {
+    Thread* me = current;
+    me->site = site;
+    me->state = State::at_barrier;
+    const int object = barriers & 1 ? odd_barrier : even_barrier;
+    release(object);
+    if (++at_barrier < n) {
+      suspend(me);
+    } else {
+      for (int i = 0; i < n; i++) {
+        Thread& t = threads[i];
+        if (!same(t.site, site))
+          fail("threads meet at different barriers, %s:%d and %s:%d", site.file, site.line, t.site.file, t.site.line);
+      }
+      at_barrier = 0;
+      barriers++;
+      me->state = State::running;
+      for (int i = 0; i < n; i++)
+        if (&threads[order[i]] != me) make_ready(&threads[order[i]]);
+      if (random && draw(2)) make_ready(me), suspend(me);
+    }
+    acquire(object);
+  }
+  __forceinline__ void exchange(unsigned mask, int source, void* value, size_t bytes, Site site) {
+    Thread* me = current;
+    int self = int(me - threads), warp = self & ~31, lanes = min(32, n - warp);
+    if (lanes < 32) mask &= (1u << lanes) - 1;
+    if (!(mask >> (self & 31) & 1)) fail("lane not in its own mask at %s:%d", site.file, site.line);
+    me->site = site, me->mask = mask, me->source = source;
+    if (bytes) memcpy(me->value, value, bytes);
+    me->state = State::at_exchange;
+    release(first_warp + warp / 32);
+    unsigned& here = pending[warp / 32];
+    here |= 1u << (self & 31);
+    if ((here & mask) != mask) {
+      suspend(me);
+    } else {
+      for (int l = 0; l < lanes; l++) {
+        Thread& t = threads[warp + l];
+        if ((mask >> l & 1) && (t.mask != mask || !same(t.site, site)))
+          fail("lanes of a warp meet at different exchanges, %s:%d and %s:%d", site.file, site.line, t.site.file,
+               t.site.line);
+      }
+      here &= ~mask;
+      unsigned char result[32][16];
+      for (int l = 0; l < lanes && source >= 0; l++)
+        if (mask >> l & 1) {
+          int from = threads[warp + l].source;
+          if (!(mask >> from & 1))
+            fail("shuffle from lane %d, which takes no part, at %s:%d", from, site.file, site.line);
+          memcpy(result[l], threads[warp + from].value, 16);
+        }
+      for (int l = 0; l < lanes; l++)
+        if (mask >> l & 1) {
+          memcpy(threads[warp + l].value, result[l], source >= 0 ? 16 : 0);
+          if (warp + l != self) make_ready(&threads[warp + l]);
+        }
+      me->state = State::running;
+    }
+    acquire(first_warp + warp / 32);
+    if (bytes) memcpy(value, me->value, bytes);
+  }
+  void maybe_preempt() {
+    if (random && draw(4) == 0 && (ready_count || started < n)) make_ready(current), suspend(current);
+  }
+  void block(Index where) {
+    blockIdx = where;
+    started = finished = at_barrier = ready_head = ready_count = 0;
+    barriers = 0;
+    rank_seed = random ? draw(~0ull) : 0;
+    memset(pending, 0, sizeof pending);
+    for (idle_count = 0; idle_count < fiber_count; idle_count++) idle[idle_count] = &fibers[idle_count];
+    for (int i = 0; i < n; i++) {
+      threads[i].state = State::running;
+      threads[i].site = {"", 0};
+      order[i] = i;
+      if (random) std::swap(order[i], order[draw(i + 1)]);
+    }
+    Fiber* first = choose();
+    if (first != &os) jump(&os, first);
+  }
+};
+Machine* machine;
+
+void Machine::entry(ctx::transfer_t from) {
+  Fiber* self = &machine->fibers[machine->fiber_count - 1];  // a fiber is entered as soon as it is made: the newest
+  arrive(from, self, machine->os);
+  machine->work(self);
+}
+
+// NaN everywhere. Not memset: ASan would look at it, and there are red zones in between.
+void poison(unsigned char* from, unsigned char* to) {
+  for (; to - from >= 8; from += 8) *reinterpret_cast<volatile uint64_t*>(from) = ~0ull;
+  for (; from < to; from++) *reinterpret_cast<volatile unsigned char*>(from) = 0xFF;
+}
+
+void run_blocks(Machine& m, Index grid, Index block, size_t smem, uint64_t seed) {
+  gridDim = grid, blockDim = block;
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  m.n = block.x * block.y * block.z;
+  m.random = seed ? seed * 0x9E3779B97F4A7C15u + 1 : 0;
+  for (int i = 0; i < m.n; i++) {
+    unsigned u = i;
+    m.threads[i].index = {u % block.x, u / block.x % block.y, u / block.x / block.y};
+    m.threads[i].tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+    if (__tsan_set_fiber_name) __tsan_set_fiber_name(m.threads[i].tsan, ("CUDA thread " + std::to_string(i)).c_str());
+  }
+  m.os_tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
+  dynamic_shared = static_cast<unsigned char*>(malloc(smem));
+  m.error[0] = 0;
+  for (unsigned i = 0; i < blocks && !m.error[0]; i++) {
+    const unsigned b = seed ? unsigned((i + seed) % blocks) : i;
+    memset(dynamic_shared, 0xFF, smem);
+    if (+__start_simt_shared != +__stop_simt_shared) poison(__start_simt_shared, __stop_simt_shared);
+    m.release(Machine::launch_begin);
+    m.block({b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y});
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(m.os_tsan, 1);
+    m.acquire(Machine::launch_end);
+  }
+  free(dynamic_shared);
+  if (__tsan_destroy_fiber)
+    for (int i = 0; i < m.n; i++) __tsan_destroy_fiber(m.threads[i].tsan);
+}
+}  // namespace
+
+void block_barrier(Site s) { machine->barrier(s); }
+void warp_exchange(unsigned mask, int source, void* value, size_t bytes, Site s) {
+  machine->exchange(mask, source, value, bytes, s);
+}
+void preempt() { machine->maybe_preempt(); }
+int lane() { return int(machine->current - machine->threads) & 31; }
+
+namespace {
+uint64_t schedule_seed = getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 0) : 0;
+uint64_t launches;
+}  // namespace
+void set_seed(uint64_t seed) { schedule_seed = seed, launches = 0; }
+
+void run(Index grid, Index block, size_t smem, void (*kernel)(void*), void* args, const char* name) {
+  static std::mutex one_at_a_time;
+  std::lock_guard lock(one_at_a_time);
+  auto refuse = [&](size_t found, const char* what) {
+    throw RunError(std::string(name) + ": " + std::to_string(found) + " " + what);
+  };
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads < 1 || threads > max_threads) refuse(threads, "threads in a block");
+  if (smem > max_shared) refuse(smem, "bytes of shared memory");
+  if (grid.y > 65535 || grid.z > 65535) refuse(max(grid.y, grid.z), "rows in the grid");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const uint64_t seed = schedule_seed ? schedule_seed * 1000003 + launches++ : 0;
+  if (!machine) machine = new Machine();
+  machine->kernel = kernel, machine->args = args, machine->name = name;
+  run_blocks(*machine, grid, block, smem, seed);
+  if (machine->error[0]) throw RunError(machine->error);
+}
+}  // namespace baton::simt::emu
