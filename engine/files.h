@@ -1,0 +1,27 @@
+// Whole files in and out: reading through gzip and xz, and writing so that a crash leaves the old file or the new one.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace baton {
+
+// The content of the file, unpacked when it starts with the magic bytes of gzip or xz (the name does not matter).
+// Throws InputError, naming the file, when it is missing, is not readable, or its packed content is truncated, corrupt
+// or followed by something else.
+std::vector<uint8_t> read_file(const std::filesystem::path& path);
+
+// Writes `path.tmp-<pid>` beside the file, flushes it to the disk and renames it, so that a reader sees the old content
+// or the new one and never a part. A link is followed; an existing file keeps its permissions. A path that exists and
+// is not a regular file (a pipe, /dev/stdout) cannot be replaced and is written straight.
+// On any failure the temporary file is removed and RunError names the path and the system's reason.
+void write_file_atomically(const std::filesystem::path& path, std::span<const uint8_t> bytes);
+void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+
+// Makes the folder and those above it; one that exists is fine. Throws InputError when a file is in the way,
+// RunError when the system refuses (permissions, a full disk).
+void make_directories(const std::filesystem::path& path);
+
+}  // namespace baton

@@ -1,0 +1,62 @@
+// One line that says how a run is doing: redrawn in place on a terminal, printed now and then into a log file.
+#pragma once
+#include <cstdio>
+#include <functional>
+#include <optional>
+#include <string>
+
+namespace baton {
+
+struct ProgressOptions {
+  std::optional<bool> terminal;   // redraw in place? unset: ask isatty(out)
+  double interval = 10;           // seconds between two plain lines, at least
+  long images_before = 0;         // what a resumed run had done already: it counts as progress, not as speed
+  int width = 0;                  // columns of the terminal; 0: ask it, 80 if it does not say
+  std::function<double()> clock;  // seconds, for tests; unset: the steady clock
+};
+
+// Not thread-safe: one thread trains and reports. Writing errors are ignored, for a closed terminal must not end a run.
+class Progress {
+ public:
+  // `total_images` is for the whole run, over all of its stages; 0 if unknown (no bar, no remaining time).
+  Progress(std::string title, long total_images, FILE* out = stderr, ProgressOptions options = {});
+  ~Progress();  // finish(): an exception's message starts on a line of its own
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  // Ends the current stage with its last line and starts the next. Line breaks in the label become blanks.
+  void stage(std::string label);
+
+  // `images_done` counts from the start of the run; it includes images_before. A NaN accuracy (a fraction) is not
+  // shown.
+  void update(long images_done, double loss, double accuracy);
+
+  // Ends the last stage; nothing is left half drawn. May be called twice.
+  void finish();
+
+ private:
+  struct Tick {
+    double seconds;
+    long images;
+  };
+
+  double now() const;
+  int columns() const;
+  std::string line(bool with_bar) const;
+  void draw();
+  void end_stage();
+
+  std::string title_, label_;
+  long total_;
+  FILE* out_;
+  ProgressOptions options_;
+  bool terminal_;
+  double start_, last_draw_;
+  Tick last_;                                      // the newest update
+  double recent_images_ = 0, recent_seconds_ = 0;  // both fade with age; their ratio is the rate
+  double loss_ = 0, accuracy_ = 0;
+  bool undrawn_ = false;    // an update that no line shows yet
+  bool open_line_ = false;  // the cursor stands behind a drawn line
+};
+
+}  // namespace baton
