@@ -1,0 +1,110 @@
+// Batches by index. One block an image: bytes in, normalised floats out, and their squares, which the variance products
+// of local reparameterization read.
+//
+// The order of an epoch is a Feistel network over the next power of four of n, walked until it lands below n
+// (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection of [0, n) for each
+// (key, epoch), two or three rounds of walking at most on average.
+//
+// Bytes a call: replicas * batch * image * (1 + 4 or 8). Writes =, deterministic.
+#include "kernels/batch.h"
+
+namespace baton {
+
+namespace {
+
+__host__ __device__ __forceinline__ uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+__device__ __forceinline__ void load_image(float* __restrict__ x, float* __restrict__ x_squared,
+                                           const uint8_t* __restrict__ pixels, const DeviceImages& set) {
+  for (int c = 0; c < set.channels; c++) {
+    const Normalisation& to = set.normalisation;  // selected, not indexed: an index would put it on the stack
+    const float scale = c == 0 ? to.scale[0] : c == 1 ? to.scale[1] : to.scale[2];
+    const float shift = c == 0 ? to.shift[0] : c == 1 ? to.shift[1] : to.shift[2];
+    const int first = c * set.plane;
+    if (x_squared) {
+      SIMT_SIMD()
+      for (int i = threadIdx.x; i < set.plane; i += blockDim.x) {
+        const float v = float(int(pixels[first + i])) * scale + shift;
+        x[first + i] = v;
+        x_squared[first + i] = v * v;
+      }
+    } else {
+      SIMT_SIMD()
+      for (int i = threadIdx.x; i < set.plane; i += blockDim.x)
+        x[first + i] = float(int(pixels[first + i])) * scale + shift;
+    }
+  }
+}
+
+__global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set,
+                                       const int32_t* order, size_t order_stride, const StepState* states, int batch) {
+  const int b = blockIdx.x, r = simt::row();
+  const StepState& s = states[r];
+  const uint32_t position = uint32_t(s.stage_step - 1) * uint32_t(batch) + uint32_t(b), n = uint32_t(s.part_size);
+  const uint32_t epoch = position / n;
+  const uint32_t place = shuffled(position % n, n, s.shuffle, (uint32_t(s.stage) << 20) + epoch);
+  const int example = order[order_stride * r + s.part_offset + place];
+  const size_t image = size_t(set.channels) * set.plane, to = (size_t(r) * batch + b) * image;
+  load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
+  if (threadIdx.x == 0) labels[size_t(r) * batch + b] = set.labels[example];
+}
+
+__global__ void gather_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set, const int32_t* index,
+                              int first) {
+  const int b = blockIdx.x, example = index ? index[b] : first + b;
+  const size_t image = size_t(set.channels) * set.plane, to = b * image;
+  load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
+  if (threadIdx.x == 0) labels[b] = set.labels[example];
+}
+
+constexpr int threads = 128;
+
+}  // namespace
+
+__host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t epoch) {
+  uint32_t half = 1;  // bits of each half of the Feistel block
+  while (half < 16 && (1ull << (2 * half)) < n) half++;
+  const uint32_t mask = (1u << half) - 1;
+  do {
+    uint32_t left = i >> half, right = i & mask;
+    for (uint32_t round = 0; round < 6; round++) {
+      const uint32_t f = mix(right ^ mix(key.lo + round * 0x9E3779B9u) ^ mix(key.hi ^ epoch * 0x85ebca6bu)) & mask;
+      const uint32_t next = left ^ f;
+      left = right;
+      right = next;
+    }
+    i = left << half | right;
+  } while (i >= n);
+  return i;
+}
+
+void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* order,
+                           size_t order_stride, const StepState* states, int replicas, int batch, Stream stream) {
+  BATON_RANGE("gather_training_batch");
+  simt::launch<gather_training_kernel>(simt::blocks(batch, threads, 0, replicas), stream, x, x_squared, labels, set,
+                                       order, order_stride, states, batch);
+}
+
+void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, int first, int batch,
+                  Stream stream) {
+  BATON_RANGE("gather_range");
+  if (first < 0 || first + batch > set.count)
+    throw InputError("gather_range: images " + std::to_string(first) + " to " + std::to_string(first + batch) +
+                     " of a set of " + std::to_string(set.count));
+  simt::launch<gather_kernel>(simt::blocks(batch, threads), stream, x, x_squared, labels, set,
+                              static_cast<const int32_t*>(nullptr), first);
+}
+
+void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* index,
+                    int batch, Stream stream) {
+  BATON_RANGE("gather_indexed");
+  simt::launch<gather_kernel>(simt::blocks(batch, threads), stream, x, x_squared, labels, set, index, 0);
+}
+
+}  // namespace baton

@@ -1,0 +1,36 @@
+// From a data set on the device to the batch of a step. The set stays there as bytes; a batch is drawn by index.
+#pragma once
+#include "engine/runtime.h"
+#include "kernels/step_state.h"
+
+namespace baton {
+
+// x = pixel * scale[c] + shift[c]
+struct Normalisation {
+  float scale[3], shift[3];
+};
+
+struct DeviceImages {  // device memory
+  const uint8_t* pixels;  // [count][channels][plane]
+  const uint8_t* labels;  // [count]
+  int count, channels, plane;
+  Normalisation normalisation;
+};
+
+// The place of position i in the epoch's order of n examples: a keyed permutation of [0, n), computed rather than
+// stored, so that an order needs no memory and a resumed run no state. Exposed for its tests.
+__host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t epoch);
+
+// The step's batch for every replica: position p = (stage_step - 1) * batch + b of an endless stream of epochs, each a
+// fresh order of the replica's part. order [replicas][order_stride] holds each replica's examples, its parts in turn.
+// x, x_squared [replicas][batch][channels * plane] (x_squared may be null), labels [replicas][batch].
+void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* order,
+                           size_t order_stride, const StepState* states, int replicas, int batch, Stream);
+
+// Images first, first + 1, ... (first + batch <= count) in the set's own order.
+void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages&, int first, int batch, Stream);
+// The images that `index` [batch] names.
+void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* index, int batch,
+                    Stream);
+
+}  // namespace baton

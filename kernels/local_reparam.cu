@@ -1,0 +1,391 @@
+// Local reparameterization around the products of engine/blas.h: bias, noise, ReLU, pooling, and the way back.
+//
+//   forward    v' = v + b_v;  y = relu?(m + b_mu + sqrt(v') e);  square = y y
+//   backward   g = (grad + 2 y grad_square) [y > 0 where there is a ReLU];  dm = g;  dv = g e / (2 sqrt v')
+//
+// The derivative of sqrt at 0 is taken as 0 (an all-zero input under a deterministic bias has v' = 0: no NaN).
+// Noise is drawn from (seed, layer, step, element) and drawn again on the way back; only the pooled form keeps anything
+// of it: one slope a window, in the place where v would have to be kept.
+// All stores are =, all sums in a fixed order. Bytes an output: sample 16 + 4 (v'), backward 24, pooled forward 8 a
+// pre-activation and 13 a window, pooled backward 8 and 17; about 60 FLOPs a normal.
+#include "kernels/local_reparam.h"
+
+namespace baton {
+
+namespace {
+
+constexpr int dense_threads = 128, plane_threads = 64;
+
+// dy/dv of y = m + sqrt(v) e.
+__device__ __forceinline__ float slope_of(float v, float e) { return v > 1e-30f ? 0.5f * e / sqrtf(v) : 0.f; }
+
+template <bool noisy, bool relu>
+__device__ __forceinline__ void sample_one(const Signal& out, const float* __restrict__ m, float* __restrict__ v,
+                                           float bias_mean, float bias_variance, size_t i, float e) {
+  float y = m[i] + bias_mean;
+  if constexpr (noisy) {
+    const float variance = v[i] + bias_variance;
+    v[i] = variance;
+    y += sqrtf(variance) * e;
+  }
+  if constexpr (relu) y = y > 0.f ? y : 0.f;
+  out.value[i] = y;
+  if (out.square) out.square[i] = y * y;
+}
+
+template <bool noisy, bool relu>
+__device__ __forceinline__ float output_gradient(const Signal& out, size_t i) {
+  float g = out.grad[i];
+  if constexpr (relu || noisy) {
+    const float y = out.value[i];
+    if (out.grad_square) g += 2.f * y * out.grad_square[i];
+    if constexpr (relu) g = y > 0.f ? g : 0.f;
+  }
+  return g;
+}
+
+// ---------------------------------------------------------------------------------------------------------- dense
+template <bool noisy, bool relu>
+__global__ void dense_sample_kernel(Signal out, const float* m, float* v, Bias bias, DenseShape s,
+                                    const StepState* states, uint32_t stream_id) {
+  const int b = blockIdx.x, r = simt::row(), q = (s.units + 3) / 4;
+  const size_t first = (size_t(r) * s.batch + b) * s.units;
+  const float* bias_mean = bias.mean + bias.stride * r;
+  const float* bias_variance = noisy ? bias.variance + bias.stride * r : nullptr;
+  const Key key = states[r].noise;
+  const uint32_t step = states[r].step;
+  SIMT_SIMD()
+  for (int i = threadIdx.x; i < q; i += blockDim.x) {
+    float4 e{};
+    if constexpr (noisy) e = normal4(key, uint32_t(b) * q + i, stream_id, step);
+    const float lane[4] = {e.x, e.y, e.z, e.w};
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) {
+      const int j = i + k * q;
+      if (j < s.units)
+        sample_one<noisy, relu>(out, m, v, bias_mean[j], noisy ? bias_variance[j] : 0.f, first + j, lane[k]);
+    }
+  }
+}
+
+template <bool noisy, bool relu>
+__global__ void dense_sample_backward_kernel(float* dm, float* dv, Signal out, const float* v, DenseShape s,
+                                             const StepState* states, uint32_t stream_id) {
+  const int b = blockIdx.x, r = simt::row(), q = (s.units + 3) / 4;
+  const size_t first = (size_t(r) * s.batch + b) * s.units;
+  const Key key = states[r].noise;
+  const uint32_t step = states[r].step;
+  SIMT_SIMD()
+  for (int i = threadIdx.x; i < q; i += blockDim.x) {
+    float4 e{};
+    if constexpr (noisy) e = normal4(key, uint32_t(b) * q + i, stream_id, step);
+    const float lane[4] = {e.x, e.y, e.z, e.w};
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) {
+      const int j = i + k * q;
+      if (j < s.units) {
+        const float g = output_gradient<noisy, relu>(out, first + j);
+        dm[first + j] = g;
+        if constexpr (noisy) dv[first + j] = g * slope_of(v[first + j], lane[k]);
+      }
+    }
+  }
+}
+
+__global__ void dense_bias_gradient_kernel(float* __restrict__ db_mean, float* __restrict__ db_variance, size_t stride,
+                                           const float* __restrict__ dm, const float* __restrict__ dv, DenseShape s) {
+  const int j = simt::thread_item(), r = simt::row();
+  if (j >= s.units) return;
+  const size_t first = size_t(r) * s.batch * s.units + j;
+  float sum_m = 0, sum_v = 0;
+  for (int b = 0; b < s.batch; b++) {
+    sum_m += dm[first + size_t(b) * s.units];
+    if (dv) sum_v += dv[first + size_t(b) * s.units];
+  }
+  db_mean[stride * r + j] = sum_m;
+  if (dv) db_variance[stride * r + j] = sum_v;
+}
+
+// ---------------------------------------------------------------------------------------------------- convolution
+template <bool noisy, bool relu>
+__global__ void conv_sample_kernel(Signal out, const float* m, float* v, Bias bias, ConvPlanes s,
+                                   const StepState* states, uint32_t stream_id) {
+  const int plane = blockIdx.x, r = simt::row(), c = plane % s.channels;
+  const int wh = (s.h + 1) / 2, ww = (s.w + 1) / 2;
+  const size_t first = (size_t(r) * s.batch * s.channels + plane) * s.h * s.w;
+  const float bias_mean = bias.mean[bias.stride * r + c];
+  const float bias_variance = noisy ? bias.variance[bias.stride * r + c] : 0.f;
+  const Key key = states[r].noise;
+  const uint32_t step = states[r].step;
+  for (int o = threadIdx.x; o < wh * ww; o += blockDim.x) {
+    const int py = o / ww, px = o - py * ww;
+    float4 e{};
+    if constexpr (noisy) e = normal4(key, uint32_t(plane) * (wh * ww) + o, stream_id, step);
+    const float lane[4] = {e.x, e.y, e.z, e.w};
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) {
+      const int y = 2 * py + k / 2, x = 2 * px + k % 2;
+      if (y < s.h && x < s.w)
+        sample_one<noisy, relu>(out, m, v, bias_mean, bias_variance, first + size_t(y) * s.w + x, lane[k]);
+    }
+  }
+}
+
+template <bool noisy, bool relu>
+__global__ void conv_sample_backward_kernel(float* dm, float* dv, float* sums, Signal out, const float* v, ConvPlanes s,
+                                            const StepState* states, uint32_t stream_id) {
+  const int plane = blockIdx.x, r = simt::row();
+  const int wh = (s.h + 1) / 2, ww = (s.w + 1) / 2;
+  const size_t index = size_t(r) * s.batch * s.channels + plane, first = index * s.h * s.w;
+  const Key key = states[r].noise;
+  const uint32_t step = states[r].step;
+  float sum_m = 0, sum_v = 0;
+  for (int o = threadIdx.x; o < wh * ww; o += blockDim.x) {
+    const int py = o / ww, px = o - py * ww;
+    float4 e{};
+    if constexpr (noisy) e = normal4(key, uint32_t(plane) * (wh * ww) + o, stream_id, step);
+    const float lane[4] = {e.x, e.y, e.z, e.w};
+    SIMT_UNROLL
+    for (int k = 0; k < 4; k++) {
+      const int y = 2 * py + k / 2, x = 2 * px + k % 2;
+      if (y < s.h && x < s.w) {
+        const size_t i = first + size_t(y) * s.w + x;
+        const float g = output_gradient<noisy, relu>(out, i);
+        dm[i] = g;
+        sum_m += g;
+        if constexpr (noisy) {
+          const float h = g * slope_of(v[i], lane[k]);
+          dv[i] = h;
+          sum_v += h;
+        }
+      }
+    }
+  }
+  sum_m = simt::block_sum(sum_m);
+  sum_v = simt::block_sum(sum_v);
+  if (threadIdx.x == 0) {
+    sums[index] = sum_m;
+    if (noisy) sums[size_t(s.replicas) * s.batch * s.channels + index] = sum_v;
+  }
+}
+
+// keep: a backward pass follows. No condition is left inside the loop, so that it vectorises.
+template <bool noisy, bool keep>
+__global__ void conv_sample_pool_kernel(Signal out, uint8_t* __restrict__ which, float* __restrict__ slope,
+                                        const float* __restrict__ m, const float* __restrict__ v, Bias bias,
+                                        ConvPlanes s, const StepState* states, uint32_t stream_id) {
+  const int plane = blockIdx.x, r = simt::row(), c = plane % s.channels;
+  const int ph = s.pooled_h(), pw = s.pooled_w(), w = s.w, ww = (s.w + 1) / 2, wh = (s.h + 1) / 2;
+  const size_t index = size_t(r) * s.batch * s.channels + plane;
+  const float* __restrict__ mp = m + index * s.h * s.w;
+  const float* __restrict__ vp = noisy ? v + index * s.h * s.w : nullptr;
+  float* __restrict__ value = out.value + index * ph * pw;
+  float* __restrict__ square = noisy ? out.square + index * ph * pw : nullptr;
+  uint8_t* __restrict__ place = keep ? which + index * ph * pw : nullptr;
+  float* __restrict__ kept = noisy && keep ? slope + index * ph * pw : nullptr;
+  const float bias_mean = bias.mean[bias.stride * r + c];
+  const float bias_variance = noisy ? bias.variance[bias.stride * r + c] : 0.f;
+  const Key key = noisy ? states[r].noise : Key{};
+  const uint32_t step = noisy ? states[r].step : 0, counter = uint32_t(plane) * (wh * ww);
+  const float inverse = 1.f / float(pw);
+  const int count = ph * pw;
+  SIMT_SIMD()
+  for (int o = threadIdx.x; o < count; o += blockDim.x) {
+    const int py = int((float(o) + 0.5f) * inverse), px = o - py * pw;  // exact below 2^20, and it vectorises
+    const int a = 2 * py * w + 2 * px;
+    float p0 = mp[a], p1 = mp[a + 1], p2 = mp[a + w], p3 = mp[a + w + 1];
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    float4 e{};
+    if constexpr (noisy) {
+      e = normal4(key, counter + py * ww + px, stream_id, step);
+      s0 = sqrtf(vp[a] + bias_variance);
+      s1 = sqrtf(vp[a + 1] + bias_variance);
+      s2 = sqrtf(vp[a + w] + bias_variance);
+      s3 = sqrtf(vp[a + w + 1] + bias_variance);
+      p0 += s0 * e.x, p1 += s1 * e.y, p2 += s2 * e.z, p3 += s3 * e.w;
+    }
+    // Selects, not branches: random data would mispredict.
+    const float top = p1 > p0 ? p1 : p0, low = p3 > p2 ? p3 : p2;
+    const float best = (low > top ? low : top) + bias_mean;
+    const float y = best > 0.f ? best : 0.f;
+    value[o] = y;
+    if constexpr (noisy) square[o] = y * y;
+    if constexpr (keep) {
+      const int first = p1 > p0 ? 1 : 0, second = p3 > p2 ? 3 : 2, winner = low > top ? second : first;
+      place[o] = uint8_t(best > 0.f ? winner : 4);
+      if constexpr (noisy) {
+        const float sd_top = p1 > p0 ? s1 : s0, sd_low = p3 > p2 ? s3 : s2, sd = low > top ? sd_low : sd_top;
+        const float e_top = p1 > p0 ? e.y : e.x, e_low = p3 > p2 ? e.w : e.z, noise = low > top ? e_low : e_top;
+        const float h = 0.5f * noise / (sd > 1e-15f ? sd : 1.f);
+        kept[o] = sd > 1e-15f ? h : 0.f;
+      }
+    }
+  }
+}
+
+template <bool noisy>
+__global__ void conv_sample_pool_backward_kernel(float* __restrict__ dm, float* __restrict__ dv,
+                                                 float* __restrict__ sums, Signal out,
+                                                 const uint8_t* __restrict__ which, const float* __restrict__ slope,
+                                                 ConvPlanes s) {
+  const int plane = blockIdx.x, r = simt::row();
+  const int ph = s.pooled_h(), pw = s.pooled_w(), w = s.w;
+  const size_t index = size_t(r) * s.batch * s.channels + plane, pooled = index * ph * pw;
+  float* __restrict__ to_m = dm + index * s.h * w;
+  float* __restrict__ to_v = noisy ? dv + index * s.h * w : nullptr;
+  const float* __restrict__ grad = out.grad + pooled;
+  const float* __restrict__ value = noisy ? out.value + pooled : nullptr;
+  const float* __restrict__ grad_square = noisy ? out.grad_square + pooled : nullptr;
+  const uint8_t* __restrict__ place = which + pooled;
+  const float* __restrict__ kept = noisy ? slope + pooled : nullptr;
+  float sum_m = 0, sum_v = 0;
+  const int step_y = max(1, int(blockDim.x) / max(pw, 1)), x0 = threadIdx.x % max(pw, 1), y0 = threadIdx.x / max(pw, 1);
+  for (int py = y0; py < ph && y0 < step_y; py += step_y) {
+    SIMT_SIMD(reduction(+ : sum_m, sum_v))
+    for (int px = x0; px < pw; px += min(pw, int(blockDim.x))) {
+      const int o = py * pw + px, a = 2 * py * w + 2 * px, k = place[o];
+      float g = grad[o];
+      if constexpr (noisy) g += 2.f * value[o] * grad_square[o];
+      g = k < 4 ? g : 0.f;
+      sum_m += g;
+      to_m[a] = k == 0 ? g : 0.f;
+      to_m[a + 1] = k == 1 ? g : 0.f;
+      to_m[a + w] = k == 2 ? g : 0.f;
+      to_m[a + w + 1] = k == 3 ? g : 0.f;
+      if constexpr (noisy) {
+        const float h = g * kept[o];
+        sum_v += h;
+        to_v[a] = k == 0 ? h : 0.f;
+        to_v[a + 1] = k == 1 ? h : 0.f;
+        to_v[a + w] = k == 2 ? h : 0.f;
+        to_v[a + w + 1] = k == 3 ? h : 0.f;
+      }
+    }
+  }
+  if (s.w % 2)  // what floor mode leaves out
+    for (int y = threadIdx.x; y < s.h; y += blockDim.x) {
+      to_m[y * w + w - 1] = 0.f;
+      if (noisy) to_v[y * w + w - 1] = 0.f;
+    }
+  if (s.h % 2)
+    for (int x = threadIdx.x; x < w; x += blockDim.x) {
+      to_m[(s.h - 1) * w + x] = 0.f;
+      if (noisy) to_v[(s.h - 1) * w + x] = 0.f;
+    }
+  sum_m = simt::block_sum(sum_m);
+  sum_v = simt::block_sum(sum_v);
+  if (threadIdx.x == 0) {
+    sums[index] = sum_m;
+    if (noisy) sums[size_t(s.replicas) * s.batch * s.channels + index] = sum_v;
+  }
+}
+
+__global__ void conv_bias_gradient_kernel(float* __restrict__ db_mean, float* __restrict__ db_variance, size_t stride,
+                                          const float* __restrict__ sums, ConvPlanes s) {
+  const int c = simt::thread_item(), r = simt::row();
+  if (c >= s.channels) return;
+  const size_t first = size_t(r) * s.batch * s.channels + c, half = size_t(s.replicas) * s.batch * s.channels;
+  float sum_m = 0, sum_v = 0;
+  for (int b = 0; b < s.batch; b++) {
+    sum_m += sums[first + size_t(b) * s.channels];
+    if (db_variance) sum_v += sums[half + first + size_t(b) * s.channels];
+  }
+  db_mean[stride * r + c] = sum_m;
+  if (db_variance) db_variance[stride * r + c] = sum_v;
+}
+
+// Calls body<noisy, flag>() with the flags as constants.
+template <class F>
+void with_flags(bool noisy, bool flag, F body) {
+  if (noisy && flag) body.template operator()<true, true>();
+  if (noisy && !flag) body.template operator()<true, false>();
+  if (!noisy && flag) body.template operator()<false, true>();
+  if (!noisy && !flag) body.template operator()<false, false>();
+}
+
+void check_shape(const char* who, bool good) {
+  if (!good) throw InputError(std::string(who) + ": every extent must be at least 1, and 2 where it is pooled");
+}
+
+}  // namespace
+
+void dense_sample(Signal out, const float* m, float* v, Bias bias, DenseShape s, bool relu, const StepState* states,
+                  uint32_t stream_id, Stream stream) {
+  BATON_RANGE("dense_sample");
+  check_shape("dense_sample", s.replicas > 0 && s.batch > 0 && s.units > 0);
+  with_flags(v, relu, [&]<bool noisy, bool cut>() {
+    simt::launch<dense_sample_kernel<noisy, cut>>(simt::blocks(s.batch, dense_threads, 0, s.replicas), stream, out, m,
+                                                  v, bias, s, states, stream_id);
+  });
+}
+
+void dense_sample_backward(float* dm, float* dv, Signal out, const float* v, DenseShape s, bool relu,
+                           const StepState* states, uint32_t stream_id, Stream stream) {
+  BATON_RANGE("dense_sample_backward");
+  check_shape("dense_sample_backward", s.replicas > 0 && s.batch > 0 && s.units > 0);
+  with_flags(v, relu, [&]<bool noisy, bool cut>() {
+    simt::launch<dense_sample_backward_kernel<noisy, cut>>(simt::blocks(s.batch, dense_threads, 0, s.replicas), stream,
+                                                           dm, dv, out, v, s, states, stream_id);
+  });
+}
+
+void dense_bias_gradient(float* db_mean, float* db_variance, size_t stride, const float* dm, const float* dv,
+                         DenseShape s, Stream stream) {
+  BATON_RANGE("dense_bias_gradient");
+  simt::launch<dense_bias_gradient_kernel>(simt::each(s.units, s.replicas), stream, db_mean, db_variance, stride, dm,
+                                           dv, s);
+}
+
+void conv_sample(Signal out, const float* m, float* v, Bias bias, ConvPlanes s, bool relu, const StepState* states,
+                 uint32_t stream_id, Stream stream) {
+  BATON_RANGE("conv_sample");
+  check_shape("conv_sample", s.replicas > 0 && s.batch > 0 && s.channels > 0 && s.h > 0 && s.w > 0);
+  with_flags(v, relu, [&]<bool noisy, bool cut>() {
+    simt::launch<conv_sample_kernel<noisy, cut>>(simt::blocks(s.batch * s.channels, plane_threads, 0, s.replicas),
+                                                 stream, out, m, v, bias, s, states, stream_id);
+  });
+}
+
+void conv_sample_backward(float* dm, float* dv, float* sums, Signal out, const float* v, ConvPlanes s, bool relu,
+                          const StepState* states, uint32_t stream_id, Stream stream) {
+  BATON_RANGE("conv_sample_backward");
+  check_shape("conv_sample_backward", s.replicas > 0 && s.batch > 0 && s.channels > 0 && s.h > 0 && s.w > 0);
+  with_flags(v, relu, [&]<bool noisy, bool cut>() {
+    simt::launch<conv_sample_backward_kernel<noisy, cut>>(
+        simt::blocks(s.batch * s.channels, plane_threads, 0, s.replicas), stream, dm, dv, sums, out, v, s, states,
+        stream_id);
+  });
+}
+
+void conv_sample_pool(Signal out, uint8_t* which, float* slope, const float* m, const float* v, Bias bias, ConvPlanes s,
+                      const StepState* states, uint32_t stream_id, Stream stream) {
+  BATON_RANGE("conv_sample_pool");
+  check_shape("conv_sample_pool", s.replicas > 0 && s.batch > 0 && s.channels > 0 && s.h > 1 && s.w > 1);
+  const auto shape = simt::blocks(s.batch * s.channels, plane_threads, 0, s.replicas);
+  if ((v && !out.square) || (!which != !slope && v))
+    throw InputError("conv_sample_pool: a sampled layer writes squares, and which and slope come together");
+  with_flags(v, which, [&]<bool noisy, bool keep>() {
+    simt::launch<conv_sample_pool_kernel<noisy, keep>>(shape, stream, out, which, slope, m, v, bias, s, states,
+                                                       stream_id);
+  });
+}
+
+void conv_sample_pool_backward(float* dm, float* dv, float* sums, Signal out, const uint8_t* which, const float* slope,
+                               ConvPlanes s, Stream stream) {
+  BATON_RANGE("conv_sample_pool_backward");
+  check_shape("conv_sample_pool_backward", s.replicas > 0 && s.batch > 0 && s.channels > 0 && s.h > 1 && s.w > 1);
+  const auto shape = simt::blocks(s.batch * s.channels, plane_threads, 0, s.replicas);
+  if (slope)
+    simt::launch<conv_sample_pool_backward_kernel<true>>(shape, stream, dm, dv, sums, out, which, slope, s);
+  else
+    simt::launch<conv_sample_pool_backward_kernel<false>>(shape, stream, dm, dv, sums, out, which, slope, s);
+}
+
+void conv_bias_gradient(float* db_mean, float* db_variance, size_t stride, const float* sums, ConvPlanes s,
+                        Stream stream) {
+  BATON_RANGE("conv_bias_gradient");
+  simt::launch<conv_bias_gradient_kernel>(simt::each(s.channels, s.replicas), stream, db_mean, db_variance, stride,
+                                          sums, s);
+}
+
+}  // namespace baton

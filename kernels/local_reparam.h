@@ -1,0 +1,67 @@
+// Local reparameterization (Kingma, Salimans and Welling 2015): a layer's pre-activations are Gaussian given its input,
+//   y = m + sqrt(v) e,   m = x mu + b_mu,   v = x^2 sigma^2 + b_sigma^2,   e ~ N(0, 1) for each example and output,
+// so a layer samples its outputs instead of its weights. The products are engine/blas.h's; here is what surrounds them.
+// A point posterior is the same without the noise: pass v = nullptr.
+#pragma once
+#include "kernels/step_state.h"
+
+namespace baton {
+
+// The bias of a layer for every replica: mean and variance [replicas][stride]; variance null for a point posterior.
+struct Bias {
+  const float* mean;
+  const float* variance;
+  size_t stride;
+};
+
+// What flows between layers, [replicas][batch][...]. The squares feed the next layer's variance product; both are null
+// where nobody reads them. On the way back, dL/dvalue in total is grad + 2 value grad_square.
+struct Signal {
+  float* value = nullptr;
+  float* square = nullptr;
+  float* grad = nullptr;
+  float* grad_square = nullptr;
+};
+
+// ---- dense. m, v [replicas][batch][units]; e of unit j of example b is normal (j mod q, q = ceil(units/4)) lane j / q.
+struct DenseShape {
+  int replicas, batch, units;
+};
+// out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2.
+void dense_sample(Signal out, const float* m, float* v, Bias, DenseShape, bool relu, const StepState*, uint32_t stream_id,
+                  Stream);
+// dm = g, dv = g e / (2 sqrt v), with g = dL/dy (0 where the ReLU cut) and e drawn again; v as dense_sample left it.
+// dv is 0 where v is 0. dm may be out.grad.
+void dense_sample_backward(float* dm, float* dv, Signal out, const float* v, DenseShape, bool relu, const StepState*,
+                           uint32_t stream_id, Stream);
+// db_mean[r][j] = sum_b dm, db_variance[r][j] = sum_b dv: [replicas][stride]. dv, db_variance may be null.
+void dense_bias_gradient(float* db_mean, float* db_variance, size_t stride, const float* dm, const float* dv,
+                         DenseShape, Stream);
+
+// ---- convolution. m, v [replicas][batch][channels][h][w]. The noise of the 2x2 window (y/2, x/2) of a plane is one
+// counter's four normals, lane 2 (y mod 2) + x mod 2: so pooling kernels draw a window's noise at once.
+struct ConvPlanes {
+  int replicas, batch, channels, h, w;
+  __host__ __device__ int pooled_h() const { return h / 2; }
+  __host__ __device__ int pooled_w() const { return w / 2; }
+};
+void conv_sample(Signal out, const float* m, float* v, Bias, ConvPlanes, bool relu, const StepState*,
+                 uint32_t stream_id, Stream);
+// dm, dv as for dense; sums [2][replicas][batch][channels]: each plane's sums of dm and dv, for conv_bias_gradient.
+void conv_sample_backward(float* dm, float* dv, float* sums, Signal out, const float* v, ConvPlanes, bool relu,
+                          const StepState*, uint32_t stream_id, Stream);
+
+// Sampling, ReLU and 2x2 max pooling in one pass: m and v are read once, and of the pre-activations nothing is kept but,
+// for each window, the pooled value, the winner's place (4 when the ReLU cut it) and its slope dy/dv = e / (2 sqrt v).
+// out [replicas][batch][channels][h/2][w/2]; which, slope of that shape (slope null for a point posterior or when no
+// backward pass follows; which may be null then too).
+void conv_sample_pool(Signal out, uint8_t* which, float* slope, const float* m, const float* v, Bias, ConvPlanes,
+                      const StepState*, uint32_t stream_id, Stream);
+// The gradient of each window goes to its winner: dm, dv [replicas][batch][channels][h][w], all elements written.
+// It needs no noise: the slope of the one winner in four is what was kept.
+void conv_sample_pool_backward(float* dm, float* dv, float* sums, Signal out, const uint8_t* which, const float* slope,
+                               ConvPlanes, Stream);
+// db_mean[r][c] = sum_b sums[0][r][b][c], db_variance likewise from sums[1]; db_variance may be null.
+void conv_bias_gradient(float* db_mean, float* db_variance, size_t stride, const float* sums, ConvPlanes, Stream);
+
+}  // namespace baton

@@ -1,0 +1,36 @@
+// What changes from step to step, in device memory, one a replica: the kernels of a captured step read it there, and
+// advance_step() moves it on at the head of every step.
+#pragma once
+#include "engine/philox.h"
+
+namespace baton {
+
+enum class Schedule : int { constant, linear, cosine };  // of the step sizes over a stage
+
+struct StepState {
+  Key noise;             // of the weights' and activations' noise
+  Key shuffle;           // of the order of the examples
+  uint32_t step;         // steps of the whole run so far: the noise counter, never reset
+  int32_t stage;         // 0-based
+  int32_t stage_step;    // steps of this stage so far (1 during the first)
+  int32_t stage_steps;   // steps that this stage will have
+  int32_t part_offset;   // this stage's part: where it starts in the replica's order of the training set,
+  int32_t part_size;     // and how many examples it has (N_t)
+  Schedule schedule;
+  float base_lr_mean;    // step size of the means at the stage's start
+  float base_lr_scale;   // step size of the log standard deviations
+  float kl_weight;       // beta / N_t: what multiplies the KL in the objective (mean cross-entropy + kl_weight KL)
+  int32_t warmup_steps;  // the KL's weight grows linearly over so many steps (0: full from the start)
+  // Computed by advance_step:
+  float lr_mean, lr_scale, kl_now;
+  float correction1, correction2;  // Adam's 1 / (1 - beta1^t), 1 / (1 - beta2^t)
+};
+
+constexpr float adam_beta1 = 0.9f, adam_beta2 = 0.999f, adam_epsilon = 1e-8f;
+
+// Noise streams: which use of noise a counter belongs to. A layer's activations draw from stream `layer`.
+enum NoiseStream : uint32_t { stream_layers = 0, stream_init = 1000, stream_weights = 2000 };
+
+void advance_step(StepState* states, int replicas, Stream);
+
+}  // namespace baton
