@@ -1,0 +1,61 @@
+#include "layers/dense.h"
+
+namespace baton {
+
+Dense::Dense(ParameterLayout& layout, const std::string& name, int in, int out, bool relu, uint32_t stream_id)
+    : in_(in), out_(out), relu_(relu), stream_id_(stream_id) {
+  weight_ = layout.add(name + ".weight", {out, in}, in, false);
+  bias_ = layout.add(name + ".bias", {out}, in, true);
+  weight_at_ = layout[weight_].offset;
+  bias_at_ = layout[bias_].offset;
+}
+
+void Dense::prepare(const LayerContext& c, bool feeds_layer) {
+  shape_ = {c.replicas, c.batch, out_};
+  sampled_ = c.sampled;
+  feeds_layer_ = feeds_layer;
+  y_ = take_activation(c, out_, feeds_layer && c.sampled, c.training);
+  if (c.sampled) v_ = c.arena.take<float>(y_.stride * c.replicas);
+  if (!feeds_layer) {  // nobody reads the squares of the logits; their gradient's buffer serves dv
+    dv_ = y_.signal.grad_square;
+    y_.signal.grad_square = nullptr;
+  } else {
+    dv_ = y_.signal.grad_square;
+  }
+}
+
+// m = x mu^T, v = x^2 (sigma^2)^T, then bias, noise and ReLU in one pass.
+void Dense::forward(Device& device, WeightsView w, const Activation& x, const StepState* states) {
+  BATON_RANGE("dense forward");
+  const Matrices weight{w.mean + weight_at_, w.stride};
+  gemm(device, false, true, shape_.batch, out_, in_, {x.signal.value, x.stride}, weight, 0.f,
+       {y_.signal.value, y_.stride}, shape_.replicas);
+  if (sampled_)
+    gemm(device, false, true, shape_.batch, out_, in_, {x.signal.square, x.stride},
+         {w.variance + weight_at_, w.stride}, 0.f, {v_, y_.stride}, shape_.replicas);
+  dense_sample(y_.signal, y_.signal.value, v_, {w.mean + bias_at_, sampled_ ? w.variance + bias_at_ : nullptr, w.stride},
+               shape_, relu_, states, stream_id_, device.stream());
+}
+
+// dmu = dm^T x, d(sigma^2) = dv^T x^2; dL/dx through the mean = dm mu, dL/d(x^2) = dv sigma^2.
+void Dense::backward(Device& device, WeightsView w, GradientsView g, const Activation& x, const StepState* states) {
+  BATON_RANGE("dense backward");
+  float* dm = y_.signal.grad;
+  dense_sample_backward(dm, dv_, y_.signal, v_, shape_, relu_, states, stream_id_, device.stream());
+  dense_bias_gradient(g.mean + bias_at_, sampled_ ? g.variance + bias_at_ : nullptr, g.stride, dm,
+                      sampled_ ? dv_ : nullptr, shape_, device.stream());
+  const int batch = shape_.batch, replicas = shape_.replicas;
+  gemm(device, true, false, out_, in_, batch, {dm, y_.stride}, {x.signal.value, x.stride}, 0.f,
+       {g.mean + weight_at_, g.stride}, replicas);
+  if (x.signal.grad)
+    gemm(device, false, false, batch, in_, out_, {dm, y_.stride}, {w.mean + weight_at_, w.stride}, 0.f,
+         {x.signal.grad, x.stride}, replicas);
+  if (!sampled_) return;
+  gemm(device, true, false, out_, in_, batch, {dv_, y_.stride}, {x.signal.square, x.stride}, 0.f,
+       {g.variance + weight_at_, g.stride}, replicas);
+  if (x.signal.grad_square)
+    gemm(device, false, false, batch, in_, out_, {dv_, y_.stride}, {w.variance + weight_at_, w.stride}, 0.f,
+         {x.signal.grad_square, x.stride}, replicas);
+}
+
+}  // namespace baton

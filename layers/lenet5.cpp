@@ -1,0 +1,38 @@
+#include "layers/lenet5.h"
+
+namespace baton {
+
+LeNet5::LeNet5()
+    : conv1_(layout_, "conv1", 1, 28, 28, 20, 5, 0, Pooling::max2, stream_layers + 0),
+      conv2_(layout_, "conv2", 20, 12, 12, 50, 5, 0, Pooling::max2, stream_layers + 1),
+      fc1_(layout_, "fc1", 50 * 4 * 4, 500, true, stream_layers + 2),
+      fc2_(layout_, "fc2", 500, 10, false, stream_layers + 3) {}
+
+void LeNet5::prepare(const LayerContext& c, bool shared_input) {
+  LayerContext input = c;
+  if (shared_input) input.replicas = 1;
+  x_ = take_activation(input, 28 * 28, c.sampled, false);
+  if (shared_input) x_.stride = 0;
+  conv1_.prepare(c);
+  conv2_.prepare(c);
+  fc1_.prepare(c, true);
+  fc2_.prepare(c, false);
+}
+
+void LeNet5::forward(Device& device, WeightsView w, const StepState* states) {
+  BATON_RANGE("forward");
+  conv1_.forward(device, w, x_, states);
+  conv2_.forward(device, w, conv1_.output(), states);
+  fc1_.forward(device, w, conv2_.output(), states);
+  fc2_.forward(device, w, fc1_.output(), states);
+}
+
+void LeNet5::backward(Device& device, WeightsView w, GradientsView g, const StepState* states) {
+  BATON_RANGE("backward");
+  fc2_.backward(device, w, g, fc1_.output(), states);
+  fc1_.backward(device, w, g, conv2_.output(), states);
+  conv2_.backward(device, w, g, conv1_.output(), states);
+  conv1_.backward(device, w, g, x_, states);
+}
+
+}  // namespace baton

@@ -1,0 +1,26 @@
+// What a trainer sees of a network. Each network writes its forward and backward pass out by hand.
+#pragma once
+#include <memory>
+
+#include "layers/layer.h"
+
+namespace baton {
+
+class Network {
+ public:
+  virtual ~Network() = default;
+  virtual const char* architecture() const = 0;
+  virtual int classes() const = 0;
+  virtual const ParameterLayout& layout() const = 0;
+  // Takes every buffer for `replicas` networks and batches of `batch`. shared_input: one batch serves all replicas.
+  virtual void prepare(const LayerContext&, bool shared_input) = 0;
+  // The batch goes here first: value, and square when the layers sample. [replicas or 1][batch][channels][h][w]
+  virtual const Activation& input() const = 0;
+  virtual const float* logits() const = 0;  // [replicas][batch][classes]
+  virtual float* logits_gradient() = 0;     // the same shape; where a backward pass starts
+  virtual void forward(Device&, WeightsView, const StepState*) = 0;
+  // From logits_gradient() to the gradient of every weight.
+  virtual void backward(Device&, WeightsView, GradientsView, const StepState*) = 0;
+};
+
+}  // namespace baton
