@@ -1,0 +1,201 @@
+#include "trainers/incremental.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+namespace baton {
+
+IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const NetworkFactory& make,
+                                       const DeviceImages& train, const TrainingPlan& plan,
+                                       const std::vector<std::vector<int32_t>>& order,
+                                       const std::vector<int>& part_sizes)
+    : device_(device),
+      plan_(plan),
+      train_(train),
+      part_sizes_(part_sizes),
+      network_(make()),
+      posterior_(device, arena, network_->layout(), plan.family, int(plan.seeds.size())) {
+  const int replicas = int(plan.seeds.size());
+  if (replicas < 1 || plan.settings.size() != plan.seeds.size() || order.size() != plan.seeds.size())
+    throw InputError("a training plan needs as many settings and orders as seeds, and at least one");
+  if (plan.batch < 1) throw InputError("the batch must be at least 1, not " + std::to_string(plan.batch));
+  if (!(plan.epochs > 0)) throw InputError("the number of epochs must be positive");
+  if (part_sizes.empty()) throw InputError("there must be at least one part");
+  int offset = 0;
+  for (int size : part_sizes) {
+    if (size < 1) throw InputError("a part of the training set is empty");
+    part_offsets_.push_back(offset);
+    offset += size;
+  }
+  order_stride_ = size_t(offset);
+  network_->prepare({device, arena, replicas, plan.batch, plan.family == Family::gaussian, true}, false);
+  states_ = arena.take<StepState>(replicas);
+  totals_ = arena.take<Totals>(replicas);
+  order_ = arena.take<int32_t>(order_stride_ * replicas);
+  labels_ = arena.take<int32_t>(size_t(plan.batch) * replicas);
+  loss_ = arena.take<float>(size_t(plan.batch) * replicas);
+  hit_ = arena.take<float>(size_t(plan.batch) * replicas);
+  std::vector<int32_t> all;
+  for (const auto& o : order) {
+    if (o.size() != order_stride_) throw InputError("an order's length is not the sum of its parts'");
+    all.insert(all.end(), o.begin(), o.end());
+  }
+  upload(device, order_, all);
+  states_host_.resize(replicas);
+  std::vector<float> log_sd, prior_sd;
+  for (int r = 0; r < replicas; r++) {
+    StepState& s = states_host_[r];
+    s = {};
+    s.noise = key_of(plan.seeds[r], 1);
+    s.shuffle = key_of(plan.seeds[r], 2);
+    log_sd.push_back(float(plan.settings[r].init_log_sd));
+    prior_sd.push_back(float(plan.settings[r].prior_sd));
+  }
+  upload_states();
+  posterior_.initialise(states_, log_sd, prior_sd);
+}
+
+int IncrementalTrainer::steps_of(int stage) const {
+  return std::max(1, int(std::ceil(plan_.epochs * part_sizes_[stage] / plan_.batch - 1e-9)));
+}
+int IncrementalTrainer::steps_an_epoch(int stage) const {
+  return std::max(1, int(std::lround(double(part_sizes_[stage]) / plan_.batch)));
+}
+
+void IncrementalTrainer::upload_states() { upload(device_, states_, states_host_); }
+
+void IncrementalTrainer::begin_stage(int stage) {
+  if (stage > 0) posterior_.hand_over();
+  stage_ = stage;
+  stage_step_ = 0;
+  states_host_ = download(device_, states_, states_host_.size());
+  for (size_t r = 0; r < states_host_.size(); r++) {
+    const TrainingSettings& from = plan_.settings[r];
+    StepState& s = states_host_[r];
+    s.stage = stage;
+    s.stage_step = 0;
+    s.stage_steps = steps_of(stage);
+    s.part_offset = part_offsets_[stage];
+    s.part_size = part_sizes_[stage];
+    s.schedule = from.schedule;
+    s.base_lr_mean = float(from.lr);
+    s.base_lr_scale = float(from.lr_scale);
+    s.kl_weight = float(from.beta / part_sizes_[stage]);
+    s.warmup_steps = int(from.warmup_epochs * steps_an_epoch(stage));
+  }
+  upload_states();
+}
+
+// One step, every shape fixed and every changing number in device memory: what the graph captures.
+void IncrementalTrainer::step() {
+  const int replicas = posterior_.replicas(), batch = plan_.batch;
+  const Stream stream = device_.stream();
+  BATON_RANGE("step");
+  advance_step(states_, replicas, stream);
+  const Signal& x = network_->input().signal;
+  gather_training_batch(x.value, x.square, labels_, train_, order_, order_stride_, states_, replicas, batch, stream);
+  network_->forward(device_, posterior_.weights(), states_);
+  softmax_cross_entropy(loss_, hit_, network_->logits_gradient(), network_->logits(), labels_, replicas, batch,
+                        network_->classes(), 1.f / float(batch), stream);
+  add_to_totals(totals_, loss_, hit_, states_, replicas, batch, stream);
+  network_->backward(device_, posterior_.weights(), posterior_.gradients(), states_);
+  posterior_.step(plan_.scale_rule, states_, totals_);
+}
+
+std::vector<EpochTotals> IncrementalTrainer::run(int count) {
+  if (stage_ < 0) throw InputError("begin_stage() comes before run()");
+  if (!graph_.captured()) graph_.capture(device_, [this] { step(); });
+  for (int i = 0; i < count; i++) graph_.replay(device_);
+  stage_step_ += count;
+  std::vector<EpochTotals> result;
+  for (const Totals& t : download(device_, totals_, states_host_.size())) {
+    if (t.nonfinite_step)
+      throw RunError("the loss of replica " + std::to_string(result.size()) + " is not finite, stage " +
+                     std::to_string(stage_ + 1) + ", step " + std::to_string(t.nonfinite_step) + " of the run");
+    EpochTotals e;
+    e.examples = t.examples;
+    e.steps = t.steps;
+    e.loss = t.examples ? t.loss / double(t.examples) : 0;
+    e.accuracy = t.examples ? t.hits / double(t.examples) : 0;
+    e.kl = t.steps ? t.kl / double(t.steps) : 0;
+    result.push_back(e);
+  }
+  fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
+  return result;
+}
+
+namespace {
+std::string tensor_name(const std::string& tensor, const std::string& array, int replica, int replicas) {
+  const std::string name = tensor + "." + array;
+  return replicas == 1 ? name : "replica" + std::to_string(replica) + "/" + name;
+}
+std::string identity_of(const TrainingPlan& plan, const char* architecture, const std::vector<int>& part_sizes) {
+  nlohmann::ordered_json j;
+  j["architecture"] = architecture;
+  j["family"] = name_of(plan.family);
+  j["scale_rule"] = plan.scale_rule == ScaleRule::adam ? "adam" : "natural";
+  j["batch"] = plan.batch;
+  j["epochs"] = plan.epochs;
+  j["seeds"] = plan.seeds;
+  j["part_sizes"] = part_sizes;
+  for (const TrainingSettings& s : plan.settings)
+    j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_sd, s.beta, s.warmup_epochs, int(s.schedule)});
+  return j.dump();
+}
+}  // namespace
+
+void IncrementalTrainer::save(const std::filesystem::path& path, const std::string& extra) {
+  TensorFile file;
+  const ParameterStore& store = posterior_.store();
+  for (int r = 0; r < store.replicas(); r++)
+    for (const TensorSpec& t : store.layout().tensors())
+      for (const std::string& array : posterior_.state_arrays()) {
+        const std::vector<float> values = store.read(device_, array, r, t);
+        file.tensors[tensor_name(t.name, array, r, store.replicas())] =
+            Tensor::of<float>(std::span<const float>(values), t.shape);
+      }
+  states_host_ = download(device_, states_, states_host_.size());
+  const auto* raw = reinterpret_cast<const uint8_t*>(states_host_.data());
+  const size_t bytes = states_host_.size() * sizeof(StepState);
+  file.tensors["step_state"] = Tensor::of<uint8_t>(std::span<const uint8_t>(raw, bytes), {int64_t(bytes)});
+  file.metadata["format"] = "baton-training-1";
+  file.metadata["architecture"] = network_->architecture();
+  file.metadata["family"] = name_of(plan_.family);
+  file.metadata["prior"] = stage_ == 0 ? "N(0, prior_sd^2)" : "posterior of stage " + std::to_string(stage_);
+  file.metadata["stage"] = std::to_string(stage_);
+  file.metadata["stage_step"] = std::to_string(stage_step_);
+  file.metadata["step"] = std::to_string(states_host_[0].step);
+  file.metadata["plan"] = identity_of(plan_, network_->architecture(), part_sizes_);
+  file.metadata["extra"] = extra;
+  save_safetensors(path, file);
+}
+
+std::string IncrementalTrainer::restore(const std::filesystem::path& path) {
+  const TensorFile file = load_safetensors(path);
+  const auto meta = [&](const std::string& key) {
+    const auto found = file.metadata.find(key);
+    if (found == file.metadata.end()) throw InputError(path.string() + ": no \"" + key + "\" in the metadata");
+    return found->second;
+  };
+  if (meta("plan") != identity_of(plan_, network_->architecture(), part_sizes_))
+    throw InputError(path.string() + ": a checkpoint of another run (its plan is " + meta("plan") + ")");
+  ParameterStore& store = posterior_.store();
+  for (int r = 0; r < store.replicas(); r++)
+    for (const TensorSpec& t : store.layout().tensors())
+      for (const std::string& array : posterior_.state_arrays())
+        store.write(device_, array, r, t, file.at(tensor_name(t.name, array, r, store.replicas())).as<float>());
+  if (plan_.family == Family::gaussian)  // the gaps between tensors follow their prior, as initialise() left them
+    posterior_.refresh();
+  const Tensor& raw = file.at("step_state");
+  if (raw.bytes.size() != states_host_.size() * sizeof(StepState))
+    throw InputError(path.string() + ": step_state has " + std::to_string(raw.bytes.size()) + " bytes, expected " +
+                     std::to_string(states_host_.size() * sizeof(StepState)));
+  std::memcpy(states_host_.data(), raw.bytes.data(), raw.bytes.size());
+  upload_states();
+  fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
+  stage_ = std::stoi(meta("stage"));
+  stage_step_ = std::stoi(meta("stage_step"));
+  return meta("extra");
+}
+
+}  // namespace baton

@@ -1,0 +1,26 @@
+// Names of settings, as the programs' options and result files spell them.
+#pragma once
+#include <string>
+
+#include "engine/error.h"
+#include "trainers/incremental.h"
+
+namespace baton {
+
+inline Schedule schedule_of(const std::string& name) {
+  if (name == "constant") return Schedule::constant;
+  if (name == "linear") return Schedule::linear;
+  if (name == "cosine") return Schedule::cosine;
+  throw InputError("unknown schedule '" + name + "': constant, linear or cosine");
+}
+inline const char* name_of(Schedule s) {
+  return s == Schedule::constant ? "constant" : s == Schedule::linear ? "linear" : "cosine";
+}
+inline ScaleRule scale_rule_of(const std::string& name) {
+  if (name == "adam") return ScaleRule::adam;
+  if (name == "natural") return ScaleRule::natural;
+  throw InputError("unknown scale rule '" + name + "': adam or natural");
+}
+inline const char* name_of(ScaleRule r) { return r == ScaleRule::adam ? "adam" : "natural"; }
+
+}  // namespace baton

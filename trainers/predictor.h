@@ -1,0 +1,42 @@
+// Predictions of a whole set: the softmax averaged over draws of the weights, or at the posterior mean.
+#pragma once
+#include <functional>
+
+#include "kernels/batch.h"
+#include "kernels/predictive.h"
+#include "layers/network.h"
+#include "layers/posterior.h"
+
+namespace baton {
+
+using NetworkFactory = std::function<std::unique_ptr<Network>()>;
+
+struct Predictions {
+  std::vector<float> probability;         // [images][classes]
+  std::vector<float> entropy;             // [images], of the averaged prediction, nats
+  std::vector<float> mutual_information;  // [images], nats; 0 at the mean
+};
+
+class Predictor {
+ public:
+  // For one set on the device. at_once: draws of the weights that run side by side as replicas (0: what suits the
+  // device); batch: images at a time. Results do not depend on either.
+  Predictor(Device&, Arena&, const NetworkFactory&, const DeviceImages&, int at_once = 0, int batch = 0);
+
+  // samples = 0, or a point posterior: one pass at the mean. Otherwise the average over `samples` draws (Kochurov et
+  // al.: 100), each draw of all weights serving the whole set. seed: of the draws.
+  Predictions predict(const Posterior&, int replica, int samples, uint64_t seed);
+  int images() const { return set_.count; }
+
+ private:
+  void accumulate(Network&, WeightsView, int draws);
+  Device& device_;
+  DeviceImages set_;
+  int at_once_, batch_, batches_;
+  std::unique_ptr<Network> single_, many_;
+  int32_t* index_;
+  int32_t* labels_;
+  float *weights_, *sums_, *entropies_, *information_;
+};
+
+}  // namespace baton
