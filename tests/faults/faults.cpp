@@ -1,0 +1,260 @@
+// Kernels that are wrong on purpose, and some that are right: what the emulator and the sanitizers say about them is
+// what tests/faults/run checks.
+//
+//   faults NAME     runs one. Prints RIGHT or WRONG and what its result was, or the emulator's ERROR; exit status 0, 2,
+//   3 faults --list   the names
+#include <cstdio>
+#include <exception>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "engine/simt.h"
+
+namespace baton {
+namespace {
+
+constexpr int threads = 256;
+
+// ------------------------------------------------------------------------------------------------------- barriers
+// simt::block_sum with one barrier or the other left out.
+__device__ float block_sum(float v, bool first, bool second) {
+  __shared__ float parts[32];
+  v = simt::warp_sum(v);
+  if (simt::lane_id() == 0) parts[threadIdx.x / simt::warp_size] = v;
+  if (first) __syncthreads();
+  if (threadIdx.x / simt::warp_size == 0)
+    v = simt::warp_sum(simt::lane_id() < int(blockDim.x) / simt::warp_size ? parts[simt::lane_id()] : 0.f);
+  if (second) __syncthreads();
+  return v;
+}
+template <bool first, bool second>
+__global__ void two_sums(float* sums, const float* x, int n) {
+  float a = 0, b = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) a += x[i], b += 2 * x[i];
+  a = block_sum(a, first, second);
+  b = block_sum(b, first, second);
+  if (threadIdx.x == 0) sums[0] = a, sums[1] = b;
+}
+// Every thread hands its number to the one before it, through shared memory.
+__global__ void shift(float* y, bool barrier) {
+  __shared__ float s[threads];
+  const int t = threadIdx.x;
+  s[t] = t;
+  if (barrier) __syncthreads();
+  y[t] = s[(t + 1) % threads];
+}
+__global__ void early_return(float* y, int n) {
+  if (int(threadIdx.x) >= n) return;
+  __syncthreads();
+  y[threadIdx.x] = 1;
+}
+__global__ void two_barriers(float* y) {
+  if (threadIdx.x < 32) __syncthreads();
+  else __syncthreads();
+  y[threadIdx.x] = 1;
+}
+__global__ void shuffle_in_branch(float* y) {
+  float v = threadIdx.x;
+  if (threadIdx.x < 16) v = simt::warp_sum(v);
+  y[threadIdx.x] = v;
+}
+__global__ void shuffle_from_outside(float* y) {
+  float v = threadIdx.x;
+  if (threadIdx.x < 16) v = __shfl_sync(0xFFFF, v, 20);
+  y[threadIdx.x] = v;
+}
+
+// ----------------------------------------------------------------------------------------------------------- races
+__global__ void count(float* y, bool atomic) {
+  if (atomic) atomicAdd(y, 1.f);
+  else y[0] += 1;
+}
+__global__ void neighbour_in_global(float* y, float* out) {  // reads what another thread writes
+  const int t = threadIdx.x;
+  y[t] = t;
+  out[t] = y[(t + 1) % threads];
+}
+
+// ---------------------------------------------------------------------------------------------------------- memory
+__global__ void static_shared(float* y, int over) {
+  __shared__ float s[threads];
+  s[threadIdx.x + over] = 1;
+  __syncthreads();
+  y[threadIdx.x] = s[threadIdx.x];
+}
+__device__ void put(float* p, int i) { p[i] = 1; }
+__global__ void static_shared_by_pointer(float* y, int over) {
+  __shared__ float s[threads];
+  put(s, threadIdx.x + over);
+  __syncthreads();
+  y[threadIdx.x] = s[threadIdx.x];
+}
+__global__ void dynamic_shared(float* y, int over) {
+  SIMT_DYNAMIC_SHARED(float, s);
+  s[threadIdx.x + over] = 1;
+  __syncthreads();
+  y[threadIdx.x] = s[threadIdx.x];
+}
+__global__ void fill(float* y, int n) {
+  const int i = simt::thread_item();
+  if (i >= n) return;
+  y[i] = 1;
+}
+__global__ void local_array(float* y, int over) {
+  float a[4] = {1, 2, 3, 4};
+  y[threadIdx.x] = a[(threadIdx.x & 3) + over];
+}
+__global__ void store4(float4* y) { y[threadIdx.x] = make_float4(1, 2, 3, 4); }
+__global__ void unset(float* y, bool dynamic) {  // thread 7 forgets its element
+  __shared__ float s[threads];
+  SIMT_DYNAMIC_SHARED(float, d);
+  float* from = dynamic ? d : s;
+  if (threadIdx.x != 7) from[threadIdx.x] = 1;
+  __syncthreads();
+  y[threadIdx.x] = from[threadIdx.x];
+}
+
+// -------------------------------------------------------------------------------------------------------- programs
+const int n = 10000;
+std::vector<float> x(n, 0.25f), y(1024, 0.f), z(1024, 0.f);
+
+bool ones(int count) {
+  for (int i = 0; i < count; i++)
+    if (y[i] != 1) return false;
+  return true;
+}
+template <bool first, bool second>
+bool sums_right() {
+  simt::launch<two_sums<first, second>>(simt::blocks(3, threads), {}, y.data(), x.data(), n);
+  return y[0] == n * 0.25f && y[1] == n * 0.5f;
+}
+bool shift_right(bool barrier) {
+  simt::launch<shift>(simt::blocks(2, threads), {}, y.data(), barrier);
+  for (int t = 0; t < threads; t++)
+    if (y[t] != (t + 1) % threads) return false;
+  return true;
+}
+bool count_right(bool atomic) {
+  simt::launch<count>(simt::blocks(2, 64), {}, y.data(), atomic);
+  return y[0] == 128;
+}
+template <auto kernel>
+bool shared_right(size_t bytes, int over) {
+  simt::launch<kernel>(simt::blocks(2, threads, bytes), {}, y.data(), over);
+  return ones(threads);
+}
+bool unset_right(bool dynamic) {  // a launch that set the shared memory comes first
+  simt::launch<shift>(simt::blocks(1, threads), {}, y.data(), true);
+  simt::launch<unset>(simt::blocks(1, threads, threads * sizeof(float)), {}, y.data(), dynamic);
+  return ones(threads);
+}
+
+const std::map<std::string, std::function<bool()>> programs{
+    {"good_block_sum", sums_right<true, true>},
+    {"good_shift", [] { return shift_right(true); }},
+    {"good_atomic", [] { return count_right(true); }},
+    {"good_dynamic_shared", [] { return shared_right<dynamic_shared>(threads * sizeof(float), 0); }},
+    {"good_static_shared", [] { return shared_right<static_shared_by_pointer>(0, 0); }},
+    {"good_partial_block",
+     [] {
+       simt::launch<fill>(simt::each(1000), {}, y.data(), 1000);
+       return ones(1000) && y[1000] == 0;
+     }},
+    {"good_after_an_error",
+     [] {
+       try {
+         simt::launch<early_return>(simt::blocks(1, threads), {}, y.data(), 200);
+       } catch (const RunError&) {
+         return sums_right<true, true>();
+       }
+       return false;
+     }},
+
+    {"no_barrier_before_read", sums_right<false, true>},
+    {"no_barrier_before_write", sums_right<true, false>},
+    {"no_barrier_in_exchange", [] { return shift_right(false); }},
+    {"early_return",
+     [] {
+       simt::launch<early_return>(simt::blocks(1, threads), {}, y.data(), 200);
+       return true;
+     }},
+    {"two_barriers",
+     [] {
+       simt::launch<two_barriers>(simt::blocks(1, 64), {}, y.data());
+       return true;
+     }},
+    {"shuffle_in_branch",
+     [] {
+       simt::launch<shuffle_in_branch>(simt::blocks(1, 64), {}, y.data());
+       return true;
+     }},
+    {"shuffle_from_outside",
+     [] {
+       simt::launch<shuffle_from_outside>(simt::blocks(1, 32), {}, y.data());
+       return true;
+     }},
+
+    {"race_on_a_count", [] { return count_right(false); }},
+    {"race_in_global",
+     [] {
+       simt::launch<neighbour_in_global>(simt::blocks(1, threads), {}, y.data(), z.data());
+       return true;
+     }},
+
+    {"static_shared_overrun", [] { return shared_right<static_shared>(0, 1); }},
+    {"static_shared_overrun_by_pointer", [] { return shared_right<static_shared_by_pointer>(0, 1); }},
+    {"dynamic_shared_overrun", [] { return shared_right<dynamic_shared>(threads * sizeof(float), 1); }},
+    {"global_overrun",
+     [] {
+       simt::launch<fill>(simt::each(1025), {}, y.data(), 1025);
+       return ones(1024);
+     }},
+    {"local_array_overrun",
+     [] {
+       simt::launch<local_array>(simt::blocks(1, 64), {}, y.data(), 1);
+       return true;
+     }},
+    {"misaligned_float4",
+     [] {
+       simt::launch<store4>(simt::blocks(1, 64), {}, reinterpret_cast<float4*>(y.data() + 1));
+       return true;
+     }},
+    {"unset_static_shared", [] { return unset_right(false); }},
+    {"unset_dynamic_shared", [] { return unset_right(true); }},
+    {"too_many_threads",
+     [] {
+       simt::launch<shift>(simt::blocks(1, 2048), {}, y.data(), true);
+       return true;
+     }},
+    {"too_much_shared",
+     [] {
+       simt::launch<unset>(simt::blocks(1, threads, 300 * 1024), {}, y.data(), true);
+       return true;
+     }},
+};
+
+}  // namespace
+}  // namespace baton
+
+int main(int argc, char** argv) {
+  const std::string name = argc == 2 ? argv[1] : "";
+  if (name == "--list") {
+    for (const auto& [each, run] : baton::programs) printf("%s\n", each.c_str());
+    return 0;
+  }
+  const auto program = baton::programs.find(name);
+  if (program == baton::programs.end()) {
+    fprintf(stderr, "usage: faults NAME | --list\n");
+    return 64;
+  }
+  try {
+    const bool right = program->second();
+    printf("%s\n", right ? "RIGHT" : "WRONG");
+    return right ? 0 : 2;
+  } catch (const std::exception& e) {
+    printf("ERROR: %s\n", e.what());
+    return 3;
+  }
+}

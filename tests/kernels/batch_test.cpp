@@ -1,0 +1,236 @@
+#include "kernels/batch.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <random>
+
+#include "tests/support/buffers.h"
+#include "tests/support/compare.h"
+#include "tests/support/device.h"
+
+namespace baton::test {
+namespace {
+
+std::vector<uint32_t> order_of(uint32_t n, Key key, uint32_t epoch) {
+  std::vector<uint32_t> order(n);
+  for (uint32_t i = 0; i < n; i++) order[i] = shuffled(i, n, key, epoch);
+  return order;
+}
+
+TEST(Shuffled, SmallIsABijection) {
+  for (uint32_t n : {1u, 2u, 3u, 4u, 5u, 16u, 17u, 100u, 1000u, 6000u})
+    for (Key key : {key_of(0), key_of(1), Key{0, 0}, Key{~0u, ~0u}})
+      for (uint32_t epoch : {0u, 1u, 7u, 3u << 20}) {
+        std::vector<uint32_t> order = order_of(n, key, epoch);
+        std::sort(order.begin(), order.end());
+        for (uint32_t i = 0; i < n; i++) ASSERT_EQ(order[i], i) << n << " epoch " << epoch;
+      }
+}
+
+TEST(Shuffled, SmallDiffersByEpochKeyAndStage) {
+  const uint32_t n = 1000;
+  const std::vector<uint32_t> first = order_of(n, key_of(1), 0);
+  for (const auto& other : {order_of(n, key_of(1), 1), order_of(n, key_of(1), 1 << 20), order_of(n, key_of(2), 0),
+                            order_of(n, {key_of(1).lo, key_of(2).hi}, 0), order_of(n, {key_of(2).lo, key_of(1).hi}, 0)}) {
+    int same = 0;
+    for (uint32_t i = 0; i < n; i++) same += other[i] == first[i];
+    EXPECT_LT(same, 8);  // one, on average
+  }
+}
+
+// Chi-squared, standardised: the place of every position over many epochs.
+TEST(Shuffled, IsRoughlyUniform) {
+  for (uint32_t n : {2u, 3u, 5u, 17u, 64u}) {
+    const int epochs = 4000;
+    std::vector<int> seen(n * n);
+    for (int epoch = 0; epoch < epochs; epoch++)
+      for (uint32_t i = 0; i < n; i++) seen[i * n + shuffled(i, n, key_of(5), epoch)]++;
+    double statistic = 0;
+    for (int count : seen) statistic += (count - double(epochs) / n) * (count - double(epochs) / n) / (double(epochs) / n);
+    const double freedom = double(n - 1) * (n - 1);
+    EXPECT_LT((statistic - freedom) / std::sqrt(2 * freedom), 5) << n;
+  }
+}
+
+// Neighbours in the order are not neighbours in the set: their differences' sizes are n/3 on average.
+TEST(Shuffled, SmallNeighboursAreApart) {
+  for (uint32_t n : {1000u, 6000u}) {
+    double distance = 0, correlation = 0;
+    const std::vector<uint32_t> order = order_of(n, key_of(8), 4);
+    for (uint32_t i = 0; i + 1 < n; i++) distance += std::abs(double(order[i]) - order[i + 1]);
+    for (uint32_t i = 0; i < n; i++) correlation += (i / (n - 1.) - 0.5) * (order[i] / (n - 1.) - 0.5) * 12;
+    EXPECT_NEAR(distance / (n - 1) / n, 1. / 3, 4 * 0.24 / std::sqrt(double(n)));
+    EXPECT_NEAR(correlation / n, 0, 4 / std::sqrt(double(n)));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- the batches
+struct Images {
+  Images(Memory& memory, int count, int channels, int plane, Normalisation n)
+      : bytes(random_bytes(size_t(count) * channels * plane)), names(count), pixels(memory, bytes), labels(memory, numbered(names)),
+        set{pixels, labels, count, channels, plane, n} {}
+  static std::vector<uint8_t> random_bytes(size_t n) {
+    std::mt19937 random(3);
+    std::vector<uint8_t> v(n);
+    for (uint8_t& x : v) x = uint8_t(random());
+    return v;
+  }
+  static const std::vector<uint8_t>& numbered(std::vector<uint8_t>& names) {  // a label names its image
+    std::iota(names.begin(), names.end(), uint8_t(0));
+    return names;
+  }
+  size_t size() const { return size_t(set.channels) * set.plane; }
+  // What a batch of these images must be.
+  std::vector<double> values(const std::vector<int32_t>& examples) const {
+    std::vector<double> x;
+    for (int32_t e : examples)
+      for (int c = 0; c < set.channels; c++)
+        for (int i = 0; i < set.plane; i++)
+          x.push_back(double(bytes[e * size() + size_t(c) * set.plane + i]) * set.normalisation.scale[c] +
+                      set.normalisation.shift[c]);
+    return x;
+  }
+
+  std::vector<uint8_t> bytes, names;
+  Buffer<uint8_t> pixels, labels;
+  DeviceImages set;
+};
+std::vector<double> squares(std::vector<double> x) {
+  for (double& v : x) v *= v;
+  return x;
+}
+
+const Normalisation in_binary{{1 / 64.f, 1 / 128.f, 1 / 256.f}, {-1, -2, 0.5f}};  // exact in float
+const Normalisation in_decimal{{0.0127f, 0.0131f, 0.0149f}, {-1.7f, -1.6f, -1.4f}};
+
+void check_gather(int channels, int plane, const Normalisation& normalisation, bool is_exact) {
+  SCOPED_TRACE(testing::Message() << channels << "x" << plane);
+  Memory memory;
+  Images images(memory, 9, channels, plane, normalisation);
+  const std::vector<int32_t> index{8, 0, 3, 3};
+  Buffer device_index(memory, index);
+  for (bool by_index : {true, false})
+    for (bool squared : {true, false}) {
+      Buffer<float> x(memory, 4 * images.size(), NAN), x2(memory, 4 * images.size(), NAN);
+      Buffer<int32_t> labels(memory, 4, -1);
+      float* to = squared ? x2.data() : nullptr;
+      if (by_index)
+        gather_indexed(x, to, labels, images.set, device_index, 4, memory.stream());
+      else
+        gather_range(x, to, labels, images.set, 5, 4, memory.stream());
+      const std::vector<int32_t> examples = by_index ? index : std::vector<int32_t>{5, 6, 7, 8};
+      const std::vector<double> want = images.values(examples);
+      EXPECT_TRUE(exact(labels.host(), examples));
+      if (is_exact) {
+        EXPECT_TRUE(exact(x.host(), want));
+      } else {
+        EXPECT_TRUE(close(x.host(), want, {.l2 = 1e-7}));
+      }
+      if (!squared) continue;
+      if (is_exact) {
+        EXPECT_TRUE(exact(x2.host(), squares(want)));
+      } else {
+        EXPECT_TRUE(close(x2.host(), squares(want), {.l2 = 2e-7}));
+      }
+      record("gather." + std::to_string(channels) + "x" + std::to_string(plane) + (is_exact ? ".exact" : "") +
+             (by_index ? ".index" : ".range"), x2.host(), 1e-6f);
+    }
+}
+
+TEST(Batch, SmallGatherExact) {
+  BATON_NEEDS_DEVICE();
+  check_gather(1, 9, in_binary, true);
+  check_gather(3, 5, in_binary, true);
+}
+
+TEST(Batch, Gather) {
+  BATON_NEEDS_DEVICE();
+  check_gather(1, 784, in_binary, true);
+  check_gather(3, 1024, in_decimal, false);
+  check_gather(2, 131, in_decimal, false);
+}
+
+// Labels are the images' numbers: what each step of each replica saw. Values are checked on the way.
+std::vector<std::vector<int32_t>> train(const std::vector<StepState>& first, const std::vector<int32_t>& order,
+                                        size_t order_stride, int images_count, int batch, int steps) {
+  Memory memory;
+  const int replicas = int(first.size());
+  Images images(memory, images_count, 2, 6, in_binary);
+  Buffer states(memory, first);
+  Buffer device_order(memory, order);
+  Buffer<float> x(memory, replicas * batch * images.size(), NAN), x2(memory, replicas * batch * images.size(), NAN);
+  Buffer<int32_t> labels(memory, size_t(replicas) * batch, -1);
+  std::vector<std::vector<int32_t>> seen(replicas);
+  for (int t = 0; t < steps; t++) {
+    advance_step(states, replicas, memory.stream());
+    gather_training_batch(x, t % 2 ? nullptr : x2.data(), labels, images.set, device_order, order_stride, states,
+                          replicas, batch, memory.stream());
+    const std::vector<int32_t> now = labels.host();
+    EXPECT_TRUE(exact(x.host(), images.values(now)));
+    if (t % 2 == 0) {
+      EXPECT_TRUE(exact(x2.host(), squares(images.values(now))));
+    }
+    for (int r = 0; r < replicas; r++)
+      seen[r].insert(seen[r].end(), now.begin() + r * batch, now.begin() + (r + 1) * batch);
+  }
+  return seen;
+}
+StepState state_of(int replica, int stage, int part_offset, int part_size) {
+  StepState s{};
+  s.shuffle = key_of(11, replica);
+  s.stage = stage, s.stage_steps = 100;
+  s.part_offset = part_offset, s.part_size = part_size;
+  return s;
+}
+
+TEST(Batch, SmallEveryExampleOnceAnEpoch) {
+  BATON_NEEDS_DEVICE();
+  const int images = 40, batch = 4, epochs = 4;
+  // Two replicas, with an order and a part of their own; the batch does not divide the parts.
+  std::vector<int32_t> order(2 * images);
+  std::iota(order.begin(), order.begin() + images, 0);
+  for (int i = 0; i < images; i++) order[images + i] = (i * 7 + 3) % images;
+  const StepState states[2] = {state_of(0, 1, 20, 10), state_of(1, 1, 5, 7)};
+  const auto seen = train({states[0], states[1]}, order, images, images, batch, 10 * epochs / batch);
+  for (int r = 0; r < 2; r++) {
+    SCOPED_TRACE(testing::Message() << "replica " << r);
+    const int n = states[r].part_size;
+    const auto part = order.begin() + r * images + states[r].part_offset;
+    std::vector<int32_t> want(part, part + n), before;
+    std::sort(want.begin(), want.end());
+    for (int epoch = 0; (epoch + 1) * n <= int(seen[r].size()); epoch++) {
+      std::vector<int32_t> now(seen[r].begin() + epoch * n, seen[r].begin() + (epoch + 1) * n);
+      for (int i = 0; i < n; i++)
+        EXPECT_EQ(now[i], part[shuffled(i, n, states[r].shuffle, (1u << 20) + epoch)]) << epoch << " " << i;
+      EXPECT_NE(now, before);  // a fresh order
+      before = now;
+      std::sort(now.begin(), now.end());
+      EXPECT_EQ(now, want) << "epoch " << epoch;
+    }
+  }
+}
+
+TEST(Batch, SmallReplicasAndStagesDiffer) {
+  BATON_NEEDS_DEVICE();
+  std::vector<int32_t> order(60);
+  for (int i = 0; i < 60; i++) order[i] = i % 20;
+  const auto seen = train({state_of(0, 0, 0, 20), state_of(1, 0, 0, 20), state_of(0, 1, 0, 20)}, order, 20, 20, 5, 4);
+  EXPECT_NE(seen[0], seen[1]);
+  EXPECT_NE(seen[0], seen[2]);
+  // A batch larger than the part goes on with the next epoch.
+  std::map<int32_t, int> times;
+  const auto large = train({state_of(0, 0, 4, 3)}, order, 20, 20, 12, 1);
+  for (int32_t e : large[0]) times[e]++;
+  EXPECT_EQ(times, (std::map<int32_t, int>{{4, 4}, {5, 4}, {6, 4}}));
+}
+
+TEST(Batch, RefusesRanges) {
+  const DeviceImages set{nullptr, nullptr, 10, 1, 4, in_binary};
+  EXPECT_THROW(gather_range(nullptr, nullptr, nullptr, set, -1, 2, {}), InputError);
+  EXPECT_THROW(gather_range(nullptr, nullptr, nullptr, set, 8, 3, {}), InputError);
+  gather_range(nullptr, nullptr, nullptr, set, 10, 0, {});  // nothing to do
+}
+
+}  // namespace
+}  // namespace baton::test

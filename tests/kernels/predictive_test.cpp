@@ -1,0 +1,189 @@
+#include "kernels/predictive.h"
+
+#include <random>
+
+#include "tests/support/buffers.h"
+#include "tests/support/compare.h"
+#include "tests/support/device.h"
+#include "tests/support/npz.h"
+
+namespace baton::test {
+namespace {
+
+struct Moments {
+  std::vector<float> probability, entropy, information, probability_sum, entropy_sum;
+};
+
+// The samples go in by calls of `cuts` samples each.
+Moments run(const std::vector<float>& logits, const std::vector<int>& cuts, int batch, int classes,
+            bool in_place = false) {
+  Memory memory;
+  Buffer x(memory, logits);
+  Buffer<float> probability_sum(memory, size_t(batch) * classes), entropy_sum(memory, batch);
+  Buffer<float> probability(memory, size_t(batch) * classes, NAN), entropy(memory, batch, NAN),
+      information(memory, batch, NAN);
+  int samples = 0;
+  for (int cut : cuts) {
+    accumulate_predictions(probability_sum, entropy_sum, x.data() + size_t(samples) * batch * classes, cut, batch,
+                           classes, memory.stream());
+    samples += cut;
+  }
+  Moments m;
+  m.probability_sum = probability_sum.host(), m.entropy_sum = entropy_sum.host();
+  finish_predictions(in_place ? probability_sum : probability, entropy, information, probability_sum, entropy_sum,
+                     samples, batch, classes, memory.stream());
+  m.probability = in_place ? probability_sum.host() : probability.host();
+  m.entropy = entropy.host(), m.information = information.host();
+  return m;
+}
+
+struct Reference {
+  std::vector<double> probability, entropy, information, entropy_sum;
+};
+double entropy_of(const std::vector<double>& p) {
+  double h = 0;
+  for (double v : p) h -= v > 0 ? v * std::log(v) : 0;
+  return h;
+}
+Reference reference(const std::vector<float>& logits, int samples, int batch, int classes) {
+  Reference r;
+  for (int b = 0; b < batch; b++) {
+    std::vector<double> mean(classes);
+    double entropies = 0;
+    for (int s = 0; s < samples; s++) {
+      const float* x = &logits[(size_t(s) * batch + b) * classes];
+      std::vector<double> p(classes);
+      double top = -INFINITY, z = 0;
+      for (int c = 0; c < classes; c++) top = std::max(top, double(x[c]));
+      for (int c = 0; c < classes; c++) z += p[c] = std::exp(x[c] - top);
+      for (int c = 0; c < classes; c++) mean[c] += (p[c] /= z) / samples;
+      entropies += entropy_of(p);
+    }
+    r.probability.insert(r.probability.end(), mean.begin(), mean.end());
+    r.entropy.push_back(entropy_of(mean));
+    r.information.push_back(entropy_of(mean) - entropies / samples);
+    r.entropy_sum.push_back(entropies);
+  }
+  return r;
+}
+
+std::vector<float> normals(size_t n, float spread, int seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> v(n);
+  for (float& x : v) x = normal(random);
+  return v;
+}
+
+void check_against_reference(int samples, int batch, int classes, float spread) {
+  SCOPED_TRACE(testing::Message() << "[" << samples << "][" << batch << "][" << classes << "] spread " << spread);
+  const std::vector<float> logits = normals(size_t(samples) * batch * classes, spread, classes);
+  const Moments got = run(logits, {samples}, batch, classes);
+  const Reference want = reference(logits, samples, batch, classes);
+  EXPECT_TRUE(close(got.probability, want.probability, {.l2 = 5e-7}));
+  EXPECT_TRUE(close(got.entropy, want.entropy, {.l2 = 5e-7}));
+  EXPECT_TRUE(close(got.entropy_sum, want.entropy_sum, {.l2 = 1e-6}));
+  for (int b = 0; b < batch; b++) EXPECT_NEAR(got.information[b], want.information[b], 3e-6) << b;
+  const std::string name = "predictive." + std::to_string(samples) + "x" + std::to_string(batch) + "x" +
+                           std::to_string(classes) + "." + std::to_string(int(spread));
+  record(name + ".probability", got.probability);
+  record(name + ".entropy", got.entropy);
+  if (samples > 1) record(name + ".information", got.information, 1e-5f);  // of one sample it is rounding
+}
+
+TEST(Predictive, SmallExact) {
+  BATON_NEEDS_DEVICE();
+  // Uniform, and all in one class (0 ln 0 = 0).
+  const float inf = INFINITY;
+  const Moments m = run({5, 5, 5, 5, -200, 300, 0, 0, -inf, -inf, 7, -inf}, {1}, 3, 4);
+  EXPECT_TRUE(exact(m.probability, std::vector<float>{.25, .25, .25, .25, 0, 1, 0, 0, 0, 0, 1, 0}));
+  EXPECT_FLOAT_EQ(m.entropy[0], std::log(4.f));
+  EXPECT_EQ(m.entropy[1], 0.f);
+  EXPECT_EQ(m.entropy[2], 0.f);
+  EXPECT_TRUE(exact(m.information, std::vector<float>{0, 0, 0}));
+  // Two certain samples that disagree: one bit, all of it about the weights.
+  const Moments two = run({100, -100, -100, 100}, {2}, 1, 2);
+  EXPECT_TRUE(exact(two.probability, std::vector<float>{.5, .5}));
+  EXPECT_FLOAT_EQ(two.entropy[0], std::log(2.f));
+  EXPECT_FLOAT_EQ(two.information[0], std::log(2.f));
+}
+
+TEST(Predictive, SmallAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  check_against_reference(3, 2, 10, 2);
+}
+
+TEST(Predictive, AgainstReference) {
+  BATON_NEEDS_DEVICE();
+  check_against_reference(1, 5, 10, 1);
+  check_against_reference(100, 9, 10, 3);
+  check_against_reference(20, 6, 2, 10);
+  check_against_reference(10, 4, 33, 1);
+  check_against_reference(10, 4, 100, 5);
+}
+
+TEST(Predictive, Golden) {
+  BATON_NEEDS_DEVICE();
+  const Npz golden(std::string(BATON_GOLDENS) + "/predict_average.npz");
+  const auto shape = golden.shape("out_logits");
+  const int samples = int(shape[0]), batch = int(shape[1]), classes = int(shape[2]);
+  const Moments m = run(golden.f32("out_logits"), {samples}, batch, classes);
+  EXPECT_TRUE(close(m.probability, golden.f64("out_prob_mean"), {.l2 = 1e-6}));
+  EXPECT_TRUE(close(m.entropy, golden.f64("out_entropy"), {.l2 = 1e-6}));
+  EXPECT_TRUE(close(m.information, golden.f64("out_mutual_information"), {.l2 = 1e-5}));
+  record("predictive.golden", m.probability);
+}
+
+TEST(Predictive, SamplesMayComeInAnyCuts) {
+  BATON_NEEDS_DEVICE();
+  for (int classes : {10, 7}) {
+    const std::vector<float> logits = normals(7 * 3 * classes, 4, 9);
+    const Moments whole = run(logits, {7}, 3, classes), cut = run(logits, {3, 1, 3}, 3, classes);
+    EXPECT_TRUE(exact(cut.probability_sum, whole.probability_sum));
+    EXPECT_TRUE(exact(cut.entropy_sum, whole.entropy_sum));
+    EXPECT_TRUE(exact(cut.information, whole.information));
+  }
+}
+
+TEST(Predictive, MomentsAreConsistent) {
+  BATON_NEEDS_DEVICE();
+  const int samples = 12, batch = 8, classes = 10;
+  std::vector<float> logits = normals(batch * classes, 3, 2);  // the same in every sample: nothing to learn of weights
+  const std::vector<float> one = logits;
+  for (int s = 1; s < samples; s++) logits.insert(logits.end(), one.begin(), one.end());
+  const Moments m = run(logits, {samples}, batch, classes);
+  const Moments varied = run(normals(samples * batch * classes, 3, 3), {samples}, batch, classes, true);
+  for (int b = 0; b < batch; b++) {
+    EXPECT_GE(m.information[b], 0.f);
+    EXPECT_LT(m.information[b], 1e-6f);
+    EXPECT_GT(varied.information[b], 0.f);
+    EXPECT_LE(varied.information[b], varied.entropy[b]);
+    EXPECT_LE(varied.entropy[b], std::log(10.f) * 1.00001f);
+    float sum = 0;
+    for (int c = 0; c < classes; c++) sum += varied.probability[b * classes + c];
+    EXPECT_NEAR(sum, 1, 1e-6);
+  }
+}
+
+TEST(Predictive, SmallNaNStaysInItsRow) {
+  BATON_NEEDS_DEVICE();
+  const Moments m = run({0, NAN, 0, 0, 0, 0, 0, 0}, {2}, 2, 2, true);
+  EXPECT_TRUE(std::isnan(m.probability[0]) && std::isnan(m.probability[1]));
+  EXPECT_TRUE(std::isnan(m.entropy[0]) && std::isnan(m.information[0]));
+  EXPECT_EQ(m.probability[2], .5f);
+  EXPECT_FLOAT_EQ(m.entropy[1], std::log(2.f));
+}
+
+TEST(Predictive, RefusesShapes) {
+  float x = 0;
+  try {
+    accumulate_predictions(&x, &x, &x, 0, 4, 10, {});
+    FAIL() << "no error";
+  } catch (const InputError& e) {
+    EXPECT_NE(std::string(e.what()).find("logits has shape [0][4][10]"), std::string::npos) << e.what();
+  }
+  EXPECT_THROW(finish_predictions(&x, &x, &x, &x, &x, 1, 4, 0, {}), InputError);
+}
+
+}  // namespace
+}  // namespace baton::test

@@ -1,0 +1,371 @@
+#include "layers/conv2d.h"
+
+#include <nlohmann/json.hpp>
+
+#include "layers/maxpool2d.h"
+#include "tests/support/device.h"
+#include "tests/support/small_network.h"
+
+namespace baton::test {
+namespace {
+
+constexpr uint32_t stream_id = 2;
+
+// A golden convolution: y = m + sqrt(v) eps without ReLU, with the gradients of sum(up y).
+struct Golden {
+  explicit Golden(const std::string& name)
+      : z(BATON_GOLDENS "/" + name + ".npz"), x(z.f32("in_x")), up(z.f64("up_y")), eps(z.f64("eps")),
+        mean(z.f64("in_mu")), sd(z.f64("in_sigma")) {
+    const auto in = z.shape("in_x"), w = z.shape("in_mu");
+    const int pad = nlohmann::json::parse(z.text("meta_json"))["padding"];
+    layer = {int(in[0]), int(in[1]), int(in[2]), int(in[3]), int(w[0]), int(w[2]), pad};
+    bias_mean = z.has("in_b_mu") ? z.f64("in_b_mu") : Doubles(layer.out, 0);
+    bias_sd = z.has("in_b_sigma") ? z.f64("in_b_sigma") : Doubles(layer.out, 0);
+    layer.mean = mean, layer.variance = squares(sd);
+    layer.bias_mean = bias_mean, layer.bias_variance = squares(bias_sd);
+  }
+  Npz z;
+  std::vector<float> x;
+  Doubles up, eps, mean, sd, bias_mean, bias_sd;
+  ReferenceLayer layer{};
+};
+
+Conv2d conv_like(ParameterLayout& layout, const ReferenceLayer& r, Pooling pooling) {
+  return Conv2d(layout, "conv", r.in, r.height, r.width, r.out, r.kernel, r.pad, pooling, stream_id);
+}
+
+class ConvGolden : public testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Layers, ConvGolden,
+                         testing::Values("ffg_conv_lenet1_small", "ffg_conv_lenet2_small",
+                                         "ffg_conv_lenet2_small_nobias", "ffg_conv_p1_small", "ffg_conv_p2_small",
+                                         "ffg_conv_zero_patch", "ffg_conv_full_lenet2", "ffg_conv_full_3c3fc_conv1"));
+
+TEST_P(ConvGolden, TheReferenceIsRight) {
+  Golden golden(GetParam());
+  ReferenceLayer& r = golden.layer;
+  r.forward(doubles(golden.x), golden.eps);
+  r.backward(golden.up);
+  const double tolerance = golden.z.has("in_log_sigma") ? 1e-12 : 1e-7;  // the big cases are stored in float32
+  expect_golden(golden.z, "out_m", r.m, tolerance);
+  expect_golden(golden.z, "out_v", r.v, tolerance);
+  expect_golden(golden.z, "out_y", r.y, tolerance);
+  expect_golden(golden.z, "g_x", r.g_x, tolerance);
+  expect_golden(golden.z, "g_mu", r.g_mean, tolerance);
+  expect_golden(golden.z, "g_sigma", sigma_gradient(floats(r.g_variance), golden.sd), 1e-7);
+  if (golden.z.has("g_b_mu")) expect_golden(golden.z, "g_b_mu", r.g_bias_mean, tolerance);
+}
+
+// As DenseGolden.TheLayerAgrees. The layer has a ReLU that the goldens lack: its forward pass is compared behind it,
+// and a constant in the bias that lifts every pre-activation above 0, and changes no gradient, takes it away.
+TEST_P(ConvGolden, TheLayerAgrees) {
+  BATON_NEEDS_DEVICE();
+  const Golden golden(GetParam());
+  const ReferenceLayer& r = golden.layer;
+  ParameterLayout layout;
+  Conv2d layer = conv_like(layout, r, Pooling::none);
+  LayerBench bench(layout, 1, r.batch, true, size_t(r.in) * r.height * r.width);
+  layer.prepare(bench.context());
+  EXPECT_EQ(layer.out_height(), int(golden.z.shape("out_m")[2]));
+  EXPECT_EQ(layer.out_width(), int(golden.z.shape("out_m")[3]));
+  bench.set("conv.weight", floats(golden.mean), floats(squares(golden.sd)));
+  bench.set("conv.bias", floats(golden.bias_mean), floats(squares(golden.bias_sd)));
+  bench.set_input(golden.x);
+  const Signal& y = layer.output().signal;
+  const size_t outputs = golden.up.size(), inputs = golden.x.size();
+  const Doubles e = conv_noise(bench.state(0), stream_id, r.batch, r.out, r.out_height(), r.out_width());
+
+  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+  const Doubles m = golden.z.f64("out_m"), v = golden.z.f64("out_v");
+  Doubles want, square;
+  double top = 0;
+  for (size_t i = 0; i < outputs; i++) {
+    const double pre = m[i] + std::sqrt(v[i]) * e[i];
+    want.push_back(std::max(0.0, pre)), square.push_back(want[i] * want[i]);
+    top = std::max(top, std::abs(pre));
+  }
+  EXPECT_TRUE(close(bench.read(y.value, outputs), want, {.l2 = 1e-6}));
+  EXPECT_TRUE(close(bench.read(y.square, outputs), square, {.l2 = 2e-6}));
+
+  const double lift = std::exp2(std::ceil(std::log2(top) + 1));
+  Doubles lifted = golden.bias_mean;
+  for (double& b : lifted) b += lift;
+  bench.set("conv.bias", floats(lifted), floats(squares(golden.bias_sd)));
+  const auto backward = [&](const Doubles& up) {
+    layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+    bench.write(y.grad, floats(up));
+    bench.write(y.grad_square, std::vector<float>(outputs, 0));
+    layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+  };
+  backward(golden.up);
+  for (float one : bench.read(y.value, outputs)) ASSERT_GT(one, 0);
+  expect_golden(golden.z, "g_mu", doubles(bench.mean_gradient("conv.weight")), 1e-6);
+  if (golden.z.has("g_b_mu")) expect_golden(golden.z, "g_b_mu", doubles(bench.mean_gradient("conv.bias")), 1e-6);
+  const std::vector<float> through_mean = bench.read(bench.x().signal.grad, inputs);
+  Doubles up = golden.up;
+  for (size_t i = 0; i < outputs; i++) up[i] *= golden.eps[i] / e[i];
+  backward(up);
+  expect_golden(golden.z, "g_sigma", sigma_gradient(bench.variance_gradient("conv.weight"), golden.sd), 5e-6);
+  if (golden.z.has("g_b_sigma"))
+    expect_golden(golden.z, "g_b_sigma", sigma_gradient(bench.variance_gradient("conv.bias"), golden.bias_sd), 5e-6);
+  expect_golden(golden.z, "g_x",
+                total_gradient(golden.x, through_mean, bench.read(bench.x().signal.grad_square, inputs)), 5e-6);
+  EXPECT_TRUE(bench.gaps_untouched());
+}
+
+// The problem of one replica: weights, input and upstream gradients, random and fixed by its number.
+struct Problem {
+  Problem(const ReferenceLayer& shape, size_t outputs, int replica) : layer(shape) {
+    const unsigned seed = unsigned(1000 * replica + shape.kernel + shape.pad);
+    mean = random_normal(layer.weights(), 0, 0.3f, seed + 1), variance = random_uniform(layer.weights(), 0, 0.05f, seed + 2);
+    bias_mean = random_normal(layer.out, 0, 0.3f, seed + 3), bias_variance = random_uniform(layer.out, 0, 0.1f, seed + 4);
+    x = random_normal(layer.inputs(), 0.2f, 1, seed + 5);
+    up = random_normal(outputs, 0, 1, seed + 6), up_square = random_normal(outputs, 0, 0.3f, seed + 7);
+    state = state_of(uint64_t(replica), uint32_t(60 + replica));
+  }
+  ReferenceLayer layer;
+  std::vector<float> mean, variance, bias_mean, bias_variance, x, up, up_square;
+  StepState state;
+};
+
+// What is left after both passes, replica after replica.
+struct Left {
+  std::vector<float> y, square, x_grad, x_grad_square, weight_mean, weight_variance, bias_mean, bias_variance;
+  static constexpr std::vector<float> Left::* fields[] = {
+      &Left::y,           &Left::square,          &Left::x_grad,    &Left::x_grad_square,
+      &Left::weight_mean, &Left::weight_variance, &Left::bias_mean, &Left::bias_variance};
+};
+void append(std::vector<float>& to, const std::vector<float>& more) { to.insert(to.end(), more.begin(), more.end()); }
+
+// apart: a convolution without pooling, and the pooling as a layer of its own.
+Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bool apart = false,
+         bool input_gradient = true) {
+  const ReferenceLayer& r = problems[0].layer;
+  ParameterLayout layout;
+  Conv2d layer = conv_like(layout, r, apart ? Pooling::none : pooling);
+  const int count = int(problems.size());
+  LayerBench bench(layout, count, r.batch, sampled, size_t(r.in) * r.height * r.width, input_gradient);
+  layer.prepare(bench.context());
+  MaxPool2d pool(r.out, r.out_height(), r.out_width(), 2);
+  if (apart) pool.prepare(bench.context());
+  std::vector<StepState> states;
+  std::vector<float> x, up, up_square;
+  for (int i = 0; i < count; i++) {
+    const Problem& p = problems[i];
+    bench.set("conv.weight", p.mean, p.variance, i);
+    bench.set("conv.bias", p.bias_mean, p.bias_variance, i);
+    append(x, p.x), append(up, p.up), append(up_square, p.up_square);
+    states.push_back(p.state);
+  }
+  bench.set_states(states);
+  bench.set_input(x);
+  const Signal& y = (apart ? pool.output() : layer.output()).signal;
+  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+  if (apart) pool.forward(bench.device(), layer.output());
+  Left left;
+  left.y = bench.read(y.value, up.size());
+  if (sampled) left.square = bench.read(y.square, up.size());
+  bench.write(y.grad, up);
+  if (sampled) bench.write(y.grad_square, up_square);
+  if (apart) pool.backward(bench.device(), layer.output());
+  layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+  if (input_gradient) left.x_grad = bench.read(bench.x().signal.grad, x.size());
+  if (input_gradient && sampled) left.x_grad_square = bench.read(bench.x().signal.grad_square, x.size());
+  for (int i = 0; i < count; i++) {
+    append(left.weight_mean, bench.mean_gradient("conv.weight", i));
+    append(left.bias_mean, bench.mean_gradient("conv.bias", i));
+    if (!sampled) continue;
+    append(left.weight_variance, bench.variance_gradient("conv.weight", i));
+    append(left.bias_variance, bench.variance_gradient("conv.bias", i));
+  }
+  EXPECT_TRUE(bench.gaps_untouched());
+  return left;
+}
+
+size_t pooled_outputs(const ReferenceLayer& r, Pooling pooling) {
+  return pooling == Pooling::none ? r.outputs()
+                                  : size_t(r.batch) * r.out * (r.out_height() / 2) * (r.out_width() / 2);
+}
+std::vector<Problem> problems_of(const ReferenceLayer& shape, Pooling pooling, int first, int count) {
+  std::vector<Problem> problems;
+  for (int i = first; i < first + count; i++) problems.emplace_back(shape, pooled_outputs(shape, pooling), i);
+  return problems;
+}
+
+void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool sampled) {
+  SCOPED_TRACE(testing::Message() << shape.batch << "x" << shape.in << "x" << shape.height << "x" << shape.width
+                                  << " -> " << shape.out << ", kernel " << shape.kernel << ", pad " << shape.pad
+                                  << ", pooled " << (pooling == Pooling::max2) << ", sampled " << sampled);
+  const auto problems = problems_of(shape, pooling, 0, 1);
+  const Left got = run(problems, pooling, sampled);
+  const Problem& p = problems[0];
+  ReferenceLayer r = shape;
+  r.mean = doubles(p.mean), r.bias_mean = doubles(p.bias_mean);
+  if (sampled) r.variance = doubles(p.variance), r.bias_variance = doubles(p.bias_variance);
+  r.forward(doubles(p.x), conv_noise(p.state, stream_id, r.batch, r.out, r.out_height(), r.out_width()));
+  ReferencePool pool;
+  const Doubles& y =
+      pool.forward(r.y, r.batch * r.out, r.out_height(), r.out_width(), pooling == Pooling::max2 ? 2 : 0);
+  const Doubles up = total_gradient(floats(y), p.up, sampled ? p.up_square : std::vector<float>());
+  r.backward(pool.backward(up, r.outputs()));
+  EXPECT_TRUE(close(got.y, y, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(got.weight_mean, r.g_mean, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(got.bias_mean, r.g_bias_mean, {.l2 = 5e-6}));
+  EXPECT_TRUE(close(total_gradient(p.x, got.x_grad, got.x_grad_square), r.g_x, {.l2 = 2e-6}));
+  if (!sampled) return;
+  EXPECT_TRUE(close(got.square, squares(y), {.l2 = 4e-6}));
+  EXPECT_TRUE(close(got.weight_variance, r.g_variance, {.l2 = 5e-6}));
+  EXPECT_TRUE(close(got.bias_variance, r.g_bias_variance, {.l2 = 1e-5}));
+}
+
+const std::vector<ReferenceLayer> shapes = {
+    {2, 1, 12, 12, 3, 5, 0}, {3, 2, 7, 7, 5, 5, 1}, {1, 3, 9, 10, 4, 5, 2}, {2, 4, 6, 5, 3, 3, 1},
+    {2, 3, 11, 8, 9, 3, 0},  {1, 6, 5, 5, 2, 1, 0}, {2, 20, 12, 12, 10, 5, 0}};
+
+TEST(ConvLayer, AgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (const ReferenceLayer& shape : shapes)
+    for (Pooling pooling : {Pooling::none, Pooling::max2})
+      for (bool sampled : {true, false}) check_against_reference(shape, pooling, sampled);
+}
+
+TEST(ConvLayer, ReplicasDoNotSeeEachOther) {
+  BATON_NEEDS_DEVICE();
+  for (Pooling pooling : {Pooling::none, Pooling::max2})
+    for (bool sampled : {true, false}) {
+      const Left all = run(problems_of(shapes[2], pooling, 0, 3), pooling, sampled);
+      Left one_by_one;
+      for (int i = 0; i < 3; i++) {
+        const Left one = run(problems_of(shapes[2], pooling, i, 1), pooling, sampled);
+        for (auto field : Left::fields) append(one_by_one.*field, one.*field);
+      }
+      for (auto field : Left::fields) EXPECT_TRUE(exact(all.*field, one_by_one.*field));
+    }
+}
+
+TEST(ConvLayer, FusedPoolingIsPoolingAfterwards) {
+  BATON_NEEDS_DEVICE();
+  for (const ReferenceLayer& shape : shapes)
+    for (bool sampled : {true, false}) {
+      SCOPED_TRACE(testing::Message() << shape.height << "x" << shape.width << ", sampled " << sampled);
+      std::vector<Problem> problems = problems_of(shape, Pooling::max2, 0, 2);
+      Left fused = run(problems, Pooling::max2, sampled), apart = run(problems, Pooling::max2, sampled, true);
+      // The fused pass adds the bias to the maximum, so the two round differently.
+      for (auto field : Left::fields)
+        EXPECT_TRUE((apart.*field).empty() || close(fused.*field, apart.*field, {.l2 = 2e-6}));
+      // Without bias means they do the same, but for the order in which the gradients of the biases are added up.
+      for (Problem& p : problems) p.bias_mean.assign(p.bias_mean.size(), 0);
+      fused = run(problems, Pooling::max2, sampled), apart = run(problems, Pooling::max2, sampled, true);
+      for (auto field : Left::fields) {
+        const bool bias = field == &Left::bias_mean || (field == &Left::bias_variance && sampled);
+        EXPECT_TRUE(bias ? close(fused.*field, apart.*field, {.l2 = 1e-6}) : exact(fused.*field, apart.*field));
+      }
+    }
+}
+
+TEST(ConvLayer, TheFirstLayerNeedsNoInputGradient) {
+  BATON_NEEDS_DEVICE();
+  for (Pooling pooling : {Pooling::none, Pooling::max2})
+    for (bool sampled : {true, false}) {
+      const auto problems = problems_of(shapes[0], pooling, 0, 2);
+      const Left with = run(problems, pooling, sampled), without = run(problems, pooling, sampled, false, false);
+      for (auto field : Left::fields)
+        EXPECT_TRUE(field == &Left::x_grad || field == &Left::x_grad_square || exact(without.*field, with.*field));
+    }
+}
+
+TEST(ConvLayer, AVanishingSigmaIsThePointPosterior) {
+  BATON_NEEDS_DEVICE();
+  for (Pooling pooling : {Pooling::none, Pooling::max2}) {
+    auto problems = problems_of(shapes[1], pooling, 0, 1);
+    for (auto field : {&Problem::variance, &Problem::bias_variance, &Problem::up_square})
+      (problems[0].*field).assign((problems[0].*field).size(), 0);
+    const Left sampled = run(problems, pooling, true), point = run(problems, pooling, false);
+    for (auto field : {&Left::y, &Left::x_grad, &Left::weight_mean, &Left::bias_mean})
+      EXPECT_TRUE(exact(sampled.*field, point.*field));
+    for (auto field : {&Left::weight_variance, &Left::bias_variance, &Left::x_grad_square})
+      for (float g : sampled.*field) EXPECT_EQ(g, 0);
+  }
+}
+
+TEST(ConvLayer, RefusesShapesWithoutOutput) {
+  BATON_NEEDS_DEVICE();
+  ParameterLayout layout;
+  Conv2d layer(layout, "conv", 1, 4, 4, 2, 5, 0, Pooling::none, 0);
+  LayerBench bench(layout, 1, 1, true, 16);
+  EXPECT_THROW(layer.prepare(bench.context()), InputError);
+}
+
+// ---------------------------------------------------------------------------------------------------- MaxPool2d
+void check_pool(int channels, int height, int width, int window, bool sampled) {
+  SCOPED_TRACE(testing::Message() << channels << "x" << height << "x" << width << " window " << window);
+  const int replicas = 2, batch = 2;
+  MaxPool2d pool(channels, height, width, window);
+  LayerBench bench(ParameterLayout{}, replicas, batch, sampled, size_t(channels) * height * width);
+  pool.prepare(bench.context());
+  const int planes = replicas * batch * channels;
+  const size_t inputs = size_t(planes) * height * width, outputs = size_t(planes) * pool.out_height() * pool.out_width();
+  // Positive, as behind a ReLU, and distinct.
+  const auto x = random_uniform(inputs, 0.1f, 2, 9), up = random_normal(outputs, 0, 1, 10);
+  const auto up_square = random_normal(outputs, 0, 1, 11);
+  bench.set_input(x);
+  const Signal& y = pool.output().signal;
+  pool.forward(bench.device(), bench.x());
+  ReferencePool want;
+  want.forward(doubles(x), planes, height, width, window);
+  ASSERT_EQ(want.y.size(), outputs);
+  EXPECT_EQ(pool.output().size, outputs / (replicas * batch));
+  const auto got = bench.read(y.value, outputs);
+  EXPECT_TRUE(exact(got, floats(want.y)));
+  EXPECT_EQ(y.square != nullptr, sampled);
+  EXPECT_TRUE(!sampled || close(bench.read(y.square, outputs), squares(want.y), {.l2 = 1e-7}));
+  bench.write(y.grad, up);
+  if (sampled) bench.write(y.grad_square, up_square);
+  bench.write(bench.x().signal.grad, std::vector<float>(inputs, NAN));
+  if (sampled) bench.write(bench.x().signal.grad_square, std::vector<float>(inputs, NAN));
+  pool.backward(bench.device(), bench.x());
+  const Doubles total = total_gradient(got, up, sampled ? up_square : std::vector<float>());
+  EXPECT_TRUE(close(bench.read(bench.x().signal.grad, inputs), want.backward(total, inputs), {.l2 = 2e-7}));
+  if (!sampled) return;
+  for (float g : bench.read(bench.x().signal.grad_square, inputs)) ASSERT_EQ(g, 0);
+}
+
+TEST(MaxPool2dLayer, AgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (bool sampled : {true, false}) {
+    check_pool(3, 8, 8, 2, sampled);
+    check_pool(3, 7, 9, 2, sampled);
+    check_pool(2, 3, 3, 3, sampled);
+    check_pool(5, 8, 7, 3, sampled);
+    check_pool(4, 15, 15, 3, sampled);
+  }
+}
+
+// 3Conv3FC: 32 -> 15 -> 7 -> 3, and 128 x 3 x 3 = 1152 inputs to fc1.
+TEST(MaxPool2dLayer, ThreeConvolutionSizes) {
+  BATON_NEEDS_DEVICE();
+  int side = 32;
+  std::vector<int> sides;
+  for (int channels : {2, 3, 4}) {
+    ParameterLayout layout;
+    Conv2d conv(layout, "conv", 1, side, side, channels, 5, 2, Pooling::none, 0);
+    LayerBench bench(layout, 1, 1, true, size_t(side) * side);
+    conv.prepare(bench.context());
+    EXPECT_EQ(conv.out_height(), side);
+    MaxPool2d pool(channels, side, side, 3);
+    EXPECT_EQ(pool.out_height(), pool.out_width());
+    check_pool(channels, side, side, 3, true);
+    side = pool.out_height();
+    sides.push_back(side);
+  }
+  EXPECT_EQ(sides, (std::vector<int>{15, 7, 3}));
+}
+
+TEST(MaxPool2dLayer, RefusesWindows) {
+  EXPECT_THROW(MaxPool2d(1, 8, 8, 4), InputError);
+  EXPECT_THROW(MaxPool2d(1, 8, 8, 1), InputError);
+  EXPECT_THROW(MaxPool2d(1, 2, 8, 3), InputError);
+  EXPECT_THROW(MaxPool2d(1, 8, 1, 2), InputError);
+}
+
+}  // namespace
+}  // namespace baton::test
