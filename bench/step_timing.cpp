@@ -83,5 +83,8 @@ int main(int argc, char** argv) {
   } catch (const Error& e) {
     fprintf(stderr, "step_timing: %s\n", e.what());
     return e.exit_code();
+  } catch (const std::exception& e) {
+    fprintf(stderr, "step_timing: %s\n", e.what());
+    return 1;
   }
 }

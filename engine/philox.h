@@ -12,7 +12,6 @@ struct Key {
   uint32_t lo, hi;
 };
 
-
 __host__ __device__ __forceinline__ uint4 philox(uint4 c, Key k) {
   SIMT_UNROLL
   for (int round = 0; round < 10; round++) {

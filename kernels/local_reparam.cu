@@ -223,55 +223,38 @@ __global__ void conv_sample_pool_kernel(Signal out, uint8_t* __restrict__ which,
   }
 }
 
+// Zeros first, then each window's gradient to its winner: three quarters of the pre-activations get nothing, and a
+// plane is small enough that the second store finds it in the cache.
 template <bool noisy>
 __global__ void conv_sample_pool_backward_kernel(float* __restrict__ dm, float* __restrict__ dv,
                                                  float* __restrict__ sums, Signal out,
                                                  const uint8_t* __restrict__ which, const float* __restrict__ slope,
                                                  ConvPlanes s) {
   const int plane = blockIdx.x, r = simt::row();
-  const int ph = s.pooled_h(), pw = s.pooled_w(), w = s.w;
-  const size_t index = size_t(r) * s.batch * s.channels + plane, pooled = index * ph * pw;
-  float* __restrict__ to_m = dm + index * s.h * w;
-  float* __restrict__ to_v = noisy ? dv + index * s.h * w : nullptr;
-  const float* __restrict__ grad = out.grad + pooled;
-  const float* __restrict__ value = noisy ? out.value + pooled : nullptr;
-  const float* __restrict__ grad_square = noisy ? out.grad_square + pooled : nullptr;
-  const uint8_t* __restrict__ place = which + pooled;
-  const float* __restrict__ kept = noisy ? slope + pooled : nullptr;
+  const int ph = s.pooled_h(), pw = s.pooled_w(), w = s.w, whole = s.h * s.w, windows = ph * pw;
+  const size_t index = size_t(r) * s.batch * s.channels + plane, pooled = index * windows;
+  float* __restrict__ to_m = dm + index * whole;
+  float* __restrict__ to_v = noisy ? dv + index * whole : nullptr;
+  for (int i = threadIdx.x; i < whole; i += blockDim.x) {
+    to_m[i] = 0.f;
+    if constexpr (noisy) to_v[i] = 0.f;
+  }
+  __syncthreads();
   float sum_m = 0, sum_v = 0;
-  const int step_y = max(1, int(blockDim.x) / max(pw, 1)), x0 = threadIdx.x % max(pw, 1), y0 = threadIdx.x / max(pw, 1);
-  for (int py = y0; py < ph && y0 < step_y; py += step_y) {
-    SIMT_SIMD(reduction(+ : sum_m, sum_v))
-    for (int px = x0; px < pw; px += min(pw, int(blockDim.x))) {
-      const int o = py * pw + px, a = 2 * py * w + 2 * px, k = place[o];
-      float g = grad[o];
-      if constexpr (noisy) g += 2.f * value[o] * grad_square[o];
-      g = k < 4 ? g : 0.f;
-      sum_m += g;
-      to_m[a] = k == 0 ? g : 0.f;
-      to_m[a + 1] = k == 1 ? g : 0.f;
-      to_m[a + w] = k == 2 ? g : 0.f;
-      to_m[a + w + 1] = k == 3 ? g : 0.f;
-      if constexpr (noisy) {
-        const float h = g * kept[o];
-        sum_v += h;
-        to_v[a] = k == 0 ? h : 0.f;
-        to_v[a + 1] = k == 1 ? h : 0.f;
-        to_v[a + w] = k == 2 ? h : 0.f;
-        to_v[a + w + 1] = k == 3 ? h : 0.f;
-      }
+  for (int o = threadIdx.x; o < windows; o += blockDim.x) {
+    const int k = which[pooled + o], py = o / pw, px = o - py * pw;
+    float g = out.grad[pooled + o];
+    if constexpr (noisy) g += 2.f * out.value[pooled + o] * out.grad_square[pooled + o];
+    g = k < 4 ? g : 0.f;  // cut by the ReLU: a zero goes to the window's first place, no branch
+    const int at = (2 * py + ((k >> 1) & 1)) * w + 2 * px + (k & 1);
+    to_m[at] = g;
+    sum_m += g;
+    if constexpr (noisy) {
+      const float h = g * slope[pooled + o];
+      to_v[at] = h;
+      sum_v += h;
     }
   }
-  if (s.w % 2)  // what floor mode leaves out
-    for (int y = threadIdx.x; y < s.h; y += blockDim.x) {
-      to_m[y * w + w - 1] = 0.f;
-      if (noisy) to_v[y * w + w - 1] = 0.f;
-    }
-  if (s.h % 2)
-    for (int x = threadIdx.x; x < w; x += blockDim.x) {
-      to_m[(s.h - 1) * w + x] = 0.f;
-      if (noisy) to_v[(s.h - 1) * w + x] = 0.f;
-    }
   sum_m = simt::block_sum(sum_m);
   sum_v = simt::block_sum(sum_v);
   if (threadIdx.x == 0) {

@@ -87,7 +87,8 @@ class Runner {
   }
   long images_of(const Job& job) const {
     long steps = 0;
-    for (int size : part_sizes(job.parts)) steps += std::max(1L, std::lround(std::ceil(job.plan.epochs * size / job.plan.batch - 1e-9)));
+    for (int size : part_sizes(job.parts))
+      steps += std::max(1L, std::lround(std::ceil(job.plan.epochs * size / job.plan.batch - 1e-9)));
     return steps * job.plan.batch * long(job.plan.seeds.size());
   }
 
@@ -220,6 +221,7 @@ class Runner {
   }
 
   void train_stage(const Job& job, IncrementalTrainer& trainer, Progress& progress) {
+    BATON_RANGE("stage");
     const int stage = trainer.stage(), steps = trainer.steps_of(stage), an_epoch = trainer.steps_an_epoch(stage);
     int step_before = 0;
     for (int s = 0; s < stage; s++) step_before += trainer.steps_of(s);
@@ -246,8 +248,6 @@ class Runner {
         line["kl"] = totals[r].kl;
         line["seconds"] = seconds;
         log_.epoch(line);
-        last_loss_.resize(totals.size());
-        last_loss_[r] = totals[r].loss;
         loss += totals[r].loss / double(totals.size());
         accuracy += totals[r].accuracy / double(totals.size());
         examples += totals[r].examples;
@@ -314,7 +314,6 @@ class Runner {
   int64_t resume_step_ = 0;
   long done_ = 0;
   double last_save_ = 0;
-  std::vector<double> last_loss_;
 };
 
 }  // namespace

@@ -90,7 +90,6 @@ void IncrementalTrainer::begin_stage(int stage) {
 void IncrementalTrainer::step() {
   const int replicas = posterior_.replicas(), batch = plan_.batch;
   const Stream stream = device_.stream();
-  BATON_RANGE("step");
   advance_step(states_, replicas, stream);
   const Signal& x = network_->input().signal;
   gather_training_batch(x.value, x.square, labels_, train_, order_, order_stride_, states_, replicas, batch, stream);
@@ -104,8 +103,16 @@ void IncrementalTrainer::step() {
 
 std::vector<EpochTotals> IncrementalTrainer::run(int count) {
   if (stage_ < 0) throw InputError("begin_stage() comes before run()");
-  if (!graph_.captured()) graph_.capture(device_, [this] { step(); });
-  for (int i = 0; i < count; i++) graph_.replay(device_);
+  int done = 0;
+  if (!graph_.captured() && count > 0) {  // the first step runs as it is, so that libraries load what they load lazily
+    step();
+    done = 1;
+    graph_.capture(device_, [this] { step(); });
+  }
+  for (; done < count; done++) {
+    BATON_RANGE("step");
+    graph_.replay(device_);
+  }
   stage_step_ += count;
   std::vector<EpochTotals> result;
   for (const Totals& t : download(device_, totals_, states_host_.size())) {

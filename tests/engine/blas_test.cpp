@@ -98,8 +98,7 @@ TEST(Gemm, AgainstReference) {
   const std::vector<float> a = normals(128 * 800, 1), b = normals(800 * 50, 2), c(128 * 50);
   std::vector<double> want;
   for (int i = 0; i < p.m; i++)
-    for (int j = 0; j < p.n; j++)
-      want.push_back(std::inner_product(&a[i * 800], &a[i * 800] + 800, &b[j * 800], 0.0));
+    for (int j = 0; j < p.n; j++) want.push_back(std::inner_product(&a[i * 800], &a[i * 800] + 800, &b[j * 800], 0.0));
   EXPECT_TRUE(close(run(p, a, b, c), want, {.l2 = 1e-6}));
 }
 
@@ -140,7 +139,8 @@ struct Results {
   std::vector<float> y, dx, dw;
 };
 
-// Of every replica. A shared input is read by all of them; `gap` floats lie between one replica's tensor and the next's.
+// Of every replica. A shared input is read by all of them; `gap` floats lie between one replica's tensor and the
+// next's.
 Results run(const ConvShape& s, int replicas, bool share_x, size_t gap, const std::vector<float>& x,
             const std::vector<float>& w, const std::vector<float>& dy) {
   Memory memory;
@@ -180,8 +180,8 @@ testing::AssertionResult same(const std::vector<float>& got, const std::vector<T
 void check_convolution(const ConvShape& s, int replicas = 1, bool share_x = false, size_t gap = 0) {
   SCOPED_TRACE(text(s) << ", replicas " << replicas << (share_x ? ", shared input" : ""));
   const size_t in = s.input_size() + gap, weights = s.weight_size() + gap, out = s.output_size() + gap;
-  const std::vector<float> x = integers(share_x ? s.input_size() : in * replicas, 1), w = integers(weights * replicas, 2),
-                           dy = integers(out * replicas, 3);
+  const std::vector<float> x = integers(share_x ? s.input_size() : in * replicas, 1),
+                           w = integers(weights * replicas, 2), dy = integers(out * replicas, 3);
   Results want{std::vector<float>(out * replicas, 99.f), std::vector<float>(in * replicas, 99.f),
                std::vector<float>(weights * replicas, 99.f)};
   for (int r = 0; r < replicas; r++) {
@@ -208,7 +208,8 @@ TEST(Convolution, ExactKernelsAndWidths) {
   };
   for (Kernel k : {Kernel{5, 0}, Kernel{5, 2}, Kernel{3, 1}, Kernel{3, 0}, Kernel{1, 0}, Kernel{7, 0}, Kernel{7, 3},
                    Kernel{2, 0}, Kernel{2, 1}, Kernel{4, 0}, Kernel{6, 2}})
-    for (int out_width : {1, 3, 7, 8, 9, 15, 16, 24})  // of vectors of eight: less, one, several, with and without a rest
+    for (int out_width :
+         {1, 3, 7, 8, 9, 15, 16, 24})  // of vectors of eight: less, one, several, with and without a rest
       for (int out_height : {1, 4}) {
         const int width = out_width + k.size - 1 - 2 * k.pad, height = out_height + k.size - 1 - 2 * k.pad;
         if (width < 1 || height < 1) continue;
@@ -236,8 +237,8 @@ TEST(Convolution, ExactNetworks) {
 
 TEST(Convolution, ExactReplicas) {
   BATON_NEEDS_DEVICE();
-  for (const ConvShape& s : {ConvShape{3, 2, 12, 12, 5, 5, 0}, ConvShape{3, 2, 7, 9, 4, 5, 2}, ConvShape{2, 3, 8, 8, 6, 3, 1},
-                             ConvShape{2, 3, 5, 4, 3, 1, 0}}) {
+  for (const ConvShape& s : {ConvShape{3, 2, 12, 12, 5, 5, 0}, ConvShape{3, 2, 7, 9, 4, 5, 2},
+                             ConvShape{2, 3, 8, 8, 6, 3, 1}, ConvShape{2, 3, 5, 4, 3, 1, 0}}) {
     check_convolution(s, 3, false);
     check_convolution(s, 3, true);
     check_convolution(s, 3, false, 11);
@@ -252,10 +253,11 @@ double dot(const std::vector<float>& a, const std::vector<float>& b) {
 // <conv(x, w), dy> = <x, backward_data(dy, w)> = <w, backward_weights(x, dy)>.
 TEST(Convolution, IsItsOwnAdjoint) {
   BATON_NEEDS_DEVICE();
-  for (const ConvShape& s : {ConvShape{3, 4, 12, 12, 10, 5, 0}, ConvShape{2, 3, 15, 15, 7, 5, 2}, ConvShape{2, 5, 9, 10, 6, 3, 1},
-                             ConvShape{2, 2, 13, 11, 3, 7, 1}}) {
+  for (const ConvShape& s : {ConvShape{3, 4, 12, 12, 10, 5, 0}, ConvShape{2, 3, 15, 15, 7, 5, 2},
+                             ConvShape{2, 5, 9, 10, 6, 3, 1}, ConvShape{2, 2, 13, 11, 3, 7, 1}}) {
     SCOPED_TRACE(text(s));
-    const std::vector<float> x = normals(s.input_size(), 1), w = normals(s.weight_size(), 2), dy = normals(s.output_size(), 3);
+    const std::vector<float> x = normals(s.input_size(), 1), w = normals(s.weight_size(), 2),
+                             dy = normals(s.output_size(), 3);
     const Results r = run(s, 1, false, 0, x, w, dy);
     const double scale = std::sqrt(dot(r.y, r.y) * dot(dy, dy));
     EXPECT_NEAR(dot(r.y, dy), dot(x, r.dx), 1e-6 * scale);

@@ -81,7 +81,6 @@ class NpzTest : public ::testing::Test {
     std::ofstream(path_, std::ios::binary) << bytes;
     return Npz(path_);
   }
-  Npz load_array(const std::string& npy_bytes) { return load(zip({{"a.npy", npy_bytes}})); }
   void expect_refused(const std::string& bytes, const std::string& words) {
     try {
       load(bytes);

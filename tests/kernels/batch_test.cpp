@@ -31,8 +31,9 @@ TEST(Shuffled, SmallIsABijection) {
 TEST(Shuffled, SmallDiffersByEpochKeyAndStage) {
   const uint32_t n = 1000;
   const std::vector<uint32_t> first = order_of(n, key_of(1), 0);
-  for (const auto& other : {order_of(n, key_of(1), 1), order_of(n, key_of(1), 1 << 20), order_of(n, key_of(2), 0),
-                            order_of(n, {key_of(1).lo, key_of(2).hi}, 0), order_of(n, {key_of(2).lo, key_of(1).hi}, 0)}) {
+  for (const auto& other :
+       {order_of(n, key_of(1), 1), order_of(n, key_of(1), 1 << 20), order_of(n, key_of(2), 0),
+        order_of(n, {key_of(1).lo, key_of(2).hi}, 0), order_of(n, {key_of(2).lo, key_of(1).hi}, 0)}) {
     int same = 0;
     for (uint32_t i = 0; i < n; i++) same += other[i] == first[i];
     EXPECT_LT(same, 8);  // one, on average
@@ -47,7 +48,8 @@ TEST(Shuffled, IsRoughlyUniform) {
     for (int epoch = 0; epoch < epochs; epoch++)
       for (uint32_t i = 0; i < n; i++) seen[i * n + shuffled(i, n, key_of(5), epoch)]++;
     double statistic = 0;
-    for (int count : seen) statistic += (count - double(epochs) / n) * (count - double(epochs) / n) / (double(epochs) / n);
+    for (int count : seen)
+      statistic += (count - double(epochs) / n) * (count - double(epochs) / n) / (double(epochs) / n);
     const double freedom = double(n - 1) * (n - 1);
     EXPECT_LT((statistic - freedom) / std::sqrt(2 * freedom), 5) << n;
   }
@@ -68,7 +70,10 @@ TEST(Shuffled, SmallNeighboursAreApart) {
 // ------------------------------------------------------------------------------------------------------- the batches
 struct Images {
   Images(Memory& memory, int count, int channels, int plane, Normalisation n)
-      : bytes(random_bytes(size_t(count) * channels * plane)), names(count), pixels(memory, bytes), labels(memory, numbered(names)),
+      : bytes(random_bytes(size_t(count) * channels * plane)),
+        names(count),
+        pixels(memory, bytes),
+        labels(memory, numbered(names)),
         set{pixels, labels, count, channels, plane, n} {}
   static std::vector<uint8_t> random_bytes(size_t n) {
     std::mt19937 random(3);
@@ -115,10 +120,8 @@ void check_gather(int channels, int plane, const Normalisation& normalisation, b
       Buffer<float> x(memory, 4 * images.size(), NAN), x2(memory, 4 * images.size(), NAN);
       Buffer<int32_t> labels(memory, 4, -1);
       float* to = squared ? x2.data() : nullptr;
-      if (by_index)
-        gather_indexed(x, to, labels, images.set, device_index, 4, memory.stream());
-      else
-        gather_range(x, to, labels, images.set, 5, 4, memory.stream());
+      if (by_index) gather_indexed(x, to, labels, images.set, device_index, 4, memory.stream());
+      else gather_range(x, to, labels, images.set, 5, 4, memory.stream());
       const std::vector<int32_t> examples = by_index ? index : std::vector<int32_t>{5, 6, 7, 8};
       const std::vector<double> want = images.values(examples);
       EXPECT_TRUE(exact(labels.host(), examples));
@@ -134,7 +137,8 @@ void check_gather(int channels, int plane, const Normalisation& normalisation, b
         EXPECT_TRUE(close(x2.host(), squares(want), {.l2 = 2e-7}));
       }
       record("gather." + std::to_string(channels) + "x" + std::to_string(plane) + (is_exact ? ".exact" : "") +
-             (by_index ? ".index" : ".range"), x2.host(), 1e-6f);
+                 (by_index ? ".index" : ".range"),
+             x2.host(), 1e-6f);
     }
 }
 

@@ -24,8 +24,8 @@ struct Posterior {
     partial = std::make_unique<Buffer<float>>(memory, size_t(gaussian_partials(count)) * replicas, NAN);
   }
   GaussianArrays arrays() {
-    return {*mean,      *log_sd, *variance, *prior_mean, *prior_log_sd, *grad_mean, *grad_variance, *mean_m,
-            *mean_v,    *scale_m, *scale_v, stride,      count,         replicas};
+    return {*mean,   *log_sd, *variance, *prior_mean, *prior_log_sd, *grad_mean, *grad_variance,
+            *mean_m, *mean_v, *scale_m,  *scale_v,    stride,        count,      replicas};
   }
   void set_sd(const std::vector<float>& log_sds) {
     log_sd->set(log_sds);
@@ -225,7 +225,8 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
   Posterior p(count, replicas, stride);
   randomize(p, count);
   std::vector<StepState> states;
-  for (int r = 0; r < replicas; r++) states.push_back(state_of(0.01f + 0.01f * r, 0.02f, 0.3f / (r + 1), 50, Schedule::linear));
+  for (int r = 0; r < replicas; r++)
+    states.push_back(state_of(0.01f + 0.01f * r, 0.02f, 0.3f / (r + 1), 50, Schedule::linear));
   p.set_states(states);
   std::vector<double> totals(replicas);
 
@@ -251,7 +252,8 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
       for (int j = 0; j < count; j++) {
         const size_t i = stride * r + j;
         const StepState& s = states[r];
-        const double shift = log_sd[i] - prior_log_sd[i], e = (mean[i] - prior_mean[i]) * std::exp(-2 * prior_log_sd[i]);
+        const double shift = log_sd[i] - prior_log_sd[i],
+                     e = (mean[i] - prior_mean[i]) * std::exp(-2 * prior_log_sd[i]);
         totals[r] += kl_of(mean[i], log_sd[i], prior_mean[i], prior_log_sd[i]);
         mean[i] -= s.lr_mean * of_mean.step(i, grad_mean[i] + s.kl_now * e, s);
         const double by_data = 2 * variance[i] * grad_variance[i], by_prior = std::expm1(2 * shift);
@@ -299,8 +301,8 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
     EXPECT_EQ(got[r].examples, 0);
     EXPECT_EQ(got[r].steps, 0);
   }
-  const std::string name = std::string("gaussian_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") +
-                           std::to_string(count);
+  const std::string name =
+      std::string("gaussian_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") + std::to_string(count);
   record(name + ".mean", p.mean->host());
   record(name + ".log_sd", p.log_sd->host());
   record(name + ".kl", {float(got[0].kl)});
@@ -450,7 +452,8 @@ TEST(SampleWeights, SmallExactMapping) {
   BATON_NEEDS_DEVICE();
   const Key key = key_of(3);
   for (int count : {1, 2, 3, 4, 5, 11}) {
-    const std::vector<float> got = draw_weights(std::vector<float>(count), std::vector<float>(count, 1.f), 12, 6, 3, key);
+    const std::vector<float> got =
+        draw_weights(std::vector<float>(count), std::vector<float>(count, 1.f), 12, 6, 3, key);
     std::vector<float> want(12 * 3, 9.f);
     const int q = (count + 3) / 4;
     for (int s = 0; s < 3; s++)
@@ -548,10 +551,8 @@ TEST(VarianceOf, SmallAgainstReference) {
   variance_of(variance, log_sd, 15, 14, 2, memory.stream());
   const std::vector<float> got = variance.host();
   for (int i = 0; i < 30; i++)
-    if (i % 15 == 14)
-      EXPECT_EQ(got[i], 9) << i;
-    else
-      EXPECT_NEAR(got[i] / std::exp(2. * logs[i]), 1, 5e-7) << i;
+    if (i % 15 == 14) EXPECT_EQ(got[i], 9) << i;
+    else EXPECT_NEAR(got[i] / std::exp(2. * logs[i]), 1, 5e-7) << i;
   record("variance_of", got);
 }
 

@@ -74,11 +74,16 @@ Inputs inputs_of(const Layer& l, size_t outputs, bool mean_bias = true) {
   std::normal_distribution<float> normal;
   auto draw = [&](size_t n, bool variance) {
     std::vector<float> x(n);
-    for (float& value : x) value = variance ? (random() % 4 ? 0.01f + 0.3f * std::abs(normal(random)) : 0) : normal(random);
+    for (float& value : x)
+      value = variance ? (random() % 4 ? 0.01f + 0.3f * std::abs(normal(random)) : 0) : normal(random);
     return x;
   };
-  Inputs in{draw(l.size(), false), draw(l.size(), true), draw(l.stride() * l.replicas, false),
-            draw(l.stride() * l.replicas, true), draw(outputs, false), draw(outputs, false)};
+  Inputs in{draw(l.size(), false),
+            draw(l.size(), true),
+            draw(l.stride() * l.replicas, false),
+            draw(l.stride() * l.replicas, true),
+            draw(outputs, false),
+            draw(outputs, false)};
   for (int r = 0; r < l.replicas; r++) in.bias_variance[l.stride() * r] = 0;
   if (!mean_bias) std::fill(in.bias_mean.begin(), in.bias_mean.end(), 0.f);
   return in;
@@ -125,11 +130,15 @@ Result run(const Layer& l, const Inputs& in, Options o) {
     conv_sample_backward(to_m, to_v, sums, out, variance, l.planes(), o.relu, states, stream_id, stream);
     conv_bias_gradient(db_mean, to_bias_variance, l.stride(), sums, l.planes(), stream);
   }
-  return {(o.in_place ? m : value).host(),  square.host(),
-          v.host(),                         (o.in_place ? grad : dm).host(),
+  return {(o.in_place ? m : value).host(),
+          square.host(),
+          v.host(),
+          (o.in_place ? grad : dm).host(),
           (to_v == grad_square.data() ? grad_square : dv).host(),
-          db_mean.host(),                   db_variance.host(),
-          {},                               {}};
+          db_mean.host(),
+          db_variance.host(),
+          {},
+          {}};
 }
 
 // The definition, in double.
@@ -239,7 +248,8 @@ TEST(LocalReparam, SmallPointExact) {
   for (const Layer& l : {Layer{true, 2, 3, 6}, Layer{false, 2, 2, 3, 3, 4}}) {
     SCOPED_TRACE(testing::Message() << l);
     const size_t n = l.size(), biases = l.stride() * l.replicas;
-    const Inputs in{integers(n, 1), integers(n, 2), integers(biases, 3), integers(biases, 4), integers(n, 5), integers(n, 6)};
+    const Inputs in{integers(n, 1),      integers(n, 2), integers(biases, 3),
+                    integers(biases, 4), integers(n, 5), integers(n, 6)};
     const Options o{.noisy = false, .relu = true, .squares = false};
     const Result got = run(l, in, o);
     const Reference want = reference(l, in, o);
@@ -288,7 +298,7 @@ Result run_pooled(const Layer& l, const Inputs& in, bool noisy = true, bool keep
                               l.planes(), memory.stream());
     conv_bias_gradient(db_mean, noisy ? db_variance.data() : nullptr, l.stride(), sums, l.planes(), memory.stream());
   }
-  return {value.host(),   square.host(),      v.host(),     to_m.host(),  to_v.host(),
+  return {value.host(),   square.host(),      v.host(),     to_m.host(), to_v.host(),
           db_mean.host(), db_variance.host(), which.host(), slope.host()};
 }
 
@@ -337,10 +347,8 @@ void check_pooled(const Layer& l, bool noisy, bool mean_bias, bool in_place) {
     db_mean[bias[i]] += dm[i], db_variance[bias[i]] += dv[i];
   }
   EXPECT_TRUE(exact(got.which, which));
-  if (mean_bias)
-    EXPECT_TRUE(close(got.value, value, {.l2 = 3e-7}));
-  else
-    EXPECT_TRUE(exact(got.value, value));
+  if (mean_bias) EXPECT_TRUE(close(got.value, value, {.l2 = 3e-7}));
+  else EXPECT_TRUE(exact(got.value, value));
   EXPECT_TRUE(close(got.dm, dm, {.l2 = 5e-7}));
   EXPECT_TRUE(close(got.db_mean, db_mean, {.l2 = 1e-6}));
   EXPECT_TRUE(zero_where_zero(got.dm, dm));
@@ -411,7 +419,8 @@ std::vector<double> slopes(std::vector<double> x, const std::function<double(con
   return slope;
 }
 
-// sum of grad y + grad_square y^2 over the outputs of the map, in double: x is m, v, bias mean and bias variance in turn.
+// sum of grad y + grad_square y^2 over the outputs of the map, in double: x is m, v, bias mean and bias variance in
+// turn.
 double objective(const Layer& l, const Inputs& in, const std::vector<float>& e, const std::vector<double>& x, bool relu,
                  bool pooled) {
   const size_t n = l.size(), biases = in.bias_mean.size();
@@ -423,8 +432,7 @@ double objective(const Layer& l, const Inputs& in, const std::vector<float>& e, 
   std::vector<double> outputs;
   if (pooled)
     for (const auto& w : windows_of(l)) outputs.push_back(std::max({y[w[0]], y[w[1]], y[w[2]], y[w[3]]}));
-  else
-    outputs = y;
+  else outputs = y;
   double sum = 0;
   for (size_t o = 0; o < outputs.size(); o++)
     sum += in.grad[o] * outputs[o] + in.grad_square[o] * outputs[o] * outputs[o];
@@ -459,7 +467,8 @@ TEST(LocalReparam, SmallFiniteDifferences) {
     for (int r = 0; r < l.replicas; r++) {
       const size_t row = l.stride() * r;
       EXPECT_TRUE(close(cut(got.db_mean, row, l.channels), cut(want, 2 * n + row, l.channels), {.l2 = 1e-6}));
-      EXPECT_TRUE(close(cut(got.db_variance, row, l.channels), cut(want, 2 * n + biases + row, l.channels), {.l2 = 1e-6}));
+      EXPECT_TRUE(
+          close(cut(got.db_variance, row, l.channels), cut(want, 2 * n + biases + row, l.channels), {.l2 = 1e-6}));
     }
   }
 }

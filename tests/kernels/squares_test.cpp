@@ -51,7 +51,8 @@ TEST(Squares, SmallFoldedGradientIsTheDerivative) {
   std::mt19937 random(4);
   std::normal_distribution<float> normal;
   std::vector<float> values(n), gradients(n), square_gradients(n);
-  for (size_t i = 0; i < n; i++) values[i] = normal(random), gradients[i] = normal(random), square_gradients[i] = normal(random);
+  for (size_t i = 0; i < n; i++)
+    values[i] = normal(random), gradients[i] = normal(random), square_gradients[i] = normal(random);
   Memory memory;
   Buffer x(memory, values), grad(memory, gradients), grad_square(memory, square_gradients);
   Buffer<float> y(memory, n);

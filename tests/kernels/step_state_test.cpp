@@ -62,7 +62,8 @@ TEST(StepState, SmallSchedules) {
   const int steps = 20;
   const double pi = std::acos(-1.);
   const auto seen = run({fresh(Schedule::constant, steps), fresh(Schedule::linear, steps),
-                         fresh(Schedule::cosine, steps), fresh(Schedule::cosine, 1)}, steps);
+                         fresh(Schedule::cosine, steps), fresh(Schedule::cosine, 1)},
+                        steps);
   for (int t = 0; t < steps; t++) {
     const double p = double(t) / steps;
     const double factor[3] = {1, 1 - p, (1 + std::cos(pi * p)) / 2};

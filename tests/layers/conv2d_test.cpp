@@ -14,8 +14,12 @@ constexpr uint32_t stream_id = 2;
 // A golden convolution: y = m + sqrt(v) eps without ReLU, with the gradients of sum(up y).
 struct Golden {
   explicit Golden(const std::string& name)
-      : z(BATON_GOLDENS "/" + name + ".npz"), x(z.f32("in_x")), up(z.f64("up_y")), eps(z.f64("eps")),
-        mean(z.f64("in_mu")), sd(z.f64("in_sigma")) {
+      : z(BATON_GOLDENS "/" + name + ".npz"),
+        x(z.f32("in_x")),
+        up(z.f64("up_y")),
+        eps(z.f64("eps")),
+        mean(z.f64("in_mu")),
+        sd(z.f64("in_sigma")) {
     const auto in = z.shape("in_x"), w = z.shape("in_mu");
     const int pad = nlohmann::json::parse(z.text("meta_json"))["padding"];
     layer = {int(in[0]), int(in[1]), int(in[2]), int(in[3]), int(w[0]), int(w[2]), pad};
@@ -116,8 +120,10 @@ TEST_P(ConvGolden, TheLayerAgrees) {
 struct Problem {
   Problem(const ReferenceLayer& shape, size_t outputs, int replica) : layer(shape) {
     const unsigned seed = unsigned(1000 * replica + shape.kernel + shape.pad);
-    mean = random_normal(layer.weights(), 0, 0.3f, seed + 1), variance = random_uniform(layer.weights(), 0, 0.05f, seed + 2);
-    bias_mean = random_normal(layer.out, 0, 0.3f, seed + 3), bias_variance = random_uniform(layer.out, 0, 0.1f, seed + 4);
+    mean = random_normal(layer.weights(), 0, 0.3f, seed + 1),
+    variance = random_uniform(layer.weights(), 0, 0.05f, seed + 2);
+    bias_mean = random_normal(layer.out, 0, 0.3f, seed + 3),
+    bias_variance = random_uniform(layer.out, 0, 0.1f, seed + 4);
     x = random_normal(layer.inputs(), 0.2f, 1, seed + 5);
     up = random_normal(outputs, 0, 1, seed + 6), up_square = random_normal(outputs, 0, 0.3f, seed + 7);
     state = state_of(uint64_t(replica), uint32_t(60 + replica));
@@ -130,7 +136,7 @@ struct Problem {
 // What is left after both passes, replica after replica.
 struct Left {
   std::vector<float> y, square, x_grad, x_grad_square, weight_mean, weight_variance, bias_mean, bias_variance;
-  static constexpr std::vector<float> Left::* fields[] = {
+  static constexpr std::vector<float> Left::*fields[] = {
       &Left::y,           &Left::square,          &Left::x_grad,    &Left::x_grad_square,
       &Left::weight_mean, &Left::weight_variance, &Left::bias_mean, &Left::bias_variance};
 };
@@ -182,8 +188,7 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
 }
 
 size_t pooled_outputs(const ReferenceLayer& r, Pooling pooling) {
-  return pooling == Pooling::none ? r.outputs()
-                                  : size_t(r.batch) * r.out * (r.out_height() / 2) * (r.out_width() / 2);
+  return pooling == Pooling::none ? r.outputs() : size_t(r.batch) * r.out * (r.out_height() / 2) * (r.out_width() / 2);
 }
 std::vector<Problem> problems_of(const ReferenceLayer& shape, Pooling pooling, int first, int count) {
   std::vector<Problem> problems;
@@ -217,9 +222,9 @@ void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool 
   EXPECT_TRUE(close(got.bias_variance, r.g_bias_variance, {.l2 = 1e-5}));
 }
 
-const std::vector<ReferenceLayer> shapes = {
-    {2, 1, 12, 12, 3, 5, 0}, {3, 2, 7, 7, 5, 5, 1}, {1, 3, 9, 10, 4, 5, 2}, {2, 4, 6, 5, 3, 3, 1},
-    {2, 3, 11, 8, 9, 3, 0},  {1, 6, 5, 5, 2, 1, 0}, {2, 20, 12, 12, 10, 5, 0}};
+const std::vector<ReferenceLayer> shapes = {{2, 1, 12, 12, 3, 5, 0},  {3, 2, 7, 7, 5, 5, 1},  {1, 3, 9, 10, 4, 5, 2},
+                                            {2, 4, 6, 5, 3, 3, 1},    {2, 3, 11, 8, 9, 3, 0}, {1, 6, 5, 5, 2, 1, 0},
+                                            {2, 20, 12, 12, 10, 5, 0}};
 
 TEST(ConvLayer, AgainstReference) {
   BATON_NEEDS_DEVICE();
@@ -303,7 +308,8 @@ void check_pool(int channels, int height, int width, int window, bool sampled) {
   LayerBench bench(ParameterLayout{}, replicas, batch, sampled, size_t(channels) * height * width);
   pool.prepare(bench.context());
   const int planes = replicas * batch * channels;
-  const size_t inputs = size_t(planes) * height * width, outputs = size_t(planes) * pool.out_height() * pool.out_width();
+  const size_t inputs = size_t(planes) * height * width,
+               outputs = size_t(planes) * pool.out_height() * pool.out_width();
   // Positive, as behind a ReLU, and distinct.
   const auto x = random_uniform(inputs, 0.1f, 2, 9), up = random_normal(outputs, 0, 1, 10);
   const auto up_square = random_normal(outputs, 0, 1, 11);

@@ -74,7 +74,8 @@ TEST_P(DenseGolden, TheLayerAgrees) {
   layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
   const Doubles m = golden.z.f64("out_m"), v = golden.z.f64("out_v");
   Doubles want, square;
-  for (size_t i = 0; i < outputs; i++) want.push_back(m[i] + std::sqrt(v[i]) * e[i]), square.push_back(want[i] * want[i]);
+  for (size_t i = 0; i < outputs; i++)
+    want.push_back(m[i] + std::sqrt(v[i]) * e[i]), square.push_back(want[i] * want[i]);
   EXPECT_TRUE(close(bench.read(y.value, outputs), want, {.l2 = 1e-6}));
   EXPECT_TRUE(close(bench.read(y.square, outputs), square, {.l2 = 2e-6}));
 
@@ -128,7 +129,8 @@ Left run(Shape s, int first, int count, bool check) {
     ReferenceLayer ref = ReferenceLayer::dense(s.batch, s.in, s.out);
     const auto mean = random_normal(ref.weights(), 0, 0.3f, seed + 1);
     const auto variance = random_uniform(ref.weights(), 0, 0.1f, seed + 2);
-    const auto bias_mean = random_normal(s.out, 0, 0.3f, seed + 3), bias_variance = random_uniform(s.out, 0, 0.1f, seed + 4);
+    const auto bias_mean = random_normal(s.out, 0, 0.3f, seed + 3),
+               bias_variance = random_uniform(s.out, 0, 0.1f, seed + 4);
     bench.set("fc.weight", mean, variance, r - first);
     bench.set("fc.bias", bias_mean, bias_variance, r - first);
     append(x, random_normal(ref.inputs(), 0.2f, 1, seed + 5));

@@ -17,10 +17,11 @@ constexpr int classes = 10;
 // LeNet5 in double precision, for a Gaussian posterior or (without variances) a point.
 struct Reference {
   explicit Reference(int batch_size)
-      : batch(batch_size), layers{{batch, 1, 28, 28, 20, 5, 0},
-                                  {batch, 20, 12, 12, 50, 5, 0},
-                                  ReferenceLayer::dense(batch, 800, 500),
-                                  ReferenceLayer::dense(batch, 500, 10)} {}
+      : batch(batch_size),
+        layers{{batch, 1, 28, 28, 20, 5, 0},
+               {batch, 20, 12, 12, 50, 5, 0},
+               ReferenceLayer::dense(batch, 800, 500),
+               ReferenceLayer::dense(batch, 500, 10)} {}
 
   // The mean cross-entropy.
   double forward(const Doubles& x, const std::vector<int64_t>& labels, const std::vector<Doubles>& noise) {
@@ -36,8 +37,7 @@ struct Reference {
       double sum = 0;
       for (int c = 0; c < classes; c++) sum += std::exp(l[c]);
       loss[b] = std::log(sum) - l[labels[b]];
-      for (int c = 0; c < classes; c++)
-        up[size_t(b) * classes + c] = (std::exp(l[c]) / sum - (c == labels[b])) / batch;
+      for (int c = 0; c < classes; c++) up[size_t(b) * classes + c] = (std::exp(l[c]) / sum - (c == labels[b])) / batch;
     }
     return std::accumulate(loss.begin(), loss.end(), 0.0) / batch;
   }
@@ -101,7 +101,8 @@ Weights point_weights(const Weights& w) { return {w.mean, {}, w.bias_mean, {}}; 
 // The network of one replica on the device.
 struct Net {
   Net(const Weights& weights, int batch, const StepState& step)
-      : batch(batch), sampled(!weights.sd.empty()),
+      : batch(batch),
+        sampled(!weights.sd.empty()),
         posterior(memory.device(), memory.arena(), network.layout(), sampled ? Family::gaussian : Family::point, 1),
         state(memory, std::vector<StepState>{step}) {
     network.prepare({memory.device(), memory.arena(), 1, batch, sampled, true}, false);
@@ -161,7 +162,8 @@ TEST(LeNet5Net, Layout) {
   EXPECT_EQ(net.layout().parameters(), 430500u + 580u);
   EXPECT_STREQ(net.architecture(), "lenet5");
   EXPECT_EQ(net.classes(), classes);
-  const std::vector<std::vector<int64_t>> shapes{{20, 1, 5, 5}, {20}, {50, 20, 5, 5}, {50}, {500, 800}, {500}, {10, 500}, {10}};
+  const std::vector<std::vector<int64_t>> shapes{{20, 1, 5, 5}, {20},  {50, 20, 5, 5}, {50},
+                                                 {500, 800},    {500}, {10, 500},      {10}};
   ASSERT_EQ(net.layout().tensors().size(), shapes.size());
   for (int i = 0; i < 8; i++) {
     EXPECT_EQ(net.layout()[i].name, layer_names[i / 2] + (i % 2 ? ".bias" : ".weight"));
@@ -185,7 +187,8 @@ TEST(LeNet5Net, TheReferenceIsRight) {
     const std::string name = layer_names[i];
     const ReferenceLayer& layer = r.layers[i];
     expect_golden(g.z, "out_" + name + "_y", layer.y, 1e-7);
-    for (const auto& [quantity, values] : {std::pair("out_" + name + "_m", &layer.m), {"out_" + name + "_v", &layer.v},
+    for (const auto& [quantity, values] : {std::pair("out_" + name + "_m", &layer.m),
+                                           {"out_" + name + "_v", &layer.v},
                                            {"g_" + name + "_mu", &layer.g_mean}}) {
       const auto print = fingerprint(*values);
       const Doubles want = g.z.f64(quantity + "_fp");
@@ -260,14 +263,14 @@ TEST(LeNet5Net, FiniteDifferences) {
           const std::string tensor = layer_names[i] + (bias ? ".bias" : ".weight");
           SCOPED_TRACE(tensor + (scale ? ", log sigma" : ", mean") + (sampled ? "" : ", point"));
           ReferenceLayer& layer = r.layers[i];
-          Doubles& parameters = scale ? (bias ? layer.bias_variance : layer.variance)
-                                      : (bias ? layer.bias_mean : layer.mean);
+          Doubles& parameters =
+              scale ? (bias ? layer.bias_variance : layer.variance) : (bias ? layer.bias_mean : layer.mean);
           std::vector<float> gradient = net.read(scale ? "variance.grad" : "mean.grad", tensor);
           if (scale)
             for (size_t k = 0; k < gradient.size(); k++) gradient[k] *= 2 * float(parameters[k]);
-          const size_t steepest = size_t(
-              std::max_element(gradient.begin(), gradient.end(),
-                               [](float a, float b) { return std::abs(a) < std::abs(b); }) - gradient.begin());
+          const size_t steepest = size_t(std::max_element(gradient.begin(), gradient.end(),
+                                                          [](float a, float b) { return std::abs(a) < std::abs(b); }) -
+                                         gradient.begin());
           Doubles got, want;
           for (size_t at : {steepest, gradient.size() / 3, gradient.size() - 1}) {
             const double before = parameters[at], h = scale ? 1e-3 : 1e-6;
@@ -342,7 +345,8 @@ TEST(LeNet5Net, ForwardAloneOnASharedInput) {
   const size_t count = size_t(batch) * classes;
   const auto logits = download(memory.device(), network.logits(), count * replicas);
   for (int r = 0; r < replicas; r++)
-    EXPECT_TRUE(exact(std::vector<float>(logits.begin() + long(r * count), logits.begin() + long((r + 1) * count)), want[r]));
+    EXPECT_TRUE(
+        exact(std::vector<float>(logits.begin() + long(r * count), logits.begin() + long((r + 1) * count)), want[r]));
 }
 
 }  // namespace

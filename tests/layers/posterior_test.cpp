@@ -19,7 +19,8 @@ ParameterLayout small_layout() {  // every tensor leaves a gap behind it
 // A posterior with its step states and totals.
 struct Bench {
   Bench(const ParameterLayout& layout, Family family, int replicas)
-      : posterior(memory.device(), memory.arena(), layout, family, replicas), states(memory, size_t(replicas)),
+      : posterior(memory.device(), memory.arena(), layout, family, replicas),
+        states(memory, size_t(replicas)),
         totals(memory, size_t(replicas)) {
     std::vector<StepState> all;
     for (int r = 0; r < replicas; r++) all.push_back(state_of(uint64_t(r), 0));
@@ -300,13 +301,13 @@ TEST(PosteriorState, GoldenTrajectory) {
     }
     const double kl = bench.posterior.kl()[0], want_kl = losses[step * 3 + 1];
     EXPECT_NEAR(nll, losses[step * 3], 1e-5 * losses[step * 3]);
-    EXPECT_NEAR(kl, want_kl, 1e-5 * want_kl + 1e-7);
+    EXPECT_NEAR(kl, want_kl, 1e-5 * want_kl + 3e-6);  // float: small by cancellation
     EXPECT_NEAR(nll + kl * state.kl_weight, losses[step * 3 + 2], 1e-5 * losses[step * 3 + 2]);
 
     const double before = bench.totals.host()[0].kl;
     bench.advance();
     bench.posterior.step(ScaleRule::adam, bench.states, bench.totals);
-    EXPECT_NEAR(bench.totals.host()[0].kl - before, want_kl, 1e-5 * want_kl + 1e-6);
+    EXPECT_NEAR(bench.totals.host()[0].kl - before, want_kl, 1e-5 * want_kl + 3e-6);
     for (int t = 0; t < 4; t++)
       for (const auto& [array, golden] : {std::pair("mean", "mu_"), {"log_std", "log_sigma_"}}) {
         const std::string name = golden + tensors[t];

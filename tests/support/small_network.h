@@ -227,9 +227,7 @@ class LayerBench {
   }
 
   Device& device() { return memory_.device(); }
-  LayerContext context() {
-    return {memory_.device(), memory_.arena(), store_.replicas(), batch_, sampled_, true};
-  }
+  LayerContext context() { return {memory_.device(), memory_.arena(), store_.replicas(), batch_, sampled_, true}; }
   WeightsView weights() const {
     return {store_.at("mean"), sampled_ ? store_.at("variance") : nullptr, store_.layout().stride()};
   }

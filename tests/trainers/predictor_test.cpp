@@ -1,0 +1,177 @@
+#include "trainers/predictor.h"
+
+#include "engine/synthetic.h"
+#include "tests/support/device.h"
+#include "tests/support/small_network.h"
+#include "trainers/device_data.h"
+
+namespace baton::test {
+namespace {
+
+constexpr int images = 23, classes = 10;
+
+NetworkFactory small() {
+  return [] { return std::make_unique<SmallNetwork>(); };
+}
+
+// Digits on the device, and a posterior of `replicas` networks.
+struct Bench {
+  explicit Bench(Family family, int replicas = 1)
+      : digits(generate_digits(images, 4)),
+        set(upload_images(memory.device(), memory.arena(), digits, unit_range)),
+        posterior(memory.device(), memory.arena(), SmallNetwork().layout(), family, replicas) {
+    std::vector<StepState> all;
+    std::vector<float> log_sd, prior_sd;
+    for (int r = 0; r < replicas; r++) {
+      all.push_back(state_of(uint64_t(r), 0));
+      log_sd.push_back(-2.5f), prior_sd.push_back(1);
+    }
+    Buffer<StepState> states(memory, all);
+    posterior.initialise(states, log_sd, prior_sd);
+  }
+  Predictions predict(int samples, uint64_t seed = 1, int at_once = 0, int batch = 0, int replica = 0) {
+    Predictor predictor(memory.device(), memory.arena(), small(), set, at_once, batch);
+    EXPECT_EQ(predictor.images(), images);
+    return predictor.predict(posterior, replica, samples, seed);
+  }
+  // The softmax of every image for given weights, in double from the network's own logits.
+  Doubles softmax(const float* weights) {
+    SmallNetwork network;
+    network.prepare({memory.device(), memory.arena(), 1, images, false, false}, true);
+    std::vector<float> x;
+    for (uint8_t pixel : digits.pixels) x.push_back(float(pixel) / 255);
+    upload(memory.device(), network.input().signal.value, x);
+    network.forward(memory.device(), {weights, nullptr, network.layout().stride()}, nullptr);
+    const auto logits = download(memory.device(), network.logits(), size_t(images) * classes);
+    Doubles p;
+    for (int i = 0; i < images; i++) {
+      double sum = 0;
+      for (int c = 0; c < classes; c++) sum += std::exp(double(logits[i * classes + c]));
+      for (int c = 0; c < classes; c++) p.push_back(std::exp(double(logits[i * classes + c])) / sum);
+    }
+    return p;
+  }
+
+  Memory memory;
+  Images digits;
+  DeviceImages set;
+  Posterior posterior;
+};
+
+Doubles entropies(const Doubles& p) {
+  Doubles h(p.size() / classes, 0);
+  for (size_t i = 0; i < p.size(); i++) h[i / classes] -= p[i] > 0 ? p[i] * std::log(p[i]) : 0;
+  return h;
+}
+
+TEST(Predictor, AtTheMeanIsOneForwardPass) {
+  BATON_NEEDS_DEVICE();
+  for (Family family : {Family::gaussian, Family::point}) {
+    Bench bench(family);
+    const Predictions got = bench.predict(0);
+    const Doubles want = bench.softmax(bench.posterior.weights().mean);
+    ASSERT_EQ(got.probability.size(), size_t(images) * classes);
+    EXPECT_TRUE(close(got.probability, want, {.l2 = 2e-6}));
+    EXPECT_TRUE(close(got.entropy, entropies(want), {.l2 = 2e-6}));
+    for (float information : got.mutual_information) EXPECT_NEAR(information, 0, 1e-6);
+    if (family == Family::gaussian) continue;
+    const Predictions sampled = bench.predict(5);  // a point posterior has nothing to sample
+    EXPECT_TRUE(exact(sampled.probability, got.probability));
+    EXPECT_TRUE(exact(sampled.mutual_information, got.mutual_information));
+  }
+}
+
+TEST(Predictor, AveragesOverDraws) {
+  BATON_NEEDS_DEVICE();
+  Bench bench(Family::gaussian, 2);
+  const int samples = 7;
+  const size_t stride = bench.posterior.store().layout().stride();
+  for (int replica : {0, 1}) {
+    const WeightsView all = bench.posterior.weights();
+    Buffer<float> draws(bench.memory, stride * samples);
+    sample_weights(draws, all.mean + stride * replica, all.variance + stride * replica, int(stride), stride, 0, samples,
+                   key_of(3, 7), bench.memory.stream());
+    Doubles mean(size_t(images) * classes, 0), entropy(images, 0);
+    for (int s = 0; s < samples; s++) {
+      const Doubles p = bench.softmax(draws + stride * s), h = entropies(p);
+      for (size_t i = 0; i < p.size(); i++) mean[i] += p[i] / samples;
+      for (size_t i = 0; i < h.size(); i++) entropy[i] += h[i] / samples;
+    }
+    const Doubles total = entropies(mean);
+    Doubles information;
+    for (int i = 0; i < images; i++) information.push_back(total[i] - entropy[i]);
+    const Predictions got = bench.predict(samples, 3, 0, 0, replica);
+    EXPECT_TRUE(close(got.probability, mean, {.l2 = 2e-6}));
+    EXPECT_TRUE(close(got.entropy, total, {.l2 = 2e-6}));
+    EXPECT_TRUE(close(got.mutual_information, information, {.l2 = 1e-4}));
+  }
+}
+
+TEST(Predictor, DoesNotDependOnHowTheWorkIsCut) {
+  BATON_NEEDS_DEVICE();
+  Bench bench(Family::gaussian);
+  const int samples = 7;
+  const Predictions want = bench.predict(samples, 3, 1, images);
+  for (int at_once : {1, 2, 7, 9, 0})
+    for (int batch : {images, 1, 5, 22, 100, 0}) {
+      SCOPED_TRACE(testing::Message() << at_once << " draws and " << batch << " images at once");
+      const Predictions got = bench.predict(samples, 3, at_once, batch);
+      EXPECT_TRUE(close(got.probability, want.probability, {.l2 = 1e-6}));
+      EXPECT_TRUE(close(got.entropy, want.entropy, {.l2 = 1e-6}));
+      EXPECT_TRUE(close(got.mutual_information, want.mutual_information, {.l2 = 1e-4}));
+#if !defined(BATON_CUDA)  // draws side by side are the same products
+      if (batch == images) {
+        EXPECT_TRUE(exact(got.probability, want.probability));
+        EXPECT_TRUE(exact(got.entropy, want.entropy));
+        EXPECT_TRUE(exact(got.mutual_information, want.mutual_information));
+      }
+#endif
+    }
+}
+
+TEST(Predictor, APredictorServesManyTimes) {
+  BATON_NEEDS_DEVICE();
+  Bench bench(Family::gaussian, 2);
+  Predictor predictor(bench.memory.device(), bench.memory.arena(), small(), bench.set, 2, 10);
+  const Predictions first = predictor.predict(bench.posterior, 0, 5, 3);
+  bench.memory.arena().freeze();
+  const Predictions other_replica = predictor.predict(bench.posterior, 1, 5, 3);
+  const Predictions other_seed = predictor.predict(bench.posterior, 0, 5, 4);
+  const Predictions mean = predictor.predict(bench.posterior, 0, 0, 3);
+  const Predictions again = predictor.predict(bench.posterior, 0, 5, 3);
+  EXPECT_TRUE(exact(again.probability, first.probability));
+  EXPECT_TRUE(exact(again.entropy, first.entropy));
+  EXPECT_TRUE(exact(again.mutual_information, first.mutual_information));
+  EXPECT_FALSE(exact(other_replica.probability, first.probability));
+  EXPECT_FALSE(exact(other_seed.probability, first.probability));
+  EXPECT_FALSE(exact(mean.probability, first.probability));
+}
+
+TEST(Predictor, ProbabilitiesAndInformation) {
+  BATON_NEEDS_DEVICE();
+  Bench bench(Family::gaussian);
+  for (int samples : {0, 1, 20}) {
+    const Predictions p = bench.predict(samples);
+    ASSERT_EQ(p.probability.size(), size_t(images) * classes);
+    ASSERT_EQ(p.entropy.size(), size_t(images));
+    ASSERT_EQ(p.mutual_information.size(), size_t(images));
+    double most = 0;
+    for (int i = 0; i < images; i++) {
+      double sum = 0;
+      for (int c = 0; c < classes; c++) sum += p.probability[i * classes + c];
+      EXPECT_NEAR(sum, 1, 1e-5);
+      EXPECT_GE(p.mutual_information[i], 0);
+      EXPECT_LE(p.mutual_information[i], p.entropy[i] + 1e-6);
+      EXPECT_LE(p.entropy[i], std::log(double(classes)) + 1e-6);
+      most = std::max(most, double(p.mutual_information[i]));
+    }
+    if (samples > 1) {
+      EXPECT_GT(most, 0.01);
+    } else {
+      EXPECT_NEAR(most, 0, 1e-6);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace baton::test
