@@ -1,9 +1,9 @@
 // Times a whole training step of LeNet5, or a prediction by 100 draws, and prints one JSON line: the counterpart of
 // bench/peers/lenet5_torch.py, which bench/peers/compare runs beside it.
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include "engine/synthetic.h"

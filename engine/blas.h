@@ -41,9 +41,10 @@ class Convolution {
   Convolution(Convolution&&) noexcept;
 
   const ConvShape& shape() const { return shape_; }
-  void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const;            // y = x * w
-  void backward_data(Device&, Matrices dy, Matrices w, MutableMatrices dx) const;    // dx = dL/dx
-  void backward_weights(Device&, Matrices x, Matrices dy, MutableMatrices dw) const;  // dw = dL/dw, summed over the batch
+  void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const;          // y = x * w
+  void backward_data(Device&, Matrices dy, Matrices w, MutableMatrices dx) const;  // dx = dL/dx
+  void backward_weights(Device&, Matrices x, Matrices dy,
+                        MutableMatrices dw) const;  // dw = dL/dw, summed over the batch
 
  private:
   struct Plan;

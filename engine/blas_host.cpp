@@ -36,10 +36,8 @@ void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matr
     const float* ar = a.data + a.stride * r;
     const float* br = b.data + b.stride * r;
     float* cr = c.data + c.stride * r;
-    if (cut_rows)
-      ar += transpose_a ? first : size_t(first) * lda, cr += size_t(first) * n;
-    else
-      br += transpose_b ? size_t(first) * ldb : first, cr += first;
+    if (cut_rows) ar += transpose_a ? first : size_t(first) * lda, cr += size_t(first) * n;
+    else br += transpose_b ? size_t(first) * ldb : first, cr += first;
     cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
                 cut_rows ? count : m, cut_rows ? n : count, k, 1.f, ar, lda, br, ldb, beta, cr, n);
   }

@@ -1,8 +1,8 @@
 // Plain convolutions on the host, computed directly: no im2col matrix is written. The vector runs along an output row,
 // whose inputs for a fixed kernel element are contiguous in memory, so the inner loop is the inner loop of a matrix
-// product with its right-hand operand read in place: per kernel element, `positions` vector loads, `filters` broadcasts,
-// filters x positions fused multiply-adds into registers. Kernels of 3x3 and 5x5 (what the networks have) are unrolled;
-// any other size takes the same code with a loop.
+// product with its right-hand operand read in place: per kernel element, `positions` vector loads, `filters`
+// broadcasts, filters x positions fused multiply-adds into registers. Kernels of 3x3 and 5x5 (what the networks have)
+// are unrolled; any other size takes the same code with a loop.
 //
 //   forward           y[n,p]      = sum_cij w[n,c,i,j] x[c,p+(i,j)]
 //   backward_weights  dw[n,c,i,j] = sum_b,p dy[b,n,p] x[b,c,p+(i,j)]    lanes hold partial sums, added at the end
@@ -47,10 +47,10 @@ struct Position {
 
 struct Geometry {
   ConvShape s;
-  int k, oh, ow, ow8;     // output size; width rounded up to whole vectors
-  int xh, xw;             // padded input size; xw has slack for whole vectors of the last kernel column
-  bool pad_input;         // the input must be copied into padded rows
-  bool pad_output;        // dy must be copied into rows of ow8
+  int k, oh, ow, ow8;  // output size; width rounded up to whole vectors
+  int xh, xw;          // padded input size; xw has slack for whole vectors of the last kernel column
+  bool pad_input;      // the input must be copied into padded rows
+  bool pad_output;     // dy must be copied into rows of ow8
   std::vector<Position> forward_positions;  // overlapping tails
   std::vector<Position> whole_positions;    // rows of ow8
 
@@ -67,7 +67,7 @@ struct Geometry {
         whole_positions.push_back({y * xw + x, y * ow8 + x});
       }
   }
-  size_t padded_input() const { return size_t(s.in_channels) * xh * xw; }    // of one image
+  size_t padded_input() const { return size_t(s.in_channels) * xh * xw; }     // of one image
   size_t padded_output() const { return size_t(s.out_channels) * oh * ow8; }  // of one image
 };
 
@@ -117,10 +117,8 @@ inline __attribute__((always_inline)) void forward_tile(const Geometry& g, const
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       float* to = y + size_t(m) * g.oh * g.ow + at[n].out;
-      if (g.ow >= lanes)
-        store(to, sum[m][n]);
-      else
-        std::memcpy(to, &sum[m][n], sizeof(float) * g.ow);
+      if (g.ow >= lanes) store(to, sum[m][n]);
+      else std::memcpy(to, &sum[m][n], sizeof(float) * g.ow);
     }
 }
 template <int K, int M, int N>
@@ -151,7 +149,8 @@ void pack_forward(const Geometry& g, const float* w, float* packed) {
   for (int n = 0; n < n_all;) {
     const int m_count = n + size <= n_all ? size : 1;
     for (int e = 0; e < per_filter; e++)
-      for (int m = 0; m < m_count; m++) packed[size_t(n) * per_filter + e * m_count + m] = w[size_t(n + m) * per_filter + e];
+      for (int m = 0; m < m_count; m++)
+        packed[size_t(n) * per_filter + e * m_count + m] = w[size_t(n + m) * per_filter + e];
     n += m_count;
   }
 }
@@ -282,13 +281,20 @@ Convolution::Convolution(Convolution&&) noexcept = default;
 template <class F>
 static void with_kernel(int k, F body) {
   switch (k) {
-    case 1: return body.template operator()<1>();
-    case 2: return body.template operator()<2>();
-    case 3: return body.template operator()<3>();
-    case 4: return body.template operator()<4>();
-    case 5: return body.template operator()<5>();
-    case 6: return body.template operator()<6>();
-    case 7: return body.template operator()<7>();
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    case 4:
+      return body.template operator()<4>();
+    case 5:
+      return body.template operator()<5>();
+    case 6:
+      return body.template operator()<6>();
+    case 7:
+      return body.template operator()<7>();
   }
 }
 
@@ -311,12 +317,9 @@ void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) co
       }
       const float* packed = plan_->packed + r * s.weight_size();
       float* to = y.data + y.stride * r + b * out_image;
-      if (g.k == 5)
-        forward_image<5>(g, image, packed, to);
-      else if (g.k == 3)
-        forward_image<3>(g, image, packed, to);
-      else
-        forward_image<0>(g, image, packed, to);
+      if (g.k == 5) forward_image<5>(g, image, packed, to);
+      else if (g.k == 3) forward_image<3>(g, image, packed, to);
+      else forward_image<0>(g, image, packed, to);
     }
   }
 }
@@ -334,8 +337,7 @@ void Convolution::backward_weights(Device&, Matrices x, Matrices dy, MutableMatr
 #pragma omp for schedule(static)
       for (int task = 0; task < replicas_ * s.batch; task++) {
         const int r = task / s.batch, b = task % s.batch;
-        if (g.pad_input)
-          pad_image(g, plan_->padded_x + task * g.padded_input(), x.data + x.stride * r + b * in_image);
+        if (g.pad_input) pad_image(g, plan_->padded_x + task * g.padded_input(), x.data + x.stride * r + b * in_image);
         if (g.pad_output)
           pad_rows(g, plan_->padded_dy + task * g.padded_output(), dy.data + dy.stride * r + b * out_image);
       }
@@ -347,10 +349,8 @@ void Convolution::backward_weights(Device&, Matrices x, Matrices dy, MutableMatr
       dr += size_t(n) * g.oh * g.ow8;
       float* to = dw.data + dw.stride * r + n * per_filter;
       with_kernel(g.k, [&]<int K>() {
-        if (n + 2 <= s.out_channels)
-          weights_group<K, 2>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
-        else
-          weights_group<K, 1>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
+        if (n + 2 <= s.out_channels) weights_group<K, 2>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
+        else weights_group<K, 1>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
       });
     }
   }

@@ -1,6 +1,7 @@
-// Noise is a function, not a state: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-// keyed by the seed, counting (element, stream, step, draw). The same numbers whatever the grid, the batch split or the
-// device, so a backward pass can draw them again and a resumed run goes on with the very noise it would have had.
+// Noise is a function, not a state: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011) keyed by the seed, counting (element, stream, step, draw). The same numbers whatever the grid, the batch split
+// or the device, so a backward pass can draw them again and a resumed run goes on with the very noise it would have
+// had.
 //
 // Only + - * fma sqrt and integers: every back end computes the same bits, and g++ vectorises all of it.
 #pragma once
@@ -47,7 +48,7 @@ __host__ __device__ __forceinline__ float log_unit(float x) {
 __host__ __device__ __forceinline__ float2 box_muller(uint32_t a, uint32_t b) {
   float u = fmaf(float(int(a >> 1)), 0x1p-31f, 0x1p-32f);  // (0, 1]
   float r = sqrtf(-2.f * log_unit(u));
-  uint32_t quadrant = (b + 0x20000000u) >> 30;  // nearest multiple of pi/2
+  uint32_t quadrant = (b + 0x20000000u) >> 30;                                 // nearest multiple of pi/2
   float t = float(int(b - (quadrant << 30))) * (1.5707963267949f * 0x1p-30f);  // [-pi/4, pi/4)
   float tt = t * t;
   float s = fmaf(fmaf(fmaf(-1.9515295891e-4f, tt, 8.3321608736e-3f), tt, -1.6666654611e-1f), tt * t, t);

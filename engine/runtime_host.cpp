@@ -9,9 +9,7 @@ namespace baton {
 
 namespace {
 std::atomic<size_t> current_bytes{0}, highest_bytes{0};
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
 struct LibraryHandles {};

@@ -1,6 +1,6 @@
 // The flat parameter store: a network lists its tensors once, and every quantity kept for each parameter (mean, scale,
-// prior, gradient, moment) is one aligned array [replicas][stride] over all of them. An optimizer step, a hand-over or a
-// checkpoint is then one pass over one array, and views by name remain.
+// prior, gradient, moment) is one aligned array [replicas][stride] over all of them. An optimizer step, a hand-over or
+// a checkpoint is then one pass over one array, and views by name remain.
 #pragma once
 #include <map>
 #include <string>
@@ -24,8 +24,8 @@ class ParameterLayout {
   int add(std::string name, std::vector<int64_t> shape, int fan_in, bool bias);
   const std::vector<TensorSpec>& tensors() const { return tensors_; }
   const TensorSpec& operator[](int index) const { return tensors_[index]; }
-  size_t stride() const { return stride_; }   // floats of one replica, gaps included
-  size_t parameters() const;                  // without the gaps
+  size_t stride() const { return stride_; }  // floats of one replica, gaps included
+  size_t parameters() const;                 // without the gaps
   struct Gap {
     size_t offset, size;
   };
@@ -43,8 +43,8 @@ class ParameterStore {
       : arena_(&arena), layout_(layout), replicas_(replicas) {}
   const ParameterLayout& layout() const { return layout_; }
   int replicas() const { return replicas_; }
-  float* add(const std::string& array);        // [replicas][stride], zero; throws InputError for a name already taken
-  float* at(const std::string& array) const;   // throws InputError for an unknown name
+  float* add(const std::string& array);       // [replicas][stride], zero; throws InputError for a name already taken
+  float* at(const std::string& array) const;  // throws InputError for an unknown name
   const std::vector<std::string>& arrays() const { return order_; }
   size_t row_bytes() const { return layout_.stride() * sizeof(float); }
   size_t bytes() const { return row_bytes() * replicas_; }  // of one array

@@ -10,7 +10,7 @@ struct Normalisation {
   float scale[3], shift[3];
 };
 
-struct DeviceImages {  // device memory
+struct DeviceImages {     // device memory
   const uint8_t* pixels;  // [count][channels][plane]
   const uint8_t* labels;  // [count]
   int count, channels, plane;

@@ -8,16 +8,16 @@ namespace baton {
 // Every array is [replicas][stride], its first `count` elements of each replica in use. Device memory.
 struct GaussianArrays {
   float* mean;
-  float* log_sd;          // log sigma
-  float* variance;        // sigma^2, kept beside it for the products
+  float* log_sd;    // log sigma
+  float* variance;  // sigma^2, kept beside it for the products
   const float* prior_mean;
   const float* prior_log_sd;
-  float* grad_mean;       // d/d mu of the mean cross-entropy
-  float* grad_variance;   // d/d sigma^2 of the mean cross-entropy
-  float* mean_m;          // Adam's first and second moments
+  float* grad_mean;      // d/d mu of the mean cross-entropy
+  float* grad_variance;  // d/d sigma^2 of the mean cross-entropy
+  float* mean_m;         // Adam's first and second moments
   float* mean_v;
   float* scale_m;
-  float* scale_v;         // unused by the natural-gradient rule
+  float* scale_v;  // unused by the natural-gradient rule
   size_t stride;
   int count, replicas;
 };

@@ -52,8 +52,8 @@ __global__ void dense_sample_kernel(Signal out, const float* m, float* v, Bias b
   const size_t first = (size_t(r) * s.batch + b) * s.units;
   const float* bias_mean = bias.mean + bias.stride * r;
   const float* bias_variance = noisy ? bias.variance + bias.stride * r : nullptr;
-  const Key key = states[r].noise;
-  const uint32_t step = states[r].step;
+  const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
+  const uint32_t step = noisy ? states[r].step : 0;
   SIMT_SIMD()
   for (int i = threadIdx.x; i < q; i += blockDim.x) {
     float4 e{};
@@ -73,8 +73,8 @@ __global__ void dense_sample_backward_kernel(float* dm, float* dv, Signal out, c
                                              const StepState* states, uint32_t stream_id) {
   const int b = blockIdx.x, r = simt::row(), q = (s.units + 3) / 4;
   const size_t first = (size_t(r) * s.batch + b) * s.units;
-  const Key key = states[r].noise;
-  const uint32_t step = states[r].step;
+  const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
+  const uint32_t step = noisy ? states[r].step : 0;
   SIMT_SIMD()
   for (int i = threadIdx.x; i < q; i += blockDim.x) {
     float4 e{};
@@ -115,8 +115,8 @@ __global__ void conv_sample_kernel(Signal out, const float* m, float* v, Bias bi
   const size_t first = (size_t(r) * s.batch * s.channels + plane) * s.h * s.w;
   const float bias_mean = bias.mean[bias.stride * r + c];
   const float bias_variance = noisy ? bias.variance[bias.stride * r + c] : 0.f;
-  const Key key = states[r].noise;
-  const uint32_t step = states[r].step;
+  const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
+  const uint32_t step = noisy ? states[r].step : 0;
   for (int o = threadIdx.x; o < wh * ww; o += blockDim.x) {
     const int py = o / ww, px = o - py * ww;
     float4 e{};
@@ -137,8 +137,8 @@ __global__ void conv_sample_backward_kernel(float* dm, float* dv, float* sums, S
   const int plane = blockIdx.x, r = simt::row();
   const int wh = (s.h + 1) / 2, ww = (s.w + 1) / 2;
   const size_t index = size_t(r) * s.batch * s.channels + plane, first = index * s.h * s.w;
-  const Key key = states[r].noise;
-  const uint32_t step = states[r].step;
+  const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
+  const uint32_t step = noisy ? states[r].step : 0;
   float sum_m = 0, sum_v = 0;
   for (int o = threadIdx.x; o < wh * ww; o += blockDim.x) {
     const int py = o / ww, px = o - py * ww;
@@ -358,10 +358,8 @@ void conv_sample_pool_backward(float* dm, float* dv, float* sums, Signal out, co
   BATON_RANGE("conv_sample_pool_backward");
   check_shape("conv_sample_pool_backward", s.replicas > 0 && s.batch > 0 && s.channels > 0 && s.h > 1 && s.w > 1);
   const auto shape = simt::blocks(s.batch * s.channels, plane_threads, 0, s.replicas);
-  if (slope)
-    simt::launch<conv_sample_pool_backward_kernel<true>>(shape, stream, dm, dv, sums, out, which, slope, s);
-  else
-    simt::launch<conv_sample_pool_backward_kernel<false>>(shape, stream, dm, dv, sums, out, which, slope, s);
+  if (slope) simt::launch<conv_sample_pool_backward_kernel<true>>(shape, stream, dm, dv, sums, out, which, slope, s);
+  else simt::launch<conv_sample_pool_backward_kernel<false>>(shape, stream, dm, dv, sums, out, which, slope, s);
 }
 
 void conv_bias_gradient(float* db_mean, float* db_variance, size_t stride, const float* sums, ConvPlanes s,

@@ -23,13 +23,14 @@ struct Signal {
   float* grad_square = nullptr;
 };
 
-// ---- dense. m, v [replicas][batch][units]; e of unit j of example b is normal (j mod q, q = ceil(units/4)) lane j / q.
+// ---- dense. m, v [replicas][batch][units]; e of unit j of example b is normal (j mod q, q = ceil(units/4)) lane j /
+// q.
 struct DenseShape {
   int replicas, batch, units;
 };
 // out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2.
-void dense_sample(Signal out, const float* m, float* v, Bias, DenseShape, bool relu, const StepState*, uint32_t stream_id,
-                  Stream);
+void dense_sample(Signal out, const float* m, float* v, Bias, DenseShape, bool relu, const StepState*,
+                  uint32_t stream_id, Stream);
 // dm = g, dv = g e / (2 sqrt v), with g = dL/dy (0 where the ReLU cut) and e drawn again; v as dense_sample left it.
 // dv is 0 where v is 0. dm may be out.grad.
 void dense_sample_backward(float* dm, float* dv, Signal out, const float* v, DenseShape, bool relu, const StepState*,
@@ -51,10 +52,10 @@ void conv_sample(Signal out, const float* m, float* v, Bias, ConvPlanes, bool re
 void conv_sample_backward(float* dm, float* dv, float* sums, Signal out, const float* v, ConvPlanes, bool relu,
                           const StepState*, uint32_t stream_id, Stream);
 
-// Sampling, ReLU and 2x2 max pooling in one pass: m and v are read once, and of the pre-activations nothing is kept but,
-// for each window, the pooled value, the winner's place (4 when the ReLU cut it) and its slope dy/dv = e / (2 sqrt v).
-// out [replicas][batch][channels][h/2][w/2]; which, slope of that shape (slope null for a point posterior or when no
-// backward pass follows; which may be null then too).
+// Sampling, ReLU and 2x2 max pooling in one pass: m and v are read once, and of the pre-activations nothing is kept
+// but, for each window, the pooled value, the winner's place (4 when the ReLU cut it) and its slope dy/dv = e / (2 sqrt
+// v). out [replicas][batch][channels][h/2][w/2]; which, slope of that shape (slope null for a point posterior or when
+// no backward pass follows; which may be null then too).
 void conv_sample_pool(Signal out, uint8_t* which, float* slope, const float* m, const float* v, Bias, ConvPlanes,
                       const StepState*, uint32_t stream_id, Stream);
 // The gradient of each window goes to its winner: dm, dv [replicas][batch][channels][h][w], all elements written.

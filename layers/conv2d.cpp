@@ -41,8 +41,7 @@ void Conv2d::forward(Device& device, WeightsView w, const Activation& x, const S
   const Bias bias{w.mean + bias_at_, sampled_ ? w.variance + bias_at_ : nullptr, w.stride};
   if (pooling_ == Pooling::max2)
     conv_sample_pool(y_.signal, which_, slope_, m_, v_, bias, planes_, states, stream_id_, device.stream());
-  else
-    conv_sample(y_.signal, m_, v_, bias, planes_, true, states, stream_id_, device.stream());
+  else conv_sample(y_.signal, m_, v_, bias, planes_, true, states, stream_id_, device.stream());
 }
 
 // dmu = corr(x, dm), d(sigma^2) = corr(x^2, dv); dL/dx through the mean = dm *^T mu, dL/d(x^2) = dv *^T sigma^2.

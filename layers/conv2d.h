@@ -1,5 +1,6 @@
 // A convolution of stride 1 with ReLU, and 2x2 max pooling fused behind it where asked for: y = pool?(relu(x * W + b)),
-// W [out, in, k, k], under a point or a fully factorized Gaussian posterior (noise for each example, filter and position).
+// W [out, in, k, k], under a point or a fully factorized Gaussian posterior (noise for each example, filter and
+// position).
 #pragma once
 #include <optional>
 

@@ -31,10 +31,11 @@ void Dense::forward(Device& device, WeightsView w, const Activation& x, const St
   gemm(device, false, true, shape_.batch, out_, in_, {x.signal.value, x.stride}, weight, 0.f,
        {y_.signal.value, y_.stride}, shape_.replicas);
   if (sampled_)
-    gemm(device, false, true, shape_.batch, out_, in_, {x.signal.square, x.stride},
-         {w.variance + weight_at_, w.stride}, 0.f, {v_, y_.stride}, shape_.replicas);
-  dense_sample(y_.signal, y_.signal.value, v_, {w.mean + bias_at_, sampled_ ? w.variance + bias_at_ : nullptr, w.stride},
-               shape_, relu_, states, stream_id_, device.stream());
+    gemm(device, false, true, shape_.batch, out_, in_, {x.signal.square, x.stride}, {w.variance + weight_at_, w.stride},
+         0.f, {v_, y_.stride}, shape_.replicas);
+  dense_sample(y_.signal, y_.signal.value, v_,
+               {w.mean + bias_at_, sampled_ ? w.variance + bias_at_ : nullptr, w.stride}, shape_, relu_, states,
+               stream_id_, device.stream());
 }
 
 // dmu = dm^T x, d(sigma^2) = dv^T x^2; dL/dx through the mean = dm mu, dL/d(x^2) = dv sigma^2.

@@ -6,7 +6,8 @@ namespace baton {
 
 MaxPool2d::MaxPool2d(int channels, int height, int width, int window)
     : channels_(channels), height_(height), width_(width), window_(window) {
-  if (window != 2 && window != 3) throw InputError("max pooling: windows are 2x2 or 3x3, not " + std::to_string(window));
+  if (window != 2 && window != 3)
+    throw InputError("max pooling: windows are 2x2 or 3x3, not " + std::to_string(window));
   if (height < window || width < window)
     throw InputError("max pooling: a " + std::to_string(height) + "x" + std::to_string(width) +
                      " plane is smaller than the window of " + std::to_string(window));
@@ -31,8 +32,7 @@ void MaxPool2d::backward(Device& device, const Activation& x) {
   if (y_.signal.grad_square)
     fold_square_gradient(y_.signal.grad, y_.signal.value, y_.signal.grad_square, n, device.stream());
   maxpool_backward(x.signal.grad, y_.signal.grad, which_, planes_, height_, width_, window_, device.stream());
-  if (x.signal.grad_square)
-    fill_zero(device, x.signal.grad_square, sizeof(float) * planes_ * height_ * width_);
+  if (x.signal.grad_square) fill_zero(device, x.signal.grad_square, sizeof(float) * planes_ * height_ * width_);
 }
 
 }  // namespace baton

@@ -1,5 +1,6 @@
 // Max pooling as a layer of its own (where it cannot be fused with the convolution before it): windows of 2x2 or 3x3,
-// stride 2, floor mode. No parameters. Under local reparameterization it passes squares on as the squares of its output.
+// stride 2, floor mode. No parameters. Under local reparameterization it passes squares on as the squares of its
+// output.
 #pragma once
 #include "kernels/maxpool.h"
 #include "layers/layer.h"

@@ -86,10 +86,8 @@ void Posterior::hand_over() {
 
 void Posterior::step(ScaleRule rule, const StepState* states, Totals* totals) {
   BATON_RANGE("update");
-  if (family_ == Family::point)
-    point_step(arrays(), states, device_.stream());
-  else
-    gaussian_step(arrays(), rule, states, totals, partial_, device_.stream());
+  if (family_ == Family::point) point_step(arrays(), states, device_.stream());
+  else gaussian_step(arrays(), rule, states, totals, partial_, device_.stream());
 }
 
 std::vector<double> Posterior::kl() {

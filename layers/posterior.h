@@ -1,5 +1,5 @@
-// What is believed about the weights: a point estimate (fine-tuning) or a fully factorized Gaussian (FFG), over the flat
-// store, with the prior that it answers to. Handing a posterior on as the next prior is one copy of two arrays.
+// What is believed about the weights: a point estimate (fine-tuning) or a fully factorized Gaussian (FFG), over the
+// flat store, with the prior that it answers to. Handing a posterior on as the next prior is one copy of two arrays.
 #pragma once
 #include "engine/store.h"
 #include "kernels/gaussian.h"
@@ -21,7 +21,7 @@ class Posterior {
   void reset_optimizer();
   // One optimizer step from the gradients; the KL before it is added to totals.
   void step(ScaleRule, const StepState*, Totals*);
-  std::vector<double> kl();  // of every replica to its prior; nats; 0 for a point posterior
+  std::vector<double> kl();           // of every replica to its prior; nats; 0 for a point posterior
   std::vector<double> mean_log_sd();  // over all parameters, of every replica
 
   WeightsView weights() const;

@@ -15,16 +15,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // One job under way: what its checkpoint must say besides the trainer's own state.
 struct Progression {
   size_t job = 0;
-  json runs = json::array();      // finished jobs'
-  json current = json::array();   // this job's, one a seed, with the stages so far
-  double stage_seconds = 0;       // of training, in the stage under way
+  json runs = json::array();     // finished jobs'
+  json current = json::array();  // this job's, one a seed, with the stages so far
+  double stage_seconds = 0;      // of training, in the stage under way
 };
 
 class Runner {
@@ -38,8 +36,7 @@ class Runner {
         log_(options.out, options.resume),
         folder_(options.out / "checkpoint") {
     make_directories(folder_);
-    if (options.resume)
-      load();
+    if (options.resume) load();
     else
       for (const char* name : {"experiment.json", "job.safetensors"}) fs::remove(folder_ / name);
     // A line of an epoch that the checkpoint does not hold will be written again.
@@ -216,9 +213,7 @@ class Runner {
     for (json& run : at_.current) run["final_test_accuracy"] = run["stages"].back()["test_accuracy"];
   }
 
-  static std::string label_of(const Job& job) {
-    return job.method + " T=" + std::to_string(job.parts);
-  }
+  static std::string label_of(const Job& job) { return job.method + " T=" + std::to_string(job.parts); }
 
   void train_stage(const Job& job, IncrementalTrainer& trainer, Progress& progress) {
     BATON_RANGE("stage");

@@ -21,15 +21,16 @@ struct ExperimentOptions {
   std::string preset;
   std::filesystem::path out;
   bool resume = false;
-  int samples = 100;        // draws of the weights in the prediction after a job's last stage
-  int stage_samples = 100;  // and after the stages before it
+  int samples = 100;               // draws of the weights in the prediction after a job's last stage
+  int stage_samples = 100;         // and after the stages before it
   double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after every stage
   Normalisation normalisation = unit_range;
 };
 
 // Runs the jobs in turn and returns the object that result.json holds (it is written after every job). Files in
 // options.out: log.jsonl, result.json, checkpoint/ while it runs. Throws InputError for more parts than images, or when
-// --resume finds the checkpoint of another experiment; RunError when a file cannot be written or the loss is not finite.
+// --resume finds the checkpoint of another experiment; RunError when a file cannot be written or the loss is not
+// finite.
 json run_experiment(const ExperimentOptions&, const Dataset&, const NetworkFactory&, const std::vector<Job>&);
 
 // The settings of a plan as result.json shows them.

@@ -1,5 +1,6 @@
 #include "trainers/incremental.h"
 
+#include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -38,6 +39,9 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
   std::vector<int32_t> all;
   for (const auto& o : order) {
     if (o.size() != order_stride_) throw InputError("an order's length is not the sum of its parts'");
+    for (int32_t i : o)
+      if (i < 0 || i >= train.count)
+        throw InputError("an order names image " + std::to_string(i) + " of " + std::to_string(train.count));
     all.insert(all.end(), o.begin(), o.end());
   }
   upload(device, order_, all);
@@ -186,23 +190,37 @@ std::string IncrementalTrainer::restore(const std::filesystem::path& path) {
   };
   if (meta("plan") != identity_of(plan_, network_->architecture(), part_sizes_))
     throw InputError(path.string() + ": a checkpoint of another run (its plan is " + meta("plan") + ")");
+  // Everything is read and checked before anything is written, so a damaged file leaves the trainer as it was.
+  const auto whole_number = [&](const std::string& key, int most) {
+    const std::string text = meta(key);
+    int value = -1;
+    const auto end = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (end.ec != std::errc() || end.ptr != text.data() + text.size() || value < 0 || value > most)
+      throw InputError(path.string() + ": \"" + key + "\" is '" + text + "', expected 0 to " + std::to_string(most));
+    return value;
+  };
+  const int stage = whole_number("stage", stages() - 1), stage_step = whole_number("stage_step", steps_of(stage));
   ParameterStore& store = posterior_.store();
+  std::vector<std::vector<float>> values;
   for (int r = 0; r < store.replicas(); r++)
     for (const TensorSpec& t : store.layout().tensors())
       for (const std::string& array : posterior_.state_arrays())
-        store.write(device_, array, r, t, file.at(tensor_name(t.name, array, r, store.replicas())).as<float>());
-  if (plan_.family == Family::gaussian)  // the gaps between tensors follow their prior, as initialise() left them
-    posterior_.refresh();
-  const Tensor& raw = file.at("step_state");
-  if (raw.bytes.size() != states_host_.size() * sizeof(StepState))
-    throw InputError(path.string() + ": step_state has " + std::to_string(raw.bytes.size()) + " bytes, expected " +
-                     std::to_string(states_host_.size() * sizeof(StepState)));
-  std::memcpy(states_host_.data(), raw.bytes.data(), raw.bytes.size());
+        values.push_back(file.at(tensor_name(t.name, array, r, store.replicas()), t.shape).as<float>());
+  const Tensor& raw = file.at("step_state", {int64_t(states_host_.size() * sizeof(StepState))});
+  const std::vector<uint8_t> state_bytes = raw.as<uint8_t>();
+  const std::string extra = meta("extra");
+
+  size_t next = 0;
+  for (int r = 0; r < store.replicas(); r++)
+    for (const TensorSpec& t : store.layout().tensors())
+      for (const std::string& array : posterior_.state_arrays()) store.write(device_, array, r, t, values[next++]);
+  posterior_.refresh();
+  std::memcpy(states_host_.data(), state_bytes.data(), state_bytes.size());
   upload_states();
   fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
-  stage_ = std::stoi(meta("stage"));
-  stage_step_ = std::stoi(meta("stage_step"));
-  return meta("extra");
+  stage_ = stage;
+  stage_step_ = stage_step;
+  return extra;
 }
 
 }  // namespace baton

@@ -1,7 +1,7 @@
 // Bayesian incremental learning (Kochurov et al. 2018, Algorithm 1): the data arrive in T parts; each stage maximises
 //   mean log-likelihood of the part - beta / N_t KL(q || p),   p = the posterior of the stage before,
-// by Adam with its state reset at every stage. A point posterior makes it plain fine-tuning (FT). All replicas (seeds of
-// a table, points of a search) train at once, each on its own order of the examples and with its own settings.
+// by Adam with its state reset at every stage. A point posterior makes it plain fine-tuning (FT). All replicas (seeds
+// of a table, points of a search) train at once, each on its own order of the examples and with its own settings.
 #pragma once
 #include <filesystem>
 
@@ -27,12 +27,12 @@ struct TrainingPlan {
   ScaleRule scale_rule = ScaleRule::adam;
   int parts = 1;
   int batch = 100;
-  double epochs = 1;  // a stage
+  double epochs = 1;                       // a stage
   std::vector<uint64_t> seeds;             // one a replica: of the split, the order, the weights and the noise
   std::vector<TrainingSettings> settings;  // one a replica
 };
 
-struct EpochTotals {  // of one replica, since the last time
+struct EpochTotals {                      // of one replica, since the last time
   double loss = 0, accuracy = 0, kl = 0;  // means over examples, and over steps for the KL
   int64_t examples = 0, steps = 0;
 };
@@ -45,9 +45,9 @@ class IncrementalTrainer {
                      const std::vector<std::vector<int32_t>>& order, const std::vector<int>& part_sizes);
 
   int stages() const { return int(part_sizes_.size()); }
-  int stage() const { return stage_; }           // 0-based
-  int steps_of(int stage) const;                 // ceil(epochs * N_t / batch)
-  int steps_an_epoch(int stage) const;           // N_t / batch, rounded
+  int stage() const { return stage_; }            // 0-based
+  int steps_of(int stage) const;                  // ceil(epochs * N_t / batch)
+  int steps_an_epoch(int stage) const;            // N_t / batch, rounded
   int stage_step() const { return stage_step_; }  // steps of this stage done
   int part_size(int stage) const { return part_sizes_[stage]; }
 

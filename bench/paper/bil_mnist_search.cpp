@@ -1,6 +1,7 @@
-// Finds the settings that the paper leaves out. Each candidate is a replica: candidates that share shapes (family, scale
-// rule, batch, epochs, parts) train side by side, on the first --train-limit training images in parts, and are judged on
-// the last --hold-out training images, which no candidate trains on. The test set is not looked at. Candidates come from a JSON file; the table of all that was tried goes to
+// Finds the settings that the paper leaves out. Each candidate is a replica: candidates that share shapes (family,
+// scale rule, batch, epochs, parts) train side by side, on the first --train-limit training images in parts, and are
+// judged on the last --hold-out training images, which no candidate trains on. The test set is not looked at.
+// Candidates come from a JSON file; the table of all that was tried goes to
 // --out as table.csv, a row a candidate, appended as it is found.
 #include <CLI/CLI.hpp>
 #include <chrono>
@@ -87,8 +88,8 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
   plan.batch = first.batch;
   plan.epochs = first.epochs;
   for (const Candidate& c : group) plan.seeds.push_back(c.seed), plan.settings.push_back(c.settings);
-  IncrementalTrainer trainer(device, arena, make, train, plan,
-                             std::vector<std::vector<int32_t>>(group.size(), order), sizes);
+  IncrementalTrainer trainer(device, arena, make, train, plan, std::vector<std::vector<int32_t>>(group.size(), order),
+                             sizes);
   Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, unit_range));
   std::vector<std::string> curve(group.size());
   std::vector<Metrics> last(group.size());
@@ -112,9 +113,9 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
     char row[400];
-    snprintf(row, sizeof row, "%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f",
-             name_of(c.family), c.parts, c.batch, c.epochs, name_of(c.settings.schedule), name_of(c.rule),
-             c.settings.lr, c.settings.lr_scale, c.settings.prior_sd, c.settings.init_log_sd, c.settings.beta,
+    snprintf(row, sizeof row, "%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", name_of(c.family),
+             c.parts, c.batch, c.epochs, name_of(c.settings.schedule), name_of(c.rule), c.settings.lr,
+             c.settings.lr_scale, c.settings.prior_sd, c.settings.init_log_sd, c.settings.beta,
              c.settings.warmup_epochs, int(c.seed), last[r].accuracy, last[r].nll, last[r].ece, log_sd[r],
              curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
@@ -157,8 +158,7 @@ int run(int argc, char** argv) {
     const Candidate c = candidate_of(j);
     if (!groups.empty() && groups.back()[0].group() == c.group() && int(groups.back().size()) < at_once)
       groups.back().push_back(c);
-    else
-      groups.push_back({c});
+    else groups.push_back({c});
   }
   for (const auto& group : groups) {
     try {

@@ -211,21 +211,20 @@ void check_all(const Layer& l) {
     }
 }
 
-TEST(LocalReparam, SmallDenseAgainstReference) {
+TEST(LocalReparam, SmallAgainstReference) {
   BATON_NEEDS_DEVICE();
-  check_all({true, 2, 3, 7});
+  for (bool noisy : {true, false}) {
+    check_against_reference({true, 1, 2, 7}, {.noisy = noisy, .squares = noisy, .in_place = noisy});
+    check_against_reference({false, 1, 1, 2, 5, 3}, {.noisy = noisy, .squares = noisy, .in_place = noisy});
+  }
 }
 
 TEST(LocalReparam, DenseAgainstReference) {
   BATON_NEEDS_DEVICE();
   for (int units : {1, 2, 3, 4, 5, 10}) check_all({true, 2, 4, units});
+  check_all({true, 2, 3, 7});
   check_all({true, 2, 3, 643});  // more than four a thread
   check_all({true, 1, 9, 512});
-}
-
-TEST(LocalReparam, SmallConvAgainstReference) {
-  BATON_NEEDS_DEVICE();
-  check_all({false, 2, 2, 2, 5, 3});
 }
 
 TEST(LocalReparam, ConvAgainstReference) {
@@ -243,7 +242,7 @@ std::vector<float> integers(size_t n, int seed) {
   return v;
 }
 
-TEST(LocalReparam, SmallPointExact) {
+TEST(LocalReparam, PointExact) {
   BATON_NEEDS_DEVICE();
   for (const Layer& l : {Layer{true, 2, 3, 6}, Layer{false, 2, 2, 3, 3, 4}}) {
     SCOPED_TRACE(testing::Message() << l);
@@ -260,7 +259,7 @@ TEST(LocalReparam, SmallPointExact) {
 }
 
 // Zero variance is the deterministic layer: the sample is m + b, dv is 0, nothing is NaN.
-TEST(LocalReparam, SmallZeroVarianceIsThePoint) {
+TEST(LocalReparam, ZeroVarianceIsThePoint) {
   BATON_NEEDS_DEVICE();
   for (const Layer& l : {Layer{true, 2, 3, 6}, Layer{false, 2, 2, 3, 3, 4}}) {
     SCOPED_TRACE(testing::Message() << l);
@@ -378,20 +377,21 @@ void check_pooled(const Layer& l) {
 
 TEST(LocalReparam, SmallPooledAgainstUnpooled) {
   BATON_NEEDS_DEVICE();
-  check_pooled({false, 2, 2, 2, 4, 6});
-  check_pooled({false, 2, 2, 2, 5, 7});
+  for (bool noisy : {true, false}) check_pooled({false, 1, 1, 1, 5, 7}, noisy, true, noisy);
 }
 
 TEST(LocalReparam, PooledAgainstUnpooled) {
   BATON_NEEDS_DEVICE();
   for (int h : {2, 3, 8})
     for (int w : {2, 5, 8, 15}) check_pooled({false, 2, 2, 3, h, w});
+  check_pooled({false, 2, 2, 2, 4, 6});
+  check_pooled({false, 2, 2, 2, 5, 7});
   check_pooled({false, 2, 2, 3, 24, 24});  // LeNet5
   check_pooled({false, 1, 2, 2, 3, 131});  // a row wider than a block
   check_pooled({false, 1, 2, 2, 33, 6});
 }
 
-TEST(LocalReparam, SmallPooledZeroVariance) {
+TEST(LocalReparam, PooledZeroVariance) {
   BATON_NEEDS_DEVICE();
   const Layer l{false, 1, 2, 2, 5, 4};
   Inputs in = inputs_of(l, l.windows());
@@ -439,7 +439,7 @@ double objective(const Layer& l, const Inputs& in, const std::vector<float>& e, 
   return sum;
 }
 
-TEST(LocalReparam, SmallFiniteDifferences) {
+TEST(LocalReparam, FiniteDifferences) {
   BATON_NEEDS_DEVICE();
   struct Case {
     Layer layer;
@@ -474,7 +474,7 @@ TEST(LocalReparam, SmallFiniteDifferences) {
 }
 
 // ------------------------------------------------------------------------------------------------------- invariance
-TEST(LocalReparam, SmallBatchSplitKeepsTheNoise) {
+TEST(LocalReparam, BatchSplitKeepsTheNoise) {
   BATON_NEEDS_DEVICE();
   for (Layer whole : {Layer{true, 1, 8, 6}, Layer{false, 1, 8, 2, 5, 4}}) {
     SCOPED_TRACE(testing::Message() << whole);
@@ -497,7 +497,7 @@ TEST(LocalReparam, SmallBatchSplitKeepsTheNoise) {
   }
 }
 
-TEST(LocalReparam, SmallNoiseDiffersByStepReplicaAndExample) {
+TEST(LocalReparam, NoiseDiffersByStepReplicaAndExample) {
   BATON_NEEDS_DEVICE();
   for (const Layer& l : {Layer{true, 2, 2, 9}, Layer{false, 2, 2, 1, 3, 3}}) {
     Inputs in = inputs_of(l, l.size());

@@ -136,7 +136,8 @@ struct Problem {
 // What is left after both passes, replica after replica.
 struct Left {
   std::vector<float> y, square, x_grad, x_grad_square, weight_mean, weight_variance, bias_mean, bias_variance;
-  static constexpr std::vector<float> Left::*fields[] = {
+  using Field = std::vector<float> Left::*;
+  static constexpr Field fields[] = {
       &Left::y,           &Left::square,          &Left::x_grad,    &Left::x_grad_square,
       &Left::weight_mean, &Left::weight_variance, &Left::bias_mean, &Left::bias_variance};
 };
