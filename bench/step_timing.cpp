@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "engine/program.h"
 #include "engine/synthetic.h"
 #include "layers/lenet5.h"
 #include "trainers/incremental.h"
@@ -78,13 +79,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const Error& e) {
-    fprintf(stderr, "step_timing: %s\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fprintf(stderr, "step_timing: %s\n", e.what());
-    return 1;
-  }
+  return run_program("step_timing", [&] { return run(argc, argv); });
 }

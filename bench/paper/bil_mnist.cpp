@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "engine/program.h"
 #include "layers/lenet5.h"
 #include "trainers/experiment.h"
 #include "trainers/parse.h"
@@ -18,7 +19,7 @@ namespace {
 struct Preset {
   int batch, train_limit, test_limit, samples, stage_samples;
   double epochs, ft_converged_epochs;
-  TrainingSettings ffg, ft;
+  TrainingSettings ffg;
   ScaleRule scale_rule;
 };
 
@@ -118,7 +119,7 @@ int run(int argc, char** argv) {
   int batch = 0, train_limit = 0, test_limit = 0, samples = 0, stage_samples = 0, at_once = 0;
   double checkpoint_seconds = 20;
   bool resume = false;
-  TrainingSettings ffg, ft;
+  TrainingSettings ffg;
   const auto what = [&](const char* group) { return app.add_option_group(group); };
   auto* run_options = what("What to run");
   run_options->add_option("--preset", preset_name, "quick (10,000 images) or paper (all): sets what is not given")
@@ -262,13 +263,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const Error& e) {
-    fprintf(stderr, "bil_mnist: %s\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fprintf(stderr, "bil_mnist: %s\n", e.what());
-    return 1;
-  }
+  return run_program("bil_mnist", [&] { return run(argc, argv); });
 }

@@ -10,6 +10,7 @@
 #include <map>
 
 #include "engine/files.h"
+#include "engine/program.h"
 #include "engine/runlog.h"
 #include "layers/lenet5.h"
 #include "trainers/metrics.h"
@@ -173,13 +174,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const Error& e) {
-    fprintf(stderr, "bil_mnist_search: %s\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fprintf(stderr, "bil_mnist_search: %s\n", e.what());
-    return 1;
-  }
+  return run_program("bil_mnist_search", [&] { return run(argc, argv); });
 }
