@@ -15,7 +15,8 @@ struct Bias {
 };
 
 // What flows between layers, [replicas][batch][...]. The squares feed the next layer's variance product; both are null
-// where nobody reads them. On the way back, dL/dvalue in total is grad + 2 value grad_square.
+// where nobody reads them. On the way back, dL/dvalue in total is grad + 2 value grad_square; a point posterior has no
+// squares, and its kernels do not look at grad_square.
 struct Signal {
   float* value = nullptr;
   float* square = nullptr;

@@ -19,7 +19,7 @@ namespace {
 struct Preset {
   int batch, train_limit, test_limit, samples, stage_samples;
   double epochs, ft_converged_epochs;
-  TrainingSettings ffg;
+  TrainingSettings ffg, ft;
   ScaleRule scale_rule;
 };
 
