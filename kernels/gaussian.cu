@@ -4,98 +4,254 @@
 // for every parameter, and the KL is 0 exactly.
 #include "kernels/gaussian.h"
 
+#include <algorithm>
+
+#include "kernels/adam.h"
+
 namespace baton {
 
 namespace {
 
 constexpr int chunk = 2048, threads = 256;
 
-struct Adam {
-  float lr, correction1, correction2;
-  __device__ __forceinline__ float step(float& m, float& v, float g) const {
-    m = adam_beta1 * m + (1.f - adam_beta1) * g;
-    v = adam_beta2 * v + (1.f - adam_beta2) * g * g;
-    return lr * (m * correction1) / (sqrtf(v * correction2) + adam_epsilon);
+// One replica's arrays at a piece, and the step's numbers.
+struct Piece {
+  float *mean, *log_sd, *variance;
+  const float *prior_mean, *prior_log_sd, *grad_variance;
+  float *mean_m, *mean_v, *scale_m, *scale_v;
+};
+__device__ __forceinline__ Piece piece_of(const GaussianArrays& a, size_t at) {
+  return {a.mean + at,          a.log_sd + at, a.variance + at, a.prior_mean + at, a.prior_log_sd + at,
+          a.grad_variance + at, a.mean_m + at, a.mean_v + at,   a.scale_m + at,    a.scale_v + at};
+}
+struct Rates {
+  float kl_weight, per_nat, rate;
+  Adam mean, scale;
+};
+__device__ __forceinline__ Rates rates_of(const StepState& s) {
+  return {s.kl_now,
+          1.f / fmaxf(s.kl_now, 1e-30f),
+          0.5f * s.lr_scale,
+          {s.lr_mean, s.correction1, s.correction2},
+          {s.lr_scale, s.correction1, s.correction2}};
+}
+
+// The step of one parameter whose data gradient is g and whose z^2 is z2; returns its KL.
+template <ScaleRule rule>
+__device__ __forceinline__ float step_one(const Piece& p, const Rates& s, int i, float g, float z2) {
+  const float mu = p.mean[i], ls = p.log_sd[i], t = ls - p.prior_log_sd[i];
+  const float ratio = expf(2.f * t), sigma2 = p.variance[i], precision = ratio / sigma2;  // 1 / sigma_p^2
+  const float away = mu - p.prior_mean[i], pull = z2 * away * precision;
+  float m = p.mean_m[i], v = p.mean_v[i];
+  p.mean[i] = mu - s.mean.step(m, v, g + s.kl_weight * pull);
+  p.mean_m[i] = m, p.mean_v[i] = v;
+  float sm = p.scale_m[i], next;
+  if constexpr (rule == ScaleRule::adam) {
+    float sv = p.scale_v[i];
+    next = ls - s.scale.step(sm, sv, 2.f * sigma2 * p.grad_variance[i] + s.kl_weight * (ratio - 1.f));
+    p.scale_v[i] = sv;
+  } else {
+    sm = adam_beta1 * sm + (1.f - adam_beta1) * (2.f * sigma2 * p.grad_variance[i] * s.per_nat + ratio - 1.f);
+    float move = s.rate * sm * s.mean.correction1;  // selects, not fminf: they vectorise
+    move = move > largest_scale_step ? largest_scale_step : move;
+    next = ls - (move < -largest_scale_step ? -largest_scale_step : move);
+  }
+  p.scale_m[i] = sm;
+  p.log_sd[i] = next;
+  p.variance[i] = expf(2.f * next);
+  return divergence_of_scale(t, ratio) + 0.5f * away * pull;
+}
+
+// Which z element i of a piece has: a division that vectorises, exact for i below 2^20.
+struct ZIndex {
+  float inverse;
+  int width;
+  bool column;
+  __device__ __forceinline__ int operator()(int i) const {
+    const int whole = int((float(i) + 0.5f) * inverse);
+    return column ? i - whole * width : whole;
   }
 };
+__device__ __forceinline__ ZIndex z_index(const Run& run) { return {1.f / float(run.width), run.width, run.column}; }
 
-// (exp(2t) - 1) / 2 - t, given exp(2t): by its series where the difference would cancel, as in the first steps of a
-// stage.
-__device__ __forceinline__ float divergence_of_scale(float t, float ratio) {
-  const float series = t * t * (1.f + t * (2.f / 3 + t * (1.f / 3 + t * (2.f / 15 + t * (2.f / 45)))));
-  const float direct = 0.5f * (ratio - 1.f) - t;
-  return t * t < 0.01f ? series : direct;
-}
-
-template <ScaleRule rule>
-__global__ void gaussian_step_kernel(GaussianArrays a, const StepState* states, float* __restrict__ partial) {
-  const int r = simt::row(), first = blockIdx.x * chunk, count = min(chunk, a.count - first);
-  const size_t at = a.stride * r + first;
-  float* __restrict__ mean = a.mean + at;
-  float* __restrict__ log_sd = a.log_sd + at;
-  float* __restrict__ variance = a.variance + at;
-  const float* __restrict__ prior_mean = a.prior_mean + at;
-  const float* __restrict__ prior_log_sd = a.prior_log_sd + at;
-  const float* __restrict__ grad_mean = a.grad_mean + at;
-  const float* __restrict__ grad_variance = a.grad_variance + at;
-  float* __restrict__ mean_m = a.mean_m + at;
-  float* __restrict__ mean_v = a.mean_v + at;
-  float* __restrict__ scale_m = a.scale_m + at;
-  float* __restrict__ scale_v = a.scale_v + at;
-  const StepState& s = states[r];
-  const float kl_weight = s.kl_now, per_nat = 1.f / fmaxf(kl_weight, 1e-30f);
-  const float rate = 0.5f * s.lr_scale, correction = s.correction1;
-  const Adam mean_adam{s.lr_mean, s.correction1, s.correction2}, scale_adam{s.lr_scale, s.correction1, s.correction2};
+// groups: 0 where nothing has z, 1, or 2 for any number of them.
+template <ScaleRule rule, int groups>
+__global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ pieces, const StepState* states,
+                                     Multipliers z, float* __restrict__ partial) {
+  const Run run = pieces[blockIdx.x];
+  const int r = simt::row();
+  const size_t at = a.stride * r + run.first;
+  const Piece p = piece_of(a, at);
+  const Rates s = rates_of(states[r]);
+  const int count = states[r].halted ? 0 : run.count;
   float kl = 0;
-  SIMT_SIMD(reduction(+ : kl))
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const float mu = mean[i], ls = log_sd[i], t = ls - prior_log_sd[i];
-    const float ratio = expf(2.f * t), sigma2 = variance[i], precision = ratio / sigma2;  // 1 / sigma_p^2
-    const float away = mu - prior_mean[i];
-    kl += divergence_of_scale(t, ratio) + 0.5f * away * away * precision;
-    float m = mean_m[i], v = mean_v[i];
-    mean[i] = mu - mean_adam.step(m, v, grad_mean[i] + kl_weight * away * precision);
-    mean_m[i] = m, mean_v[i] = v;
-    float sm = scale_m[i], next;
-    if constexpr (rule == ScaleRule::adam) {
-      float sv = scale_v[i];
-      next = ls - scale_adam.step(sm, sv, 2.f * sigma2 * grad_variance[i] + kl_weight * (ratio - 1.f));
-      scale_v[i] = sv;
-    } else {
-      sm = adam_beta1 * sm + (1.f - adam_beta1) * (2.f * sigma2 * grad_variance[i] * per_nat + ratio - 1.f);
-      float move = rate * sm * correction;  // selects, not fminf: they vectorise
-      move = move > largest_scale_step ? largest_scale_step : move;
-      next = ls - (move < -largest_scale_step ? -largest_scale_step : move);
+  if (groups == 0 || run.z_first < 0) {
+    const float* __restrict__ grad = a.grad_mean + at;
+    SIMT_SIMD(reduction(+ : kl))
+    for (int i = threadIdx.x; i < count; i += blockDim.x) kl += step_one<rule>(p, s, i, grad[i], 1.f);
+  } else if (groups == 1) {
+    const float* __restrict__ grad = z.grad + z.grad_stride * r + run.first;
+    const float* __restrict__ zs = z.z + z.z_stride * r + run.z_first;
+    const ZIndex index = z_index(run);
+    SIMT_SIMD(reduction(+ : kl))
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const float zi = zs[index(i)];
+      kl += step_one<rule>(p, s, i, zi * grad[i], zi * zi);
     }
-    scale_m[i] = sm;
-    log_sd[i] = next;
-    variance[i] = expf(2.f * next);
+  } else {
+    const ZIndex index = z_index(run);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      float g = 0, z2 = 0;
+      for (int k = 0; k < z.groups; k++) {
+        const size_t q = size_t(r) * z.groups + k;
+        const float zi = z.z[z.z_stride * q + run.z_first + index(i)];
+        g += zi * z.grad[z.grad_stride * q + run.first + i];
+        z2 += zi * zi;
+      }
+      kl += step_one<rule>(p, s, i, g, z2 / float(z.groups));
+    }
   }
   kl = simt::block_sum(kl);
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
 }
 
-__global__ void gaussian_kl_kernel(GaussianArrays a, float* __restrict__ partial) {
-  const int r = simt::row(), first = blockIdx.x * chunk, count = min(chunk, a.count - first);
-  const size_t at = a.stride * r + first;
+__global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pieces, Multipliers z,
+                                   float* __restrict__ partial) {
+  const Run run = pieces[blockIdx.x];
+  const int r = simt::row();
+  const size_t at = a.stride * r + run.first;
+  const ZIndex index = z_index(run);
+  const bool multiplied = z.z && run.z_first >= 0;
   float kl = 0;
   SIMT_SIMD(reduction(+ : kl))
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+  for (int i = threadIdx.x; i < run.count; i += blockDim.x) {
     const float t = a.log_sd[at + i] - a.prior_log_sd[at + i], away = a.mean[at + i] - a.prior_mean[at + i];
-    kl += divergence_of_scale(t, expf(2.f * t)) + 0.5f * away * away * expf(-2.f * a.prior_log_sd[at + i]);
+    float z2 = 1.f;
+    if (multiplied) {
+      z2 = 0.f;
+      for (int k = 0; k < z.groups; k++) {
+        const float zi = z.z[z.z_stride * (size_t(r) * z.groups + k) + run.z_first + index(i)];
+        z2 += zi * zi;
+      }
+      z2 /= float(z.groups);
+    }
+    kl += divergence_of_scale(t, expf(2.f * t)) + 0.5f * z2 * away * away * expf(-2.f * a.prior_log_sd[at + i]);
   }
   kl = simt::block_sum(kl);
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
 }
 
-// Adds up a replica's partial sums in their order: a few hundred numbers, one thread each replica.
-__global__ void add_partials_kernel(Totals* totals, double* kl, const float* partial, int parts, int replicas) {
+// Books a replica's partial sums in their order: a few hundred numbers, one thread each replica.
+__global__ void book_kernel(Ledger ledger, const Run* __restrict__ pieces, const float* __restrict__ partial, int count,
+                            int replicas) {
   const int r = simt::thread_item();
   if (r >= replicas) return;
-  double sum = 0;
-  for (int i = 0; i < parts; i++) sum += double(partial[size_t(parts) * r + i]);
-  if (totals) totals[r].kl += sum;
-  if (kl) kl[r] = sum;
+  for (int i = 0; i < count; i++)
+    ledger.sums[ledger.stride * r + pieces[i].slot] += double(partial[size_t(count) * r + i]);
+}
+
+__global__ void multiply_kernel(float* __restrict__ w, size_t w_stride, const float* __restrict__ mean, size_t stride,
+                                const Run* __restrict__ pieces, const float* __restrict__ z, size_t z_stride,
+                                int groups) {
+  const Run run = pieces[blockIdx.x];
+  const int q = simt::row(), count = run.z_first < 0 ? 0 : run.count;
+  const float* __restrict__ from = mean + stride * (q / groups) + run.first;
+  float* __restrict__ to = w + w_stride * q + run.first;
+  const float* __restrict__ zs = z + z_stride * q + (run.z_first < 0 ? 0 : run.z_first);
+  const ZIndex index = z_index(run);
+  SIMT_SIMD()
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = zs[index(i)] * from[i];
+}
+
+// z by blocks: a warp adds up the `width` neighbouring weights of one z.
+__global__ void block_multiplier_kernel(float* __restrict__ dz, GaussianArrays a, Run run, Multipliers z,
+                                        const StepState* states) {
+  const int k = simt::warp_item(), q = simt::row(), r = q / z.groups, n = run.count / run.width;
+  if (k >= n) return;
+  const size_t at = a.stride * r + run.first + size_t(k) * run.width;
+  const float* __restrict__ mean = a.mean + at;
+  const float* __restrict__ prior_mean = a.prior_mean + at;
+  const float* __restrict__ prior_log_sd = a.prior_log_sd + at;
+  const float* __restrict__ grad = z.grad + z.grad_stride * q + run.first + size_t(k) * run.width;
+  float data = 0, away2 = 0;
+  SIMT_SIMD(reduction(+ : data, away2))
+  for (int i = simt::lane_id(); i < run.width; i += simt::warp_size) {
+    const float mu = mean[i], e = mu - prior_mean[i];
+    data += mu * grad[i];
+    away2 += e * e * expf(-2.f * prior_log_sd[i]);
+  }
+  data = simt::warp_sum(data), away2 = simt::warp_sum(away2);
+  if (simt::lane_id() == 0) {
+    const size_t to = z.z_stride * q + run.z_first + k;
+    dz[to] = data + states[r].kl_now / float(z.groups) * z.z[to] * away2;
+  }
+}
+
+// z by columns: a block takes a strip of columns over a segment of rows; the segments are added up in their order.
+constexpr int strip = 64, segment = 64;
+constexpr int strip_threads = simt::threads_per_block == 1 ? 1 : strip, own = strip / strip_threads;
+
+__global__ void column_multiplier_kernel(float* __restrict__ partial, GaussianArrays a, Run run, Multipliers z,
+                                         const StepState* states) {
+  const int q = simt::row(), r = q / z.groups, width = run.width, rows = run.count / width;
+  const int strips = (width + strip - 1) / strip, of_strip = blockIdx.x % strips, of_segment = blockIdx.x / strips;
+  const int first = of_strip * strip, last_row = min(rows, (of_segment + 1) * segment);
+  const size_t at = a.stride * r + run.first, grad_at = z.grad_stride * q + run.first;
+  float data[own], away2[own];
+  SIMT_UNROLL
+  for (int k = 0; k < own; k++) data[k] = away2[k] = 0;
+  for (int row = of_segment * segment; row < last_row; row++) {
+    SIMT_SIMD()
+    for (int k = 0; k < own; k++) {
+      const int column = first + int(threadIdx.x) + k * strip_threads;
+      const bool mine = column < width;
+      const size_t i = size_t(row) * width + (mine ? column : 0);
+      const float mu = a.mean[at + i], e = mu - a.prior_mean[at + i];
+      data[k] += mine ? mu * z.grad[grad_at + i] : 0.f;
+      away2[k] += mine ? e * e * expf(-2.f * a.prior_log_sd[at + i]) : 0.f;
+    }
+  }
+  const int segments = (rows + segment - 1) / segment;
+  float* __restrict__ to = partial + (size_t(q) * segments + of_segment) * width;
+  const float kl_weight = states[r].kl_now / float(z.groups);
+  for (int k = 0; k < own; k++) {
+    const int column = first + int(threadIdx.x) + k * strip_threads;
+    if (column < width) to[column] = data[k] + kl_weight * z.z[z.z_stride * q + run.z_first + column] * away2[k];
+  }
+}
+__global__ void add_segments_kernel(float* __restrict__ dz, size_t z_stride, const float* __restrict__ partial,
+                                    int z_first, int width, int segments) {
+  const int k = simt::thread_item(), q = simt::row();
+  if (k >= width) return;
+  float sum = 0;
+  for (int s = 0; s < segments; s++) sum += partial[(size_t(q) * segments + s) * width + k];
+  dz[z_stride * q + z_first + k] = sum;
+}
+
+__global__ void draw_gaussian_kernel(float* __restrict__ w, size_t w_stride, GaussianArrays a, int first, int count,
+                                     int groups, const StepState* states, uint32_t stream_id) {
+  const int i = simt::thread_item(), q = simt::row();
+  if (i >= count) return;
+  const int r = q / groups, g = q % groups;
+  const size_t at = a.stride * r + first + i;
+  const float e = normal4(states[r].noise, uint32_t(g) * count + i, stream_id, states[r].step).x;
+  w[w_stride * q + first + i] = a.mean[at] + sqrtf(a.variance[at]) * e;
+}
+__global__ void draw_gaussian_backward_kernel(GaussianArrays a, const float* __restrict__ grad_w, size_t w_stride,
+                                              int first, int count, int groups, const StepState* states,
+                                              uint32_t stream_id) {
+  const int i = simt::thread_item(), r = simt::row();
+  if (i >= count) return;
+  const size_t at = a.stride * r + first + i;
+  float sum = 0, with_noise = 0;
+  for (int g = 0; g < groups; g++) {
+    const float e = normal4(states[r].noise, uint32_t(g) * count + i, stream_id, states[r].step).x;
+    const float d = grad_w[w_stride * (size_t(r) * groups + g) + first + i];
+    sum += d;
+    with_noise += d * e;
+  }
+  a.grad_mean[at] = sum;
+  a.grad_variance[at] = 0.5f * with_noise / sqrtf(a.variance[at]);
 }
 
 __global__ void point_step_kernel(GaussianArrays a, const StepState* states) {
@@ -103,23 +259,25 @@ __global__ void point_step_kernel(GaussianArrays a, const StepState* states) {
   if (i >= a.count) return;
   const StepState& s = states[r];
   const size_t at = a.stride * r + i;
+  if (s.halted) return;
   float m = a.mean_m[at], v = a.mean_v[at];
   a.mean[at] -= Adam{s.lr_mean, s.correction1, s.correction2}.step(m, v, a.grad_mean[at]);
   a.mean_m[at] = m;
   a.mean_v[at] = v;
 }
 
-__global__ void sample_weights_kernel(float* __restrict__ w, const float* __restrict__ mean,
+__global__ void sample_weights_kernel(float* w, const float* mean, size_t mean_stride,
                                       const float* __restrict__ variance, int count, size_t stride, int first_sample,
                                       Key key) {
   const int i = simt::thread_item(), s = simt::row(), q = (count + 3) / 4;
   if (i >= q) return;
   const float4 e = normal4(key, i, stream_weights, first_sample + s);
   float* to = w + stride * s;
-  to[i] = mean[i] + sqrtf(variance[i]) * e.x;
-  if (i + q < count) to[i + q] = mean[i + q] + sqrtf(variance[i + q]) * e.y;
-  if (i + 2 * q < count) to[i + 2 * q] = mean[i + 2 * q] + sqrtf(variance[i + 2 * q]) * e.z;
-  if (i + 3 * q < count) to[i + 3 * q] = mean[i + 3 * q] + sqrtf(variance[i + 3 * q]) * e.w;
+  const float* from = mean + mean_stride * s;
+  to[i] = from[i] + sqrtf(variance[i]) * e.x;
+  if (i + q < count) to[i + q] = from[i + q] + sqrtf(variance[i + q]) * e.y;
+  if (i + 2 * q < count) to[i + 2 * q] = from[i + 2 * q] + sqrtf(variance[i + 2 * q]) * e.z;
+  if (i + 3 * q < count) to[i + 3 * q] = from[i + 3 * q] + sqrtf(variance[i + 3 * q]) * e.w;
 }
 
 __global__ void init_normal_kernel(float* __restrict__ x, size_t stride, int first, int count, float sd,
@@ -151,27 +309,94 @@ void check_arrays(const char* who, const GaussianArrays& a) {
 
 }  // namespace
 
-int gaussian_partials(int count) { return (count + chunk - 1) / chunk; }
-
-void gaussian_step(const GaussianArrays& a, ScaleRule rule, const StepState* states, Totals* totals, float* partial,
-                   Stream stream) {
-  BATON_RANGE("gaussian_step");
-  check_arrays("gaussian_step", a);
-  const int parts = gaussian_partials(a.count);
-  const auto shape = simt::blocks(parts, threads, 0, a.replicas);
-  if (rule == ScaleRule::adam) simt::launch<gaussian_step_kernel<ScaleRule::adam>>(shape, stream, a, states, partial);
-  else simt::launch<gaussian_step_kernel<ScaleRule::natural>>(shape, stream, a, states, partial);
-  simt::launch<add_partials_kernel>(simt::each(a.replicas), stream, totals, static_cast<double*>(nullptr), partial,
-                                    parts, a.replicas);
+std::vector<Run> pieces_of(const std::vector<Run>& runs) {
+  std::vector<Run> pieces;
+  for (const Run& run : runs) {
+    const int unit = run.z_first < 0 ? 1 : run.width;
+    if (run.count < 1 || unit < 1 || run.count % unit != 0)
+      throw InputError("a run of " + std::to_string(run.count) + " parameters does not hold whole z of " +
+                       std::to_string(unit));
+    const int step = std::max(1, chunk / unit) * unit;
+    for (int i = 0; i < run.count; i += step) {
+      Run piece = run;
+      piece.first += i;
+      piece.count = std::min(step, run.count - i);
+      if (run.z_first >= 0 && !run.column) piece.z_first += i / unit;
+      pieces.push_back(piece);
+    }
+  }
+  return pieces;
 }
 
-void gaussian_kl(double* kl, const GaussianArrays& a, float* partial, Stream stream) {
+void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const StepState* states, Ledger ledger,
+                   float* partial, Stream stream, const Multipliers& z) {
+  BATON_RANGE("gaussian_step");
+  check_arrays("gaussian_step", a);
+  const auto shape = simt::blocks(pieces.count, threads, 0, a.replicas);
+  const auto with_rule = [&]<ScaleRule of>() {
+    if (!z.z) simt::launch<gaussian_step_kernel<of, 0>>(shape, stream, a, pieces.table, states, z, partial);
+    else if (z.groups == 1)
+      simt::launch<gaussian_step_kernel<of, 1>>(shape, stream, a, pieces.table, states, z, partial);
+    else simt::launch<gaussian_step_kernel<of, 2>>(shape, stream, a, pieces.table, states, z, partial);
+  };
+  if (rule == ScaleRule::adam) with_rule.template operator()<ScaleRule::adam>();
+  else with_rule.template operator()<ScaleRule::natural>();
+  simt::launch<book_kernel>(simt::each(a.replicas), stream, ledger, pieces.table, partial, pieces.count, a.replicas);
+}
+
+void gaussian_kl(Ledger ledger, const GaussianArrays& a, Pieces pieces, float* partial, Stream stream,
+                 const Multipliers& z) {
   BATON_RANGE("gaussian_kl");
   check_arrays("gaussian_kl", a);
-  const int parts = gaussian_partials(a.count);
-  simt::launch<gaussian_kl_kernel>(simt::blocks(parts, threads, 0, a.replicas), stream, a, partial);
-  simt::launch<add_partials_kernel>(simt::each(a.replicas), stream, static_cast<Totals*>(nullptr), kl, partial, parts,
-                                    a.replicas);
+  simt::launch<gaussian_kl_kernel>(simt::blocks(pieces.count, threads, 0, a.replicas), stream, a, pieces.table, z,
+                                   partial);
+  simt::launch<book_kernel>(simt::each(a.replicas), stream, ledger, pieces.table, partial, pieces.count, a.replicas);
+}
+
+void multiply_weights(float* w, size_t w_stride, const GaussianArrays& a, Pieces pieces, const Multipliers& z,
+                      Stream stream) {
+  BATON_RANGE("multiply_weights");
+  check_arrays("multiply_weights", a);
+  simt::launch<multiply_kernel>(simt::blocks(pieces.count, threads, 0, a.replicas * z.groups), stream, w, w_stride,
+                                a.mean, a.stride, pieces.table, z.z, z.z_stride, z.groups);
+}
+
+int multiplier_partials(const Run& run) {
+  return run.column ? (run.count / run.width + segment - 1) / segment * run.width : 0;
+}
+
+void multiplier_gradient(float* dz, const GaussianArrays& a, const Run& run, const Multipliers& z,
+                         const StepState* states, float* partial, Stream stream) {
+  BATON_RANGE("multiplier_gradient");
+  check_arrays("multiplier_gradient", a);
+  if (run.z_first < 0 || run.width < 1 || run.count % run.width != 0)
+    throw InputError("multiplier_gradient: the run of " + std::to_string(run.count) + " parameters has no z");
+  const int rows = a.replicas * z.groups;
+  if (!run.column) {
+    simt::launch<block_multiplier_kernel>(simt::warps(run.count / run.width, rows), stream, dz, a, run, z, states);
+    return;
+  }
+  const int strips = (run.width + strip - 1) / strip, segments = (run.count / run.width + segment - 1) / segment;
+  simt::launch<column_multiplier_kernel>(simt::blocks(strips * segments, strip_threads, 0, rows), stream, partial, a,
+                                         run, z, states);
+  simt::launch<add_segments_kernel>(simt::each(run.width, rows), stream, dz, z.z_stride, partial, run.z_first,
+                                    run.width, segments);
+}
+
+void draw_gaussian(float* w, size_t w_stride, const GaussianArrays& a, int first, int count, int groups,
+                   const StepState* states, uint32_t stream_id, Stream stream) {
+  BATON_RANGE("draw_gaussian");
+  check_arrays("draw_gaussian", a);
+  simt::launch<draw_gaussian_kernel>(simt::each(count, a.replicas * groups), stream, w, w_stride, a, first, count,
+                                     groups, states, stream_id);
+}
+
+void draw_gaussian_backward(const GaussianArrays& a, const float* grad_w, size_t w_stride, int first, int count,
+                            int groups, const StepState* states, uint32_t stream_id, Stream stream) {
+  BATON_RANGE("draw_gaussian_backward");
+  check_arrays("draw_gaussian_backward", a);
+  simt::launch<draw_gaussian_backward_kernel>(simt::each(count, a.replicas), stream, a, grad_w, w_stride, first, count,
+                                              groups, states, stream_id);
 }
 
 void point_step(const GaussianArrays& a, const StepState* states, Stream stream) {
@@ -180,11 +405,11 @@ void point_step(const GaussianArrays& a, const StepState* states, Stream stream)
   simt::launch<point_step_kernel>(simt::each(a.count, a.replicas), stream, a, states);
 }
 
-void sample_weights(float* w, const float* mean, const float* variance, int count, size_t stride, int first_sample,
-                    int samples, Key key, Stream stream) {
+void sample_weights(float* w, const float* mean, size_t mean_stride, const float* variance, int count, size_t stride,
+                    int first_sample, int samples, Key key, Stream stream) {
   BATON_RANGE("sample_weights");
-  simt::launch<sample_weights_kernel>(simt::each((count + 3) / 4, samples), stream, w, mean, variance, count, stride,
-                                      first_sample, key);
+  simt::launch<sample_weights_kernel>(simt::each((count + 3) / 4, samples), stream, w, mean, mean_stride, variance,
+                                      count, stride, first_sample, key);
 }
 
 void init_normal(float* x, size_t stride, int first, int count, float sd, const StepState* states, int replicas,

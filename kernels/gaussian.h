@@ -1,5 +1,7 @@
 // The diagonal Gaussian posterior (FFG) and the point posterior over the flat parameter store: one pass a step each.
 #pragma once
+#include <vector>
+
 #include "kernels/softmax_xent.h"
 #include "kernels/step_state.h"
 
@@ -22,6 +24,37 @@ struct GaussianArrays {
   int count, replicas;
 };
 
+// A run of parameters within one tensor: elements [first, first + count) of every replica. slot: where its KL is
+// booked. Under multiplicative variables (MNF) element first + i has z number z_first + i / width (a filter's kernels:
+// z per filter and channel, or per filter), or z_first + i mod width (column: a dense layer's inputs).
+struct Run {
+  int first, count, slot;
+  int z_first = -1;  // below 0: no z
+  int width = 1;
+  bool column = false;
+};
+// The runs cut into pieces of about 2,048, one a block of the kernels; pieces of a run with z hold whole z (or rows).
+std::vector<Run> pieces_of(const std::vector<Run>&);
+struct Pieces {  // in device memory
+  const Run* table;
+  int count;
+};
+
+// Sums that grow from step to step: sums[stride * r + slot].
+struct Ledger {
+  double* sums;
+  size_t stride;
+};
+
+// The multiplicative variables of every row q = r * groups + g, and the gradients of the weights z mu that the row
+// used: z[z_stride * q + ...], grad[grad_stride * q + ...]. z null: there are none.
+struct Multipliers {
+  const float* z = nullptr;
+  const float* grad = nullptr;
+  size_t z_stride = 0, grad_stride = 0;
+  int groups = 1;
+};
+
 // How log sigma moves.
 enum class ScaleRule : int {
   adam,     // Adam with a step size of its own (StepState::lr_scale)
@@ -30,23 +63,44 @@ enum class ScaleRule : int {
 };
 constexpr float largest_scale_step = 0.1f;  // of the natural rule, in log sigma: a noisy gradient must not explode it
 
-// One step of J = mean cross-entropy + kl_now KL(q || p) with Adam (Kingma and Ba 2015) for the means:
-//   KL = sum [ (exp(2t) - 1 + e^2) / 2 - t ],  t = log sigma - log sigma_p,  e = (mu - mu_p) / sigma_p
-//   dJ/dmu = grad_mean + kl_now e / sigma_p;   dJ/d log sigma = 2 sigma^2 grad_variance + kl_now (exp(2t) - 1)
-// The KL before the step is added to totals[r].kl. partial: scratch of gaussian_partials(count) floats a replica.
-void gaussian_step(const GaussianArrays&, ScaleRule, const StepState*, Totals* totals, float* partial, Stream);
-int gaussian_partials(int count);
+// One step of J = mean cross-entropy + kl_now KL(q || p) with Adam (Kingma and Ba 2015) for the means, over the pieces:
+//   KL = sum [ (exp(2t) - 1 + z^2 e^2) / 2 - t ],  t = log sigma - log sigma_p,  e = (mu - mu_p) / sigma_p
+//   dJ/dmu = z grad + kl_now z^2 e / sigma_p;   dJ/d log sigma = 2 sigma^2 grad_variance + kl_now (exp(2t) - 1)
+// with z = 1 and grad = grad_mean where a piece has no z; z grad is summed and z^2 averaged over the groups (Kochurov
+// et al. 2018, equations 21 and 22, for w | z ~ N(z mu, sigma^2)). The KL before the step is added to the ledger.
+// partial: scratch, a float a piece and replica. A replica whose loss was not finite (StepState::halted) is left as it
+// is.
+void gaussian_step(const GaussianArrays&, ScaleRule, Pieces, const StepState*, Ledger, float* partial, Stream,
+                   const Multipliers& = {});
 
-// KL(q || p) of every replica, in double: kl[r]. The same scratch.
-void gaussian_kl(double* kl, const GaussianArrays&, float* partial, Stream);
+// The KL itself (+=) into the ledger, in double. The same scratch. grad and grad_stride of Multipliers are not read.
+void gaussian_kl(Ledger, const GaussianArrays&, Pieces, float* partial, Stream, const Multipliers& = {});
+
+// w[w_stride * q + i] = z mean[i] over the pieces that have z, for every row q.
+void multiply_weights(float* w, size_t w_stride, const GaussianArrays&, Pieces, const Multipliers&, Stream);
+// dz[z_stride * q + k] = d data / d z_k + kl_now / groups * d K_w / d z_k for every row q and the z of one run:
+//   sum over its weights of  mu grad + kl_now / groups * z (mu - mu_p)^2 / sigma_p^2.
+// partial: scratch of multiplier_partials(run) floats a row (0 for a run that is not by columns).
+void multiplier_gradient(float* dz, const GaussianArrays&, const Run&, const Multipliers&, const StepState*,
+                         float* partial, Stream);
+int multiplier_partials(const Run&);
+
+// Draws of a few parameters for every row q = r * groups + g (the biases of layers whose weights are drawn):
+//   w[w_stride * q + first + i] = mean + sigma e,  e: normal4(noise, g * count + i, stream_id, step), first lane
+// and on the way back grad_mean = sum_g grad_w, grad_variance = sum_g grad_w e / (2 sigma) (=, not +=).
+void draw_gaussian(float* w, size_t w_stride, const GaussianArrays&, int first, int count, int groups, const StepState*,
+                   uint32_t stream_id, Stream);
+void draw_gaussian_backward(const GaussianArrays&, const float* grad_w, size_t w_stride, int first, int count,
+                            int groups, const StepState*, uint32_t stream_id, Stream);
 
 // Adam on the means alone (fine-tuning).
 void point_step(const GaussianArrays&, const StepState*, Stream);
 
-// w[s][i] = mean[i] + sqrt(variance[i]) e: `samples` draws [samples][stride] of replica 0's posterior. The draws are
-// counted on from `first_sample`, so they do not depend on how many are made at once.
-void sample_weights(float* w, const float* mean, const float* variance, int count, size_t stride, int first_sample,
-                    int samples, Key key, Stream);
+// w[s][i] = mean[mean_stride * s + i] + sqrt(variance[i]) e: `samples` draws [samples][stride] of one replica's
+// posterior. The draws are counted on from `first_sample`, so they do not depend on how many are made at once. w may be
+// mean.
+void sample_weights(float* w, const float* mean, size_t mean_stride, const float* variance, int count, size_t stride,
+                    int first_sample, int samples, Key key, Stream);
 
 // x[r][first .. first + count) = sd times normal noise of (states[r].noise, stream_init, first + i); sd = 0 clears.
 void init_normal(float* x, size_t stride, int first, int count, float sd, const StepState*, int replicas, Stream);

@@ -67,7 +67,7 @@ constexpr int totals_threads = 128;
 
 __global__ void __launch_bounds__(totals_threads)
     sum_up(Totals* __restrict__ totals, const float* __restrict__ loss, const float* __restrict__ hit,
-           const StepState* __restrict__ states, int batch) {
+           StepState* __restrict__ states, int batch) {
   __shared__ double parts[2][32];
   const int replica = blockIdx.x, t = threadIdx.x, warp = t / simt::warp_size, lane = simt::lane_id();
   loss += size_t(replica) * batch, hit += size_t(replica) * batch;
@@ -92,7 +92,10 @@ __global__ void __launch_bounds__(totals_threads)
     to.examples += batch;
     to.steps += 1;
     // Finite floats cannot overflow a double, so the sum is finite exactly when every loss is.
-    if (!(fabs(losses) < INFINITY) && to.nonfinite_step == 0) to.nonfinite_step = int32_t(states[replica].step);
+    if (!(fabs(losses) < INFINITY) && to.nonfinite_step == 0) {
+      to.nonfinite_step = int32_t(states[replica].step);
+      states[replica].halted = to.nonfinite_step;
+    }
   }
 }
 
@@ -129,7 +132,7 @@ void softmax_cross_entropy(float* loss, float* hit, float* dlogits, const float*
   else launch_rows<0>(loss, hit, dlogits, logits, labels, rows, classes, scale, stream);
 }
 
-void add_to_totals(Totals* totals, const float* loss, const float* hit, const StepState* states, int replicas,
+void add_to_totals(Totals* totals, const float* loss, const float* hit, StepState* states, int replicas,
                    int batch, Stream stream) {
   BATON_RANGE("add_to_totals");
   if (replicas < 0 || batch < 1)

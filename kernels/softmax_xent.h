@@ -12,14 +12,15 @@ void softmax_cross_entropy(float* loss, float* hit, float* dlogits, const float*
 
 // What a stretch of training adds up, one a replica; the host reads and clears it once an epoch.
 struct Totals {
-  double loss, hits, kl;  // sums over examples, examples, and steps
+  double loss, hits;  // sums over examples
   int64_t examples, steps;
   int32_t nonfinite_step;  // the first step (of the run, 1-based) whose loss was not finite; 0: none
   int32_t pad;
 };
-// Adds one batch to the totals, in a fixed order; `step` numbers come from the replica's StepState.
+// Adds one batch to the totals, in a fixed order; `step` numbers come from the replica's StepState, which is halted where
+// the loss is not finite.
 struct StepState;
-void add_to_totals(Totals* totals, const float* loss, const float* hit, const StepState* states, int replicas,
+void add_to_totals(Totals* totals, const float* loss, const float* hit, StepState* states, int replicas,
                    int batch, Stream);
 
 }  // namespace baton

@@ -8,4 +8,14 @@ void square(float* y, const float* x, size_t n, Stream);  // y = x x
 // grad += 2 value grad_square: both paths of the gradient in one.
 void fold_square_gradient(float* grad, const float* value, const float* grad_square, size_t n, Stream);
 
+// What per-example curvature adds up, sum [n] (+=): rows of x [rows][n] in their order, or the squares of their
+// elements.
+void accumulate_rows(float* sum, const float* x, int rows, int n, Stream);
+void accumulate_squared_rows(float* sum, const float* x, int rows, int n, Stream);
+
+// The columns of a square root of the softmax's Fisher information: for class k, d[b][c] = sqrt(p_k) ([c = k] - p_c),
+// so that sum_k d_k d_k^T = diag(p) - p p^T, the Gauss-Newton matrix of the cross-entropy at an example's logits.
+// logits, d [batch][classes].
+void fisher_column(float* d, const float* logits, int k, int batch, int classes, Stream);
+
 }  // namespace baton

@@ -21,6 +21,7 @@ __global__ void advance_step_kernel(StepState* __restrict__ states, int replicas
   const int r = simt::thread_item();
   if (r >= replicas) return;
   StepState s = states[r];
+  if (s.halted) return;
   s.step++;
   s.stage_step++;
   const float progress = float(s.stage_step - 1) / float(s.stage_steps);

@@ -24,12 +24,22 @@ struct StepState {
   // Computed by advance_step:
   float lr_mean, lr_scale, kl_now;
   float correction1, correction2;  // Adam's 1 / (1 - beta1^t), 1 / (1 - beta2^t)
+  // Set by add_to_totals to the step (of the run) whose loss was not finite, else 0: from then on the replica stands
+  // still at that step, so that the host can look for the layer where it began.
+  int32_t halted;
 };
 
 constexpr float adam_beta1 = 0.9f, adam_beta2 = 0.999f, adam_epsilon = 1e-8f;
 
 // Noise streams: which use of noise a counter belongs to. A layer's activations draw from stream `layer`.
-enum NoiseStream : uint32_t { stream_layers = 0, stream_init = 1000, stream_weights = 2000 };
+enum NoiseStream : uint32_t {
+  stream_layers = 0,
+  stream_init = 1000,
+  stream_weights = 2000,  // of whole draws of the weights
+  stream_draws = 2500,    // of tensors whose draws a step uses: + the tensor's number
+  stream_z = 2700,        // of the base of a tensor's multiplicative variables: + the tensor's number
+  stream_augment = 3000,
+};
 
 void advance_step(StepState* states, int replicas, Stream);
 

@@ -12,16 +12,21 @@
 namespace baton::test {
 namespace {
 
-// A posterior on the device; host() and set() are by the names of GaussianArrays.
+// A posterior on the device; host() and set() are by the names of GaussianArrays. Its runs of parameters: one, of all
+// of them, where nothing else is said.
 struct Posterior {
-  Posterior(int count_, int replicas_, size_t stride_) : count(count_), replicas(replicas_), stride(stride_) {
+  Posterior(int count_, int replicas_, size_t stride_, std::vector<Run> runs_ = {})
+      : count(count_), replicas(replicas_), stride(stride_), runs(std::move(runs_)) {
+    if (runs.empty()) runs = {{0, count, 0}};
+    for (const Run& run : runs) slots = std::max(slots, run.slot + 1);
+    pieces = std::make_unique<Buffer<Run>>(memory, pieces_of(runs));
     for (auto* b : {&mean, &log_sd, &variance, &prior_mean, &prior_log_sd, &grad_mean, &grad_variance, &mean_m, &mean_v,
                     &scale_m, &scale_v})
       *b = std::make_unique<Buffer<float>>(memory, stride * replicas);
     states = std::make_unique<Buffer<StepState>>(memory, size_t(replicas));
-    totals = std::make_unique<Buffer<Totals>>(memory, size_t(replicas));
-    kl = std::make_unique<Buffer<double>>(memory, size_t(replicas), 9.);
-    partial = std::make_unique<Buffer<float>>(memory, size_t(gaussian_partials(count)) * replicas, NAN);
+    booked = std::make_unique<Buffer<double>>(memory, size_t(replicas) * slots);
+    kl = std::make_unique<Buffer<double>>(memory, size_t(replicas) * slots);
+    partial = std::make_unique<Buffer<float>>(memory, pieces->size() * replicas, NAN);
   }
   GaussianArrays arrays() {
     return {*mean,   *log_sd, *variance, *prior_mean, *prior_log_sd, *grad_mean, *grad_variance,
@@ -34,9 +39,14 @@ struct Posterior {
   // A state that the next advance() makes the first step of its stage.
   void set_states(const std::vector<StepState>& s) { states->set(s); }
   void advance() { advance_step(*states, replicas, memory.stream()); }
-  void step(ScaleRule rule) { gaussian_step(arrays(), rule, *states, *totals, *partial, memory.stream()); }
-  std::vector<double> divergence() {
-    gaussian_kl(*kl, arrays(), *partial, memory.stream());
+  Pieces table() { return {*pieces, int(pieces->size())}; }
+  void step(ScaleRule rule, const Multipliers& z = {}) {
+    gaussian_step(arrays(), rule, table(), *states, {*booked, size_t(slots)}, *partial, memory.stream(), z);
+  }
+  // [replica][slot]
+  std::vector<double> divergence(const Multipliers& z = {}) {
+    kl->set(std::vector<double>(kl->size()));
+    gaussian_kl({*kl, size_t(slots)}, arrays(), table(), *partial, memory.stream(), z);
     partial->host();  // checks its guards
     return kl->host();
   }
@@ -44,11 +54,13 @@ struct Posterior {
   Memory memory;
   int count, replicas;
   size_t stride;
+  std::vector<Run> runs;
+  int slots = 0;
+  std::unique_ptr<Buffer<Run>> pieces;
   std::unique_ptr<Buffer<float>> mean, log_sd, variance, prior_mean, prior_log_sd, grad_mean, grad_variance, mean_m,
       mean_v, scale_m, scale_v, partial;
   std::unique_ptr<Buffer<StepState>> states;
-  std::unique_ptr<Buffer<Totals>> totals;
-  std::unique_ptr<Buffer<double>> kl;
+  std::unique_ptr<Buffer<double>> booked, kl;
 };
 
 StepState state_of(float lr_mean, float lr_scale, float kl_weight, int steps = 1000,
@@ -129,7 +141,7 @@ TEST(Gaussian, GoldenDivergence) {
       EXPECT_TRUE(close(p->divergence(), golden.f64("out_kl_sum"), {.l2 = 3e-6}));
       EXPECT_TRUE(close(p->divergence(), kl_of(*p), {.l2 = 5e-7}));
       p->step(rule);
-      EXPECT_TRUE(close(std::vector<double>{p->totals->host()[0].kl}, golden.f64("out_kl_sum"), {.l2 = 3e-6}));
+      EXPECT_TRUE(close(p->booked->host(), golden.f64("out_kl_sum"), {.l2 = 3e-6}));
       const std::vector<double> sigma = golden.f64("in_sigma"), prior = golden.f64("in_sigma_p");
       const std::vector<double> want_mean = golden.f64("g_mu"), want_scale = golden.f64("g_log_sigma");
       const std::vector<double> mean = gradient_of(*p->mean_m), scale = gradient_of(*p->scale_m);
@@ -153,7 +165,7 @@ TEST(Gaussian, GoldenNearEquality) {
   const std::vector<float> log_sd = p->log_sd->host(), prior_log_sd = p->prior_log_sd->host();
   const std::vector<float> mean = p->mean->host(), prior_mean = p->prior_mean->host();
   p->step(ScaleRule::adam);
-  EXPECT_NEAR(p->totals->host()[0].kl, p->divergence()[0], n * 1e-7);  // a step of size 0
+  EXPECT_NEAR(p->booked->host()[0], p->divergence()[0], n * 1e-7);  // a step of size 0
   const std::vector<double> g_mean = gradient_of(*p->mean_m), g_scale = gradient_of(*p->scale_m);
   for (int i = 0; i < p->count; i++) {
     const double t = double(log_sd[i]) - prior_log_sd[i], e = double(mean[i]) - prior_mean[i];
@@ -173,7 +185,7 @@ TEST(Gaussian, DivergenceFromItselfIsZero) {
     const std::vector<float> before = p->mean->host();
     EXPECT_EQ(p->divergence()[0], 0);
     p->step(rule);
-    EXPECT_EQ(p->totals->host()[0].kl, 0);
+    EXPECT_EQ(p->booked->host()[0], 0);
     EXPECT_TRUE(exact(p->mean_m->host(), std::vector<float>(p->count)));
     EXPECT_TRUE(exact(p->scale_m->host(), std::vector<float>(p->count)));
     EXPECT_TRUE(exact(p->mean->host(), before));
@@ -294,19 +306,14 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
   EXPECT_TRUE(close(moved(doubles(*p.mean), first_mean), moved(mean, first_mean), {.l2 = 3e-5}));
   EXPECT_TRUE(close(moved(doubles(*p.log_sd), first_log_sd), moved(log_sd, first_log_sd), {.l2 = 3e-5}));
 
-  const std::vector<Totals> got = p.totals->host();
-  for (int r = 0; r < replicas; r++) {
-    EXPECT_NEAR(got[r].kl, totals[r], 2e-6 * totals[r]);
-    EXPECT_EQ(got[r].loss, 0);
-    EXPECT_EQ(got[r].examples, 0);
-    EXPECT_EQ(got[r].steps, 0);
-  }
+  const std::vector<double> got = p.booked->host();
+  for (int r = 0; r < replicas; r++) EXPECT_NEAR(got[r], totals[r], 2e-6 * totals[r]);
   EXPECT_TRUE(close(p.divergence(), kl_of(p), {.l2 = 1e-6}));
   const std::string name = std::string("gaussian_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") +
                            std::to_string(count) + "." + std::to_string(steps);
   record(name + ".mean", p.mean->host());
   record(name + ".log_sd", p.log_sd->host());
-  record(name + ".kl", {float(got[0].kl)});
+  record(name + ".kl", {float(got[0])});
 }
 
 TEST(Gaussian, SmallStepsAgainstReference) {
@@ -353,11 +360,450 @@ TEST(Gaussian, PointStepsAgainstReference) {
 TEST(Gaussian, RefusesShapes) {
   GaussianArrays a{};
   a.count = 4, a.stride = 3, a.replicas = 1;
-  EXPECT_THROW(gaussian_step(a, ScaleRule::adam, nullptr, nullptr, nullptr, {}), InputError);
+  EXPECT_THROW(gaussian_step(a, ScaleRule::adam, {}, nullptr, {}, nullptr, {}), InputError);
+  EXPECT_THROW(multiply_weights(nullptr, 4, a, {}, {}, {}), InputError);
   a.count = 0;
-  EXPECT_THROW(gaussian_kl(nullptr, a, nullptr, {}), InputError);
+  EXPECT_THROW(gaussian_kl({}, a, {}, nullptr, {}), InputError);
+  EXPECT_THROW(draw_gaussian(nullptr, 4, a, 0, 1, 1, nullptr, 0, {}), InputError);
+  EXPECT_THROW(draw_gaussian_backward(a, nullptr, 4, 0, 1, 1, nullptr, 0, {}), InputError);
   a.count = 3, a.replicas = 0;
   EXPECT_THROW(point_step(a, nullptr, {}), InputError);
+  a.replicas = 1;
+  for (const baton::Run& run :
+       {baton::Run{0, 3, 0}, baton::Run{0, 3, 0, 0, 2}, baton::Run{0, 3, 0, 0, 0}, baton::Run{0, 3, 0, 0, 2, true}})
+    EXPECT_THROW(multiplier_gradient(nullptr, a, run, {}, nullptr, nullptr, {}), InputError);
+  for (const baton::Run& run : {baton::Run{0, 0, 0}, baton::Run{0, -1, 0}, baton::Run{0, 3, 0, 0, 2},
+                                baton::Run{0, 3, 0, 0, 0}, baton::Run{0, 3, 0, 0, 2, true}})
+    EXPECT_THROW(pieces_of({run}), InputError);
+}
+
+// ------------------------------------------------------------------------------------------------------- the pieces
+// Pieces lie one behind the other and hold whole z, or whole rows.
+TEST(Gaussian, SmallPiecesOfRuns) {
+  const std::vector<baton::Run> runs{{0, 10, 0},
+                                     {64, 5000, 1},
+                                     {5100, 25 * 300, 2, 7, 25},             // by blocks
+                                     {13000, 3000 * 4, 3, 400, 3000},        // blocks wider than a piece
+                                     {25000, 300 * 40, 4, 500, 300, true}};  // by columns
+  const std::vector<baton::Run> pieces = pieces_of(runs);
+  size_t next = 0;
+  for (const baton::Run& run : runs) {
+    SCOPED_TRACE(run.slot);
+    int at = 0;
+    while (at < run.count) {
+      ASSERT_LT(next, pieces.size());
+      const baton::Run& piece = pieces[next++];
+      EXPECT_EQ(piece.first, run.first + at);
+      EXPECT_EQ(piece.slot, run.slot);
+      EXPECT_EQ(piece.width, run.width);
+      EXPECT_EQ(piece.column, run.column);
+      EXPECT_GT(piece.count, 0);
+      EXPECT_LE(piece.count, std::max(2048, run.width));
+      if (run.z_first < 0) {
+        EXPECT_LT(piece.z_first, 0);
+      } else {
+        EXPECT_EQ(piece.count % run.width, 0);
+        EXPECT_EQ(piece.z_first, run.column ? run.z_first : run.z_first + at / run.width);
+      }
+      at += piece.count;
+    }
+    EXPECT_EQ(at, run.count);
+  }
+  EXPECT_EQ(next, pieces.size());
+  EXPECT_LE(pieces.size(), 1u + 3 + 4 + 4 + 7);  // no more than needed
+  EXPECT_TRUE(pieces_of({}).empty());
+}
+
+// Several runs book into slots of their own, and what lies between them is not touched.
+TEST(Gaussian, SmallRunsBookIntoTheirSlots) {
+  BATON_NEEDS_DEVICE();
+  const std::vector<baton::Run> runs{{2, 5, 2}, {10, 7, 0}};
+  Posterior p(20, 2, 24, runs), whole(20, 2, 24);
+  randomize(p, 30), randomize(whole, 30);
+  p.set_states({state_of(0.1f, 0.1f, 0.5f), state_of(0.2f, 0.1f, 0.5f)});
+  whole.set_states(p.states->host());
+  const std::vector<float> before = p.mean->host();
+  const std::vector<double> kl = p.divergence();
+  for (int r = 0; r < 2; r++) {
+    for (const baton::Run& run : runs) {
+      double want = 0;
+      for (int j = run.first; j < run.first + run.count; j++) {
+        const size_t i = 24 * r + j;
+        want += kl_of(before[i], p.log_sd->host()[i], p.prior_mean->host()[i], p.prior_log_sd->host()[i]);
+      }
+      EXPECT_NEAR(kl[3 * r + run.slot], want, 1e-6 * want);
+    }
+    EXPECT_EQ(kl[3 * r + 1], 0);
+  }
+  p.booked->set({1, 2, 3, 4, 5, 6});  // the ledger is added to
+  p.advance(), whole.advance();
+  p.step(ScaleRule::adam), whole.step(ScaleRule::adam);
+  for (size_t i = 0; i < 6; i++) EXPECT_NEAR(p.booked->host()[i], kl[i] + double(i + 1), 1e-6 * (kl[i] + 6));
+  const std::vector<float> after = p.mean->host(), all = whole.mean->host();
+  for (size_t i = 0; i < after.size(); i++) {
+    const int j = int(i % 24);
+    const bool in = (j >= 2 && j < 7) || (j >= 10 && j < 17);
+    if (in) EXPECT_NEAR(after[i], all[i], 1e-6) << i;
+    else EXPECT_EQ(after[i], before[i]) << i;
+  }
+}
+
+// ------------------------------------------------------------------------------------------ multiplicative variables
+struct ZShape {
+  int filters, width;        // z by blocks: one for each of `filters` runs of `width` weights
+  int columns, column_rows;  // z by columns
+  int plain;                 // parameters without z
+};
+
+// A posterior of three runs, with z and the gradients of the rows' weights z mu.
+struct Multiplied {
+  Multiplied(const ZShape& s, int replicas, int groups_, int seed)
+      : groups(groups_),
+        blocks{3, s.filters * s.width, 0, 5, s.width},
+        columns{blocks.first + blocks.count + 4, s.columns * s.column_rows, 2, 5 + s.filters + 3, s.columns, true},
+        plain{columns.first + columns.count + 2, s.plain, 1},
+        z_stride(size_t(columns.z_first) + s.columns + 2),
+        p(plain.first + plain.count, replicas, size_t(plain.first + plain.count) + 3, {blocks, plain, columns}),
+        grad_stride(p.stride + 5),
+        rows(replicas * groups),
+        z(p.memory, normals(z_stride * rows, seed + 50, 1, 0.4f)),
+        dz(p.memory, z_stride * rows, 9.f),
+        grad(p.memory, normals(grad_stride * rows, seed + 51)),
+        w(p.memory, grad_stride * rows, 9.f),
+        partial(p.memory, size_t(std::max(1, multiplier_partials(columns))) * rows, NAN) {
+    randomize(p, seed);
+    std::vector<StepState> states;
+    for (int r = 0; r < replicas; r++) {
+      states.push_back(state_of(0.01f + 0.01f * r, 0.02f, 0.3f / (r + 1)));
+      states[r].kl_now = 0.3f / (r + 1);
+    }
+    p.set_states(states);
+  }
+  Multipliers multipliers() { return {z, grad, z_stride, grad_stride, groups}; }
+  // The z of parameter j: its place in a row, below 0 where it has none.
+  int z_of(int j) const {
+    if (j >= blocks.first && j < blocks.first + blocks.count) return blocks.z_first + (j - blocks.first) / blocks.width;
+    if (j >= columns.first && j < columns.first + columns.count)
+      return columns.z_first + (j - columns.first) % columns.width;
+    return -1;
+  }
+  // Whether parameter j is in a run at all.
+  bool used(int j) const { return z_of(j) >= 0 || (j >= plain.first && j < plain.first + plain.count); }
+  int slot_of(int j) const { return z_of(j) < 0 ? 1 : j >= columns.first ? 2 : 0; }
+  void gradients() {
+    for (const Run& run : {blocks, columns})
+      multiplier_gradient(dz, p.arrays(), run, multipliers(), *p.states, partial, p.memory.stream());
+  }
+
+  int groups;
+  Run blocks, columns, plain;
+  size_t z_stride;
+  Posterior p;
+  size_t grad_stride;
+  int rows;
+  Buffer<float> z, dz, grad, w, partial;
+};
+const ZShape small_shape{6, 5, 9, 7, 4}, large_shape{180, 25, 130, 70, 300};  // the second: several pieces and segments
+
+void check_multiplied(ScaleRule rule, const ZShape& shape, int groups) {
+  SCOPED_TRACE(testing::Message() << (rule == ScaleRule::adam ? "adam " : "natural ") << groups << " groups of "
+                                  << shape.filters);
+  const int replicas = 2, steps = 3;
+  Multiplied m(shape, replicas, groups, 70 + groups);
+  Posterior& p = m.p;
+  const size_t n = p.stride * replicas;
+  const auto doubles = [](Buffer<float>& b) {
+    const std::vector<float> v = b.host();
+    return std::vector<double>(v.begin(), v.end());
+  };
+  std::vector<double> mean = doubles(*p.mean), log_sd = doubles(*p.log_sd);
+  const std::vector<double> prior_mean = doubles(*p.prior_mean), prior_log_sd = doubles(*p.prior_log_sd);
+  const std::vector<double> first_mean = mean, first_log_sd = log_sd, z = doubles(m.z);
+  Moments of_mean(n), of_scale(n);
+  std::vector<double> booked(size_t(replicas) * 3), now;
+  for (int t = 0; t < steps; t++) {
+    std::vector<float> grad = normals(m.grad_stride * m.rows, 300 + t), plain = normals(n, 400 + t);
+    const std::vector<float> grad_variance = normals(n, 500 + t, 0, 3);
+    for (float& g : grad) g = g < 0 ? g - 3 : g + 3;  // away from 0, where Adam's direction is not smooth
+    for (float& g : plain) g = g < 0 ? g - 3 : g + 3;
+    m.grad.set(grad), p.grad_mean->set(plain), p.grad_variance->set(grad_variance);
+    p.advance();
+    now.assign(booked.size(), 0);
+    const std::vector<double> divergence = p.divergence(m.multipliers());
+    p.step(rule, m.multipliers());
+    const std::vector<StepState> states = p.states->host();
+    for (int r = 0; r < replicas; r++)
+      for (int j = 0; j < p.count; j++) {
+        if (!m.used(j)) continue;
+        const size_t i = p.stride * r + j;
+        const StepState& s = states[r];
+        double g = plain[i], z2 = 1;
+        if (m.z_of(j) >= 0) {
+          g = z2 = 0;
+          for (int k = 0; k < groups; k++) {
+            const size_t q = size_t(r) * groups + k;
+            const double one = z[m.z_stride * q + m.z_of(j)];
+            g += one * grad[m.grad_stride * q + j], z2 += one * one / groups;
+          }
+        }
+        const double shift = log_sd[i] - prior_log_sd[i], away = mean[i] - prior_mean[i];
+        const double precision = std::exp(-2 * prior_log_sd[i]);
+        now[size_t(r) * 3 + m.slot_of(j)] += 0.5 * (std::expm1(2 * shift) + z2 * away * away * precision) - shift;
+        mean[i] -= s.lr_mean * of_mean.step(i, g + s.kl_now * z2 * away * precision, s);
+        const double by_data = 2 * std::exp(2 * log_sd[i]) * grad_variance[i], by_prior = std::expm1(2 * shift);
+        if (rule == ScaleRule::adam) {
+          log_sd[i] -= s.lr_scale * of_scale.step(i, by_data + s.kl_now * by_prior, s);
+        } else {
+          of_scale.m[i] = adam_beta1 * of_scale.m[i] + (1 - double(adam_beta1)) * (by_data / s.kl_now + by_prior);
+          log_sd[i] -= std::clamp(0.5 * s.lr_scale * of_scale.m[i] * s.correction1, -double(largest_scale_step),
+                                  double(largest_scale_step));
+        }
+      }
+    EXPECT_TRUE(close(divergence, now, {.l2 = 1e-6}));
+    for (size_t i = 0; i < now.size(); i++) booked[i] += now[i];
+  }
+  EXPECT_TRUE(close(p.booked->host(), booked, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(doubles(*p.mean), mean, {.l2 = 1e-6}));
+  EXPECT_TRUE(close(doubles(*p.log_sd), log_sd, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(doubles(*p.mean_m), of_mean.m, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(doubles(*p.scale_m), of_scale.m, {.l2 = 5e-6}));
+  const auto moved = [&](const std::vector<double>& after, const std::vector<double>& first) {
+    std::vector<double> d(n);
+    for (size_t i = 0; i < n; i++) d[i] = after[i] - first[i];
+    return d;
+  };
+  EXPECT_TRUE(close(moved(doubles(*p.mean), first_mean), moved(mean, first_mean), {.l2 = 3e-5}));
+  EXPECT_TRUE(close(moved(doubles(*p.log_sd), first_log_sd), moved(log_sd, first_log_sd), {.l2 = 3e-5}));
+  const std::string name = std::string("multiplied_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") +
+                           std::to_string(groups) + "." + std::to_string(shape.filters);
+  record(name + ".mean", p.mean->host());
+  record(name + ".log_sd", p.log_sd->host());
+  record(name + ".kl", {float(p.booked->host()[0]), float(p.booked->host()[2])});
+}
+
+TEST(Multipliers, SmallStepsAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural})
+    for (int groups : {1, 3}) check_multiplied(rule, small_shape, groups);
+}
+TEST(Multipliers, StepsAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural})
+    for (int groups : {1, 3}) check_multiplied(rule, large_shape, groups);
+}
+
+// z of 1 changes nothing.
+TEST(Multipliers, SmallOnesAreNoMultipliers) {
+  BATON_NEEDS_DEVICE();
+  Multiplied m(small_shape, 1, 1, 5);
+  Posterior plain(m.p.count, 1, m.p.stride, m.p.runs);
+  randomize(plain, 5);
+  plain.set_states(m.p.states->host());
+  m.z.set(std::vector<float>(m.z.size(), 1.f));
+  std::vector<float> grad = m.p.grad_mean->host();
+  grad.resize(m.grad.size());
+  m.grad.set(grad);
+  for (int t = 0; t < 2; t++) {
+    m.p.advance(), plain.advance();
+    m.p.step(ScaleRule::adam, m.multipliers()), plain.step(ScaleRule::adam);
+  }
+  EXPECT_TRUE(close(m.p.mean->host(), plain.mean->host(), {.l2 = 1e-7}));
+  EXPECT_TRUE(close(m.p.log_sd->host(), plain.log_sd->host(), {.l2 = 1e-7}));
+  EXPECT_TRUE(close(m.p.booked->host(), plain.booked->host(), {.l2 = 1e-7}));
+}
+
+void check_multiply(const ZShape& shape, int groups) {
+  Multiplied m(shape, 2, groups, 11);
+  multiply_weights(m.w, m.grad_stride, m.p.arrays(), m.p.table(), m.multipliers(), m.p.memory.stream());
+  const std::vector<float> z = m.z.host(), mean = m.p.mean->host();
+  std::vector<float> want(m.grad_stride * m.rows, 9.f);
+  for (int q = 0; q < m.rows; q++)
+    for (int j = 0; j < m.p.count; j++)
+      if (m.z_of(j) >= 0)
+        want[m.grad_stride * q + j] = z[m.z_stride * q + m.z_of(j)] * mean[m.p.stride * (q / groups) + j];
+  EXPECT_TRUE(exact(m.w.host(), want)) << groups;
+  record("multiply_weights." + std::to_string(groups) + "." + std::to_string(shape.filters), m.w.host(), 0);
+}
+TEST(Multipliers, SmallMultiplyExact) {
+  BATON_NEEDS_DEVICE();
+  for (int groups : {1, 3}) check_multiply(small_shape, groups);
+}
+TEST(Multipliers, MultiplyExact) {
+  BATON_NEEDS_DEVICE();
+  for (int groups : {1, 3}) check_multiply(large_shape, groups);
+}
+
+void check_multiplier_gradient(const ZShape& shape, int groups) {
+  Multiplied m(shape, 2, groups, 21);
+  m.gradients();
+  const std::vector<float> z = m.z.host(), mean = m.p.mean->host(), prior_mean = m.p.prior_mean->host(),
+                           prior_log_sd = m.p.prior_log_sd->host(), grad = m.grad.host();
+  const std::vector<StepState> states = m.p.states->host();
+  std::vector<double> want(m.z_stride * m.rows);
+  std::vector<bool> written(want.size());
+  for (int q = 0; q < m.rows; q++)
+    for (int j = 0; j < m.p.count; j++) {
+      if (m.z_of(j) < 0) continue;
+      const int r = q / groups;
+      const size_t i = m.p.stride * r + j, k = m.z_stride * q + m.z_of(j);
+      const double away = double(mean[i]) - prior_mean[i];
+      want[k] += double(mean[i]) * grad[m.grad_stride * q + j] +
+                 double(states[r].kl_now) / groups * z[k] * away * away * std::exp(-2. * prior_log_sd[i]);
+      written[k] = true;
+    }
+  std::vector<float> got = m.dz.host();
+  for (size_t k = 0; k < got.size(); k++)
+    if (!written[k]) {
+      EXPECT_EQ(got[k], 9.f) << k;
+      got[k] = 0;
+    }
+  EXPECT_TRUE(close(got, want, {.l2 = 2e-6})) << groups;
+  m.partial.host();
+  record("multiplier_gradient." + std::to_string(groups) + "." + std::to_string(shape.filters), got, 2e-6f);
+}
+TEST(Multipliers, SmallGradientAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (int groups : {1, 3}) check_multiplier_gradient(small_shape, groups);
+}
+TEST(Multipliers, GradientAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (int groups : {1, 3}) check_multiplier_gradient(large_shape, groups);
+}
+
+// The data term is linear in z and the KL quadratic, so differences may be wide.
+TEST(Multipliers, GradientFiniteDifferences) {
+  BATON_NEEDS_DEVICE();
+  for (int groups : {1, 3}) {
+    Multiplied m(small_shape, 2, groups, 31);
+    m.gradients();
+    const std::vector<float> grad = m.grad.host();
+    const std::vector<StepState> states = m.p.states->host();
+    auto want = central_differences(m.z.host(), 0.5f, [&](const std::vector<float>& z) {
+      m.z.set(z);
+      m.w.set(std::vector<float>(m.w.size()));
+      multiply_weights(m.w, m.grad_stride, m.p.arrays(), m.p.table(), m.multipliers(), m.p.memory.stream());
+      const std::vector<float> w = m.w.host();
+      double sum = 0;
+      for (size_t i = 0; i < w.size(); i++) sum += double(w[i]) * grad[i];
+      const std::vector<double> kl = m.p.divergence(m.multipliers());
+      for (size_t i = 0; i < kl.size(); i++) sum += double(states[i / 3].kl_now) * kl[i];
+      return sum;
+    });
+    std::vector<float> got = m.dz.host();
+    for (size_t k = 0; k < got.size(); k++)
+      if (got[k] == 9.f) {
+        EXPECT_NEAR(want[k], 0, 1e-12) << k;  // no weight has this z
+        got[k] = 0, want[k] = 0;
+      }
+    EXPECT_TRUE(close(got, want, {.l2 = 1e-5})) << groups;
+  }
+}
+
+// ------------------------------------------------------------------------------------- draws of a few parameters
+void check_draws(int count, int groups) {
+  SCOPED_TRACE(testing::Message() << count << " parameters, " << groups << " groups");
+  const int replicas = 2, first = 3, rows = replicas * groups;
+  const uint32_t stream_id = stream_draws + 4;
+  const size_t w_stride = size_t(first) + count + 6;
+  Posterior p(first + count + 2, replicas, size_t(first) + count + 5);
+  randomize(p, 41);
+  std::vector<StepState> states{state_of(0, 0, 1), state_of(0, 0, 1)};
+  for (int r = 0; r < replicas; r++) states[r].noise = key_of(20 + r), states[r].step = 6 + r;
+  p.set_states(states);
+  Buffer<float> w(p.memory, w_stride * rows, 9.f);
+  Buffer grad(p.memory, normals(w_stride * rows, 42));
+  const std::vector<float> untouched(p.stride * replicas, 9.f);
+  p.grad_mean->set(untouched), p.grad_variance->set(untouched);
+  draw_gaussian(w, w_stride, p.arrays(), first, count, groups, *p.states, stream_id, p.memory.stream());
+  draw_gaussian_backward(p.arrays(), grad, w_stride, first, count, groups, *p.states, stream_id, p.memory.stream());
+  const std::vector<float> mean = p.mean->host(), variance = p.variance->host(), g = grad.host();
+  std::vector<float> want(w_stride * rows, 9.f);
+  std::vector<double> want_mean(p.stride * replicas), want_variance(p.stride * replicas);
+  for (int q = 0; q < rows; q++)
+    for (int i = 0; i < count; i++) {
+      const int r = q / groups;
+      const size_t at = p.stride * r + first + i, to = w_stride * q + first + i;
+      const float e = normal4(states[r].noise, uint32_t(q % groups * count + i), stream_id, states[r].step).x;
+      want[to] = mean[at] + std::sqrt(variance[at]) * e;
+      want_mean[at] += g[to];
+      want_variance[at] += double(g[to]) * e / (2 * std::sqrt(double(variance[at])));
+    }
+  EXPECT_TRUE(exact(w.host(), want));
+  const auto of_draws = [&](Buffer<float>& b) {  // the rest is as it was
+    std::vector<float> got = b.host();
+    for (size_t i = 0; i < got.size(); i++) {
+      const int j = int(i % p.stride) - first;
+      if (j >= 0 && j < count) continue;
+      EXPECT_EQ(got[i], 9.f) << i;
+      got[i] = 0;
+    }
+    return got;
+  };
+  EXPECT_TRUE(close(of_draws(*p.grad_mean), want_mean, {.l2 = 1e-6}));
+  EXPECT_TRUE(close(of_draws(*p.grad_variance), want_variance, {.l2 = 1e-6}));
+  const std::string name = "draw_gaussian." + std::to_string(count) + "." + std::to_string(groups);
+  record(name, w.host(), 0);
+  record(name + ".grad_variance", p.grad_variance->host());
+}
+TEST(DrawGaussian, SmallAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  check_draws(5, 1), check_draws(5, 3);
+}
+TEST(DrawGaussian, AgainstReference) {
+  BATON_NEEDS_DEVICE();
+  check_draws(1, 1), check_draws(700, 2);
+}
+
+// ---------------------------------------------------------------------------------------------------- standing still
+// A replica whose loss was not finite keeps every value, whatever its gradients say; the other one moves on.
+TEST(Gaussian, SmallHaltedReplicasStandStill) {
+  BATON_NEEDS_DEVICE();
+  for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural})
+    for (int groups : {0, 1, 3}) {
+      Multiplied m(small_shape, 2, std::max(groups, 1), 61);
+      Posterior& p = m.p;
+      std::vector<StepState> states = p.states->host();
+      states[1].halted = 4;
+      p.set_states(states);
+      std::vector<float> grad = m.grad.host(), plain = p.grad_mean->host(), scale = p.grad_variance->host();
+      std::fill(grad.begin() + long(grad.size() / 2), grad.end(), NAN);
+      std::fill(plain.begin() + long(plain.size() / 2), plain.end(), NAN);
+      std::fill(scale.begin() + long(scale.size() / 2), scale.end(), INFINITY);
+      m.grad.set(grad), p.grad_mean->set(plain), p.grad_variance->set(scale);
+      std::vector<Buffer<float>*> values{p.mean.get(),   p.log_sd.get(), p.variance.get(),
+                                         p.mean_m.get(), p.mean_v.get(), p.scale_m.get()};
+      if (rule == ScaleRule::adam) values.push_back(p.scale_v.get());
+      std::vector<std::vector<float>> before;
+      for (auto* b : values) before.push_back(b->host());
+      p.advance();
+      p.step(rule, groups ? m.multipliers() : Multipliers{});
+      for (size_t k = 0; k < values.size(); k++) {
+        const std::vector<float> after = values[k]->host();
+        const auto half = long(after.size() / 2);
+        EXPECT_TRUE(exact(std::vector(after.begin() + half, after.end()),
+                          std::vector(before[k].begin() + half, before[k].end())))
+            << k;
+        EXPECT_FALSE(exact(std::vector(after.begin(), after.begin() + half),
+                           std::vector(before[k].begin(), before[k].begin() + half)))
+            << k;
+      }
+      for (int slot = 0; slot < 3; slot++) {
+        EXPECT_GT(p.booked->host()[slot], 0);
+        EXPECT_EQ(p.booked->host()[3 + slot], 0);
+      }
+      if (groups) continue;
+      before.clear();
+      for (auto* b : values) before.push_back(b->host());
+      point_step(p.arrays(), *p.states, p.memory.stream());
+      for (size_t k = 0; k < values.size(); k++) {
+        const std::vector<float> after = values[k]->host();
+        const auto half = long(after.size() / 2);
+        EXPECT_TRUE(exact(std::vector(after.begin() + half, after.end()),
+                          std::vector(before[k].begin() + half, before[k].end())))
+            << k;
+      }
+      EXPECT_FALSE(exact(p.mean->host(), before[0]));
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------- identities
@@ -446,8 +892,28 @@ std::vector<float> draw_weights(const std::vector<float>& mean, const std::vecto
   Memory memory;
   Buffer m(memory, mean), v(memory, variance);
   Buffer<float> w(memory, stride * samples, 9.f);
-  sample_weights(w, m, v, int(mean.size()), stride, first_sample, samples, key, memory.stream());
+  sample_weights(w, m, 0, v, int(mean.size()), stride, first_sample, samples, key, memory.stream());
   return w.host();
+}
+
+// Means of their own for every draw, which lie where the draws go.
+TEST(SampleWeights, SmallMeansOfEveryDraw) {
+  BATON_NEEDS_DEVICE();
+  const int count = 11, samples = 3;
+  const size_t stride = 14;
+  const std::vector<float> means = normals(stride * samples, 6), variance(count, 0.25f);
+  Memory memory;
+  Buffer m(memory, means), w(memory, means), v(memory, variance);
+  Buffer<float> apart(memory, stride * samples, 9.f);
+  sample_weights(w, w, stride, v, count, stride, 4, samples, key_of(2), memory.stream());
+  sample_weights(apart, m, stride, v, count, stride, 4, samples, key_of(2), memory.stream());
+  const std::vector<float> noise = draw_weights(std::vector<float>(count), variance, stride, 4, samples, key_of(2));
+  const std::vector<float> got = w.host(), elsewhere = apart.host();
+  for (size_t i = 0; i < got.size(); i++) {
+    const bool used = i % stride < size_t(count);
+    EXPECT_EQ(got[i], used ? means[i] + noise[i] : means[i]) << i;
+    EXPECT_EQ(elsewhere[i], used ? got[i] : 9.f) << i;
+  }
 }
 
 TEST(SampleWeights, ExactMapping) {

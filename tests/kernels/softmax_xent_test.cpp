@@ -191,7 +191,7 @@ TEST(Totals, SmallAddsBatches) {
   Memory memory;
   Buffer states(memory, std::vector<StepState>{at_step(11), at_step(12)});
   Totals start{};
-  start.kl = 2.5, start.loss = 1;
+  start.loss = 1;
   Buffer totals(memory, std::vector<Totals>(replicas, start));
   Buffer loss(memory, std::vector<float>{1, 2, 3, 4, 5, 10, 20, 30, 40, 50});
   Buffer hit(memory, std::vector<float>{1, 0, 0, 1, 0, 1, 1, 1, 1, 1});
@@ -202,7 +202,6 @@ TEST(Totals, SmallAddsBatches) {
   EXPECT_EQ(t[0].hits, 4);
   EXPECT_EQ(t[1].hits, 10);
   for (const Totals& one : t) {
-    EXPECT_EQ(one.kl, 2.5);
     EXPECT_EQ(one.examples, 10);
     EXPECT_EQ(one.steps, 2);
     EXPECT_EQ(one.nonfinite_step, 0);
@@ -230,6 +229,31 @@ TEST(Totals, SmallReportsTheFirstStepThatIsNotFinite) {
   EXPECT_EQ(t[0].nonfinite_step, 0);
   EXPECT_EQ(t[1].nonfinite_step, 2);
   EXPECT_EQ(t[2].nonfinite_step, 3);
+}
+
+// Where the loss is not finite the replica is halted at that step, and stays so.
+TEST(Totals, SmallHaltsTheReplica) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  Buffer<Totals> totals(memory, 3);
+  Buffer<float> hit(memory, 6), loss(memory, 6);
+  std::vector<StepState> first{at_step(7), at_step(8), at_step(9)};
+  Buffer states(memory, first);
+  loss.set({1, 2, NAN, 1, 3, 4});
+  add_to_totals(totals, loss, hit, states, 3, 2, memory.stream());
+  EXPECT_EQ(states.host()[0].halted, 0);
+  EXPECT_EQ(states.host()[1].halted, 8);
+  EXPECT_EQ(states.host()[2].halted, 0);
+  loss.set({INFINITY, 2, NAN, 1, 3, 4});
+  advance_step(states, 3, memory.stream());
+  add_to_totals(totals, loss, hit, states, 3, 2, memory.stream());
+  EXPECT_EQ(states.host()[0].halted, 8);
+  EXPECT_EQ(states.host()[1].halted, 8);
+  EXPECT_EQ(states.host()[1].step, 8u);
+  EXPECT_EQ(states.host()[2].halted, 0);
+  EXPECT_EQ(states.host()[2].step, 10u);
+  EXPECT_EQ(totals.host()[0].nonfinite_step, 8);
+  EXPECT_EQ(totals.host()[1].nonfinite_step, 8);
 }
 
 TEST(Totals, AgainstReferenceAndTheSameEveryRun) {

@@ -69,5 +69,96 @@ TEST(Squares, FoldedGradientIsTheDerivative) {
   record("squares.folded", grad.host(), 1e-6f);
 }
 
+// ------------------------------------------------------------------------------------ what per-example curvature needs
+void check_rows(int rows, int n) {
+  SCOPED_TRACE(testing::Message() << rows << " rows of " << n);
+  const std::vector<float> values = integers(size_t(rows) * n, 5), start = integers(size_t(n), 6);
+  Memory memory;
+  Buffer x(memory, values), sum(memory, start), squared(memory, start);
+  accumulate_rows(sum, x, rows, n, memory.stream());
+  accumulate_squared_rows(squared, x, rows, n, memory.stream());
+  std::vector<float> want = start, want_squared = start;
+  for (int row = 0; row < rows; row++)
+    for (int i = 0; i < n; i++) {
+      const float v = values[size_t(row) * n + i];
+      want[i] += v, want_squared[i] += v * v;
+    }
+  EXPECT_TRUE(exact(sum.host(), want));
+  EXPECT_TRUE(exact(squared.host(), want_squared));
+}
+TEST(Squares, SmallAccumulatedRowsExact) {
+  BATON_NEEDS_DEVICE();
+  check_rows(3, 20), check_rows(1, 1);
+  check_rows(0, 4);  // nothing is added
+}
+TEST(Squares, AccumulatedRowsExact) {
+  BATON_NEEDS_DEVICE();
+  check_rows(128, 1000), check_rows(8, 5001);
+}
+
+std::vector<float> fisher(const std::vector<float>& logits, int k, int batch, int classes) {
+  Memory memory;
+  Buffer x(memory, logits);
+  Buffer<float> d(memory, logits.size(), NAN);
+  fisher_column(d, x, k, batch, classes, memory.stream());
+  return d.host();
+}
+
+// sum_k d_k d_k^T = diag(p) - p p^T, and every column's own formula.
+void check_fisher(int batch, int classes, float spread) {
+  SCOPED_TRACE(testing::Message() << batch << " examples, " << classes << " classes, spread " << spread);
+  std::mt19937 random(classes);
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> logits(size_t(batch) * classes);
+  for (float& x : logits) x = normal(random);
+  std::vector<double> p(logits.size()), want, got(logits.size() * classes);
+  for (int b = 0; b < batch; b++) {
+    double total = 0;
+    for (int c = 0; c < classes; c++) total += std::exp(double(logits[b * classes + c]));
+    for (int c = 0; c < classes; c++) p[b * classes + c] = std::exp(double(logits[b * classes + c])) / total;
+    for (int c = 0; c < classes; c++)
+      for (int e = 0; e < classes; e++) want.push_back(p[b * classes + c] * ((c == e) - p[b * classes + e]));
+  }
+  for (int k = 0; k < classes; k++) {
+    const std::vector<float> d = fisher(logits, k, batch, classes);
+    std::vector<double> column;
+    for (int b = 0; b < batch; b++)
+      for (int c = 0; c < classes; c++) {
+        column.push_back(std::sqrt(p[b * classes + k]) * ((c == k) - p[b * classes + c]));
+        for (int e = 0; e < classes; e++)
+          got[size_t(b * classes + c) * classes + e] += double(d[b * classes + c]) * d[b * classes + e];
+      }
+    EXPECT_TRUE(close(d, column, {.l2 = 2e-6})) << k;
+    record("fisher_column." + std::to_string(classes) + "." + std::to_string(int(spread)) + "." + std::to_string(k), d,
+           2e-6f);
+  }
+  EXPECT_TRUE(close(got, want, {.l2 = 2e-6}));
+}
+TEST(FisherColumn, SmallIsARootOfTheInformation) {
+  BATON_NEEDS_DEVICE();
+  check_fisher(3, 4, 1);
+}
+TEST(FisherColumn, IsARootOfTheInformation) {
+  BATON_NEEDS_DEVICE();
+  check_fisher(128, 10, 3), check_fisher(5, 2, 0.1f), check_fisher(300, 3, 2);
+}
+
+TEST(FisherColumn, SmallExtremes) {
+  BATON_NEEDS_DEVICE();
+  // A sure prediction has no information; logits far from 0 do not overflow.
+  for (int k = 0; k < 3; k++) {
+    EXPECT_TRUE(exact(fisher({3e4f, 0, -3e4f}, k, 1, 3), std::vector<float>(3)));
+    const std::vector<float> high = fisher({1e4f, 1e4f, 1e4f}, k, 1, 3), zero = fisher({0, 0, 0}, k, 1, 3);
+    EXPECT_TRUE(exact(high, zero));
+  }
+}
+
+TEST(FisherColumn, RefusesClasses) {
+  float x = 0;
+  EXPECT_THROW(fisher_column(&x, &x, 3, 1, 3, {}), InputError);
+  EXPECT_THROW(fisher_column(&x, &x, -1, 1, 3, {}), InputError);
+  EXPECT_THROW(fisher_column(&x, &x, 0, 1, 0, {}), InputError);
+}
+
 }  // namespace
 }  // namespace baton::test

@@ -117,6 +117,25 @@ TEST(StepState, Corrections) {
   }
 }
 
+// A replica whose loss was not finite stands still at that step.
+TEST(StepState, SmallHaltedReplicasStandStill) {
+  BATON_NEEDS_DEVICE();
+  std::vector<StepState> first{fresh(Schedule::cosine, 5, 3), fresh(Schedule::cosine, 5, 3)};
+  first[0].step = 12, first[0].stage_step = 2, first[0].halted = 12;
+  first[0].lr_mean = 0.75f, first[0].lr_scale = 0.5f, first[0].kl_now = 0.0625f, first[0].correction1 = 3;
+  for (const auto& seen : run(first, 2)) {
+    EXPECT_EQ(seen[0].step, 12u);
+    EXPECT_EQ(seen[0].stage_step, 2);
+    EXPECT_EQ(seen[0].halted, 12);
+    EXPECT_EQ(seen[0].lr_mean, 0.75f);
+    EXPECT_EQ(seen[0].lr_scale, 0.5f);
+    EXPECT_EQ(seen[0].kl_now, 0.0625f);
+    EXPECT_EQ(seen[0].correction1, 3);
+    EXPECT_EQ(seen[1].halted, 0);
+  }
+  EXPECT_EQ(run(first, 2)[1][1].step, 2u);
+}
+
 TEST(StepState, ManyReplicas) {
   BATON_NEEDS_DEVICE();
   std::vector<StepState> first;
