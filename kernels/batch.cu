@@ -12,6 +12,8 @@ namespace baton {
 
 namespace {
 
+constexpr int augment_padding = 4;
+
 __host__ __device__ __forceinline__ uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -42,6 +44,32 @@ __device__ __forceinline__ void load_image(float* __restrict__ x, float* __restr
   }
 }
 
+// A mirrored and shifted image; what lies outside of it is 0. Coordinates in float, exact, so that the loop vectorises.
+__device__ __forceinline__ void load_augmented(float* __restrict__ x, float* __restrict__ x_squared,
+                                               const uint8_t* __restrict__ pixels, const DeviceImages& set,
+                                               uint4 random) {
+  const int h = set.height, w = set.width, span = 2 * augment_padding + 1;
+  const int down = int(uint64_t(random.y) * span >> 32) - augment_padding;
+  const int right = int(uint64_t(random.z) * span >> 32) - augment_padding;
+  const int first = random.x >> 31 ? w - 1 + right : right, sign = random.x >> 31 ? -1 : 1;
+  const float inverse = 1.f / float(w);
+  for (int c = 0; c < set.channels; c++) {
+    const Normalisation& to = set.normalisation;
+    const float scale = c == 0 ? to.scale[0] : c == 1 ? to.scale[1] : to.scale[2];
+    const float shift = c == 0 ? to.shift[0] : c == 1 ? to.shift[1] : to.shift[2];
+    const int plane = c * set.plane;
+    for (int i = threadIdx.x; i < set.plane; i += blockDim.x) {
+      const int row = int((float(i) + 0.5f) * inverse), from_y = row + down, from_x = first + sign * (i - row * w);
+      const int inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w);
+      const float pixel = float(int(pixels[plane + (inside ? from_y * w + from_x : 0)]));
+      const float v = inside ? pixel * scale + shift : 0.f;
+      x[plane + i] = v;
+      if (x_squared) x_squared[plane + i] = v * v;
+    }
+  }
+}
+
+template <bool augment>
 __global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set,
                                        const int32_t* order, size_t order_stride, const StepState* states, int batch) {
   const int b = blockIdx.x, r = simt::row();
@@ -51,7 +79,10 @@ __global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labe
   const uint32_t place = shuffled(position % n, n, s.shuffle, (uint32_t(s.stage) << 20) + epoch);
   const int example = order[order_stride * r + s.part_offset + place];
   const size_t image = size_t(set.channels) * set.plane, to = (size_t(r) * batch + b) * image;
-  load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
+  if constexpr (augment)
+    load_augmented(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set,
+                   philox(make_uint4(uint32_t(b), stream_augment, s.step, 0), s.shuffle));
+  else load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
   if (threadIdx.x == 0) labels[size_t(r) * batch + b] = set.labels[example];
 }
 
@@ -85,10 +116,20 @@ __host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t 
 }
 
 void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* order,
-                           size_t order_stride, const StepState* states, int replicas, int batch, Stream stream) {
+                           size_t order_stride, const StepState* states, int replicas, int batch, Stream stream,
+                           bool augment) {
   BATON_RANGE("gather_training_batch");
-  simt::launch<gather_training_kernel>(simt::blocks(batch, threads, 0, replicas), stream, x, x_squared, labels, set,
-                                       order, order_stride, states, batch);
+  if (augment && (set.height < 1 || set.width < 1 || long(set.height) * set.width != set.plane))
+    throw InputError("gather_training_batch: to augment, images of " + std::to_string(set.plane) +
+                     " pixels a plane must have a height and a width, not " + std::to_string(set.height) + "x" +
+                     std::to_string(set.width));
+  const auto shape = simt::blocks(batch, threads, 0, replicas);
+  if (augment)
+    simt::launch<gather_training_kernel<true>>(shape, stream, x, x_squared, labels, set, order, order_stride, states,
+                                               batch);
+  else
+    simt::launch<gather_training_kernel<false>>(shape, stream, x, x_squared, labels, set, order, order_stride, states,
+                                                batch);
 }
 
 void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, int first, int batch,

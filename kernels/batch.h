@@ -15,6 +15,7 @@ struct DeviceImages {     // device memory
   const uint8_t* labels;  // [count]
   int count, channels, plane;
   Normalisation normalisation;
+  int height = 0, width = 0;  // of a plane; 0 where nobody augments
 };
 
 // The place of position i in the epoch's order of n examples: a keyed permutation of [0, n), computed rather than
@@ -24,8 +25,14 @@ __host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t 
 // The step's batch for every replica: position p = (stage_step - 1) * batch + b of an endless stream of epochs, each a
 // fresh order of the replica's part. order [replicas][order_stride] holds each replica's examples, its parts in turn.
 // x, x_squared [replicas][batch][channels * plane] (x_squared may be null), labels [replicas][batch].
+//
+// augment (He et al. 2016): each image is mirrored or not, padded with 4 zeros (of the normalised values) on each side,
+// and cropped to its size at a random place: x(y, c) = image(y + p - 4, c' + q - 4), c' = c or width - 1 - c. Philox
+// with the key `shuffle`, element b, stream stream_augment, the step: words 0 to 2 are the mirror (top bit), p and q
+// (9 word / 2^32).
 void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* order,
-                           size_t order_stride, const StepState* states, int replicas, int batch, Stream);
+                           size_t order_stride, const StepState* states, int replicas, int batch, Stream,
+                           bool augment = false);
 
 // Images first, first + 1, ... (first + batch <= count) in the set's own order.
 void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages&, int first, int batch, Stream);

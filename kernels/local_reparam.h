@@ -15,8 +15,8 @@ struct Bias {
 };
 
 // What flows between layers, [replicas][batch][...]. The squares feed the next layer's variance product; both are null
-// where nobody reads them. On the way back, dL/dvalue in total is grad + 2 value grad_square; a point posterior has no
-// squares, and its kernels do not look at grad_square.
+// where nobody reads them. On the way back, dL/dvalue in total is grad + 2 value grad_square, or grad where grad_square
+// is null. That does not depend on the layer's own noise: a layer without any (v null) can feed one that reads squares.
 struct Signal {
   float* value = nullptr;
   float* square = nullptr;
@@ -44,8 +44,9 @@ void dense_bias_gradient(float* db_mean, float* db_variance, size_t stride, cons
 // counter's four normals, lane 2 (y mod 2) + x mod 2: so pooling kernels draw a window's noise at once.
 struct ConvPlanes {
   int replicas, batch, channels, h, w;
-  __host__ __device__ int pooled_h() const { return h / 2; }
-  __host__ __device__ int pooled_w() const { return w / 2; }
+  int window = 2;  // of the pooling, at stride 2: 2, or 3 (overlapping); places that fill no window are dropped
+  __host__ __device__ int pooled_h() const { return (h + 2 - window) / 2; }
+  __host__ __device__ int pooled_w() const { return (w + 2 - window) / 2; }
 };
 void conv_sample(Signal out, const float* m, float* v, Bias, ConvPlanes, bool relu, const StepState*,
                  uint32_t stream_id, Stream);
@@ -53,14 +54,16 @@ void conv_sample(Signal out, const float* m, float* v, Bias, ConvPlanes, bool re
 void conv_sample_backward(float* dm, float* dv, float* sums, Signal out, const float* v, ConvPlanes, bool relu,
                           const StepState*, uint32_t stream_id, Stream);
 
-// Sampling, ReLU and 2x2 max pooling in one pass: m and v are read once, and of the pre-activations nothing is kept
-// but, for each window, the pooled value, the winner's place (4 when the ReLU cut it) and its slope dy/dv = e / (2 sqrt
-// v). out [replicas][batch][channels][h/2][w/2]; which, slope of that shape (slope null for a point posterior or when
-// no backward pass follows; which may be null then too).
+// Sampling, ReLU and max pooling in one pass: m and v are read once, and of the pre-activations nothing is kept but,
+// for each window, the pooled value, the winner's place (window * row + column, the first of equals; window^2 when the
+// ReLU cut it) and its slope dy/dv = e / (2 sqrt v). out [replicas][batch][channels][pooled_h][pooled_w]; which, slope
+// of that shape (slope null for a point posterior or when no backward pass follows; which may be null then too). A
+// layer with v writes squares. With windows of 3 a plane lies in one block's shared memory: at most 72x72.
 void conv_sample_pool(Signal out, uint8_t* which, float* slope, const float* m, const float* v, Bias, ConvPlanes,
                       const StepState*, uint32_t stream_id, Stream);
-// The gradient of each window goes to its winner: dm, dv [replicas][batch][channels][h][w], all elements written.
-// It needs no noise: the slope of the one winner in four is what was kept.
+// The gradient of each window goes to its winner, where the gradients of windows that share one add up: dm, dv
+// [replicas][batch][channels][h][w], all elements written. It needs no noise: the winners' slopes are what was kept.
+// dv is written when slope is given, and out.grad_square is read then too.
 void conv_sample_pool_backward(float* dm, float* dv, float* sums, Signal out, const uint8_t* which, const float* slope,
                                ConvPlanes, Stream);
 // db_mean[r][c] = sum_b sums[0][r][b][c], db_variance likewise from sums[1]; db_variance may be null.

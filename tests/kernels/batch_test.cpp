@@ -240,6 +240,133 @@ TEST(Batch, ReplicasAndStagesDiffer) {
   EXPECT_EQ(times, (std::map<int32_t, int>{{4, 4}, {5, 4}, {6, 4}}));
 }
 
+// ------------------------------------------------------------------------------------------------------ augmentation
+struct Augmented {
+  std::vector<float> x, x2;
+  std::vector<int32_t> labels;
+};
+Augmented augment(Memory& memory, Images& images, const std::vector<StepState>& states, int batch, bool squared) {
+  const size_t n = states.size() * batch;
+  std::vector<int32_t> order(images.set.count);
+  std::iota(order.begin(), order.end(), 0);
+  Buffer device_states(memory, states);
+  Buffer device_order(memory, order);
+  Buffer<float> x(memory, n * images.size(), NAN), x2(memory, n * images.size(), NAN);
+  Buffer<int32_t> labels(memory, n, -1);
+  gather_training_batch(x, squared ? x2.data() : nullptr, labels, images.set, device_order, 0, device_states,
+                        int(states.size()), batch, memory.stream(), true);
+  return {x.host(), x2.host(), labels.host()};
+}
+struct Move {
+  bool mirror;
+  int down, right;
+};
+Move move_of(const StepState& s, int b) {
+  const uint4 u = philox(make_uint4(uint32_t(b), stream_augment, s.step, 0), s.shuffle);
+  return {bool(u.x >> 31), int(uint64_t(u.y) * 9 >> 32), int(uint64_t(u.z) * 9 >> 32)};
+}
+// Through a padded image, as the paper puts it.
+std::vector<double> moved(const std::vector<double>& image, int channels, int h, int w, Move m) {
+  std::vector<double> to;
+  for (int c = 0; c < channels; c++) {
+    std::vector<double> padded(size_t(h + 8) * (w + 8));
+    for (int y = 0; y < h; y++)
+      for (int x = 0; x < w; x++)
+        padded[size_t(y + 4) * (w + 8) + x + 4] = image[(size_t(c) * h + y) * w + x];
+    for (int y = 0; y < h; y++)
+      for (int x = 0; x < w; x++)
+        to.push_back(padded[size_t(y + m.down) * (w + 8) + (m.mirror ? w - 1 - x : x) + m.right]);
+  }
+  return to;
+}
+
+void check_augmented(int channels, int h, int w, int batch) {
+  SCOPED_TRACE(testing::Message() << channels << "x" << h << "x" << w);
+  Memory memory;
+  Images images(memory, 9, channels, h * w, in_binary);
+  images.set.height = h, images.set.width = w;
+  std::vector<StepState> states;
+  for (int r = 0; r < 2; r++) {
+    states.push_back(state_of(r, 0, 0, 9));
+    states[r].stage_step = 1, states[r].step = 5 + r;
+  }
+  for (bool squared : {true, false}) {
+    const Augmented got = augment(memory, images, states, batch, squared);
+    std::vector<double> want;
+    for (int r = 0; r < 2; r++)
+      for (int b = 0; b < batch; b++) {
+        const int32_t example = int32_t(shuffled(b % 9, 9, states[r].shuffle, b / 9));
+        EXPECT_EQ(got.labels[r * batch + b], example);
+        const auto x = moved(images.values({example}), channels, h, w, move_of(states[r], b));
+        want.insert(want.end(), x.begin(), x.end());
+      }
+    EXPECT_TRUE(exact(got.x, want));
+    if (squared) {
+      EXPECT_TRUE(exact(got.x2, squares(want)));
+    }
+  }
+}
+
+TEST(Batch, SmallAugmented) {
+  BATON_NEEDS_DEVICE();
+  check_augmented(2, 3, 2, 2);  // may be moved out of the picture as a whole
+}
+
+TEST(Batch, Augmented) {
+  BATON_NEEDS_DEVICE();
+  check_augmented(3, 32, 32, 20);
+  check_augmented(1, 5, 9, 12);
+  check_augmented(2, 1, 13, 7);
+}
+
+// Mirrors and places are uniform, and differ by step, replica and place in the batch. A ramp tells how it was moved.
+TEST(Batch, AugmentedMovesAreUniform) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  const int side = 12, batch = 486;
+  Images images(memory, 1, 1, side * side, {{1, 0, 0}, {1, 0, 0}});
+  std::vector<uint8_t> ramp(side * side);
+  std::iota(ramp.begin(), ramp.end(), uint8_t(0));
+  images.pixels.set(ramp);
+  images.set.height = images.set.width = side;
+  std::vector<StepState> states;
+  for (int r = 0; r < 2; r++)
+    for (int step = 0; step < 5; step++) {
+      states.push_back(state_of(r, 0, 0, 1));
+      states.back().stage_step = 1, states.back().step = step;
+    }
+  const Augmented got = augment(memory, images, states, batch, false);
+  std::vector<int> times(2 * 81), codes;
+  const int n = int(states.size()) * batch;
+  for (int i = 0; i < n; i++) {
+    auto at = [&](int y, int x) { return int(got.x[(size_t(i) * side + y) * side + x]) - 1; };
+    const int middle = at(5, 5), mirror = at(5, 6) < middle;  // moved by 4 at most: always from inside
+    const int down = middle / side - 5, right = middle % side - (mirror ? side - 1 - 5 : 5);
+    ASSERT_LE(std::abs(down), 4);
+    ASSERT_LE(std::abs(right), 4);
+    codes.push_back((mirror * 9 + down + 4) * 9 + right + 4);
+    times[codes.back()]++;
+  }
+  double statistic = 0;
+  for (int count : times) statistic += (count - n / 162.) * (count - n / 162.) / (n / 162.);
+  EXPECT_LT(std::abs(statistic - 161) / std::sqrt(2 * 161.), 5);
+  for (int other = 1; other < int(states.size()); other++) {
+    int same = 0;
+    for (int b = 0; b < batch; b++) same += codes[b] == codes[other * batch + b];
+    EXPECT_LT(same, 20);  // 3 on average
+  }
+}
+
+TEST(Batch, RefusesToAugmentWithoutASize) {
+  DeviceImages set{nullptr, nullptr, 10, 1, 12, in_binary};
+  auto call = [&] { gather_training_batch(nullptr, nullptr, nullptr, set, nullptr, 0, nullptr, 1, 1, {}, true); };
+  EXPECT_THROW(call(), InputError);
+  set.height = 3, set.width = 5;
+  EXPECT_THROW(call(), InputError);
+  set.height = -3, set.width = -4;
+  EXPECT_THROW(call(), InputError);
+}
+
 TEST(Batch, RefusesRanges) {
   const DeviceImages set{nullptr, nullptr, 10, 1, 4, in_binary};
   EXPECT_THROW(gather_range(nullptr, nullptr, nullptr, set, -1, 2, {}), InputError);
