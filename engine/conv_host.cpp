@@ -1,42 +1,38 @@
-// Plain convolutions on the host, computed directly: no im2col matrix is written. The vector runs along an output row,
-// whose inputs for a fixed kernel element are contiguous in memory, so the inner loop is the inner loop of a matrix
-// product with its right-hand operand read in place: per kernel element, `positions` vector loads, `filters`
-// broadcasts, filters x positions fused multiply-adds into registers. Kernels of 3x3 and 5x5 (what the networks have)
-// are unrolled; any other size takes the same code with a loop.
+// Plain convolutions on the host, computed directly: no im2col matrix is written.
 //
 //   forward           y[n,p]      = sum_cij w[n,c,i,j] x[c,p+(i,j)]
-//   backward_weights  dw[n,c,i,j] = sum_b,p dy[b,n,p] x[b,c,p+(i,j)]    lanes hold partial sums, added at the end
-//   backward_data     dx[c,p+(i,j)] += sum_n w[n,c,i,j] dy[n,p]         summed over n in registers, then scattered
+//   backward_weights  dw[n,c,i,j] = sum_b,p dy[b,n,p] x[b,c,p+(i,j)]
+//   backward_data     dx[c,p+(i,j)] += sum_n w[n,c,i,j] dy[n,p]
 //
-// Padding is a copy into rows with a zero border; rows are rounded up to whole vectors where the width asks for it.
+// There are three ways, for each of which some shapes are best:
+//
+// By rows. The vector runs along an output row, whose inputs for a fixed kernel element are contiguous in memory, so
+// the inner loop is the inner loop of a matrix product with its right-hand operand read in place: per kernel element,
+// `positions` vector loads, `filters` broadcasts, filters x positions fused multiply-adds into registers. Padding is a
+// copy into rows with a zero border; rows are rounded up to whole vectors where the width asks for it. Kernels of 3x3
+// and 5x5 (what the networks have) are unrolled; any other size takes the same code with a loop.
+//
+// By filters (forward, and backward_data as the convolution of dy with the mirrored kernel). The vector runs over 16
+// filters, the tile is one place of 6 images, and what multiplies padding is left out: rows of 7 or 15 cost nothing
+// extra.
+//
+// Sparse (both backward passes). Behind a max pooling most of dy is zero. Its non-zeros are put in lists, and each adds
+// its k rows of k times `channels` contiguous floats, with the channels innermost: to dw from x, or to dx from w. A
+// list is as long as can be while the sum stays in registers: all the non-zeros of a filter in some images for dw, all
+// those of a place for dx. Chosen by the density that a sample of dy's planes has; both ways are right for any dy.
+//
 // Each output is computed by one thread in one order, so results do not depend on the number of threads.
+#include "engine/conv_host.h"
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
-
-#include "engine/blas.h"
 
 namespace baton {
 
 namespace {
 
-constexpr int lanes = 8;
-typedef float Vec __attribute__((vector_size(4 * lanes), aligned(4), may_alias));  // loads and stores may be unaligned
-
-inline __attribute__((always_inline)) Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline __attribute__((always_inline)) void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline __attribute__((always_inline)) Vec fused(Vec a, Vec b, Vec c) {
-#if defined(__FMA__)
-  return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
-#else
-  return a * b + c;
-#endif
-}
-inline __attribute__((always_inline)) Vec broadcast(float a) { return Vec{a, a, a, a, a, a, a, a}; }
+using namespace conv;
 
 // Where the vectors of an output plane lie: `in` in a padded input plane, `out` in the output plane. When a row is not
 // a whole number of vectors its last one overlaps the one before (same values twice); a row shorter than a vector is
@@ -252,14 +248,142 @@ void pack_data(const Geometry& g, const float* w, float* packed) {
           packed[((size_t(c) * k + i) * filters + n) * k + j] = w[((size_t(n) * channels + c) * k + i) * k + j];
 }
 
+// ---- forward by filters. Weights packed [group][c][i][j][16]; P images side by side.
+constexpr int filters_wide = 2 * lanes, images_wide = 6;
+bool by_filters(const ConvShape& s) {
+  return s.out_channels % filters_wide == 0 && s.in_channels >= 8 && s.pad < s.kernel &&
+         (s.pad > 0 || s.out_width() % lanes);
+}
+// The convolution of dy that gives dx.
+ConvShape mirrored(const ConvShape& s) {
+  return {s.batch, s.out_channels, s.out_height(), s.out_width(), s.in_channels, s.kernel, s.kernel - 1 - s.pad};
+}
+// The kernel elements that meet the input, not its padding.
+Span inside(int output, int pad, int kernel, int side) {
+  return {std::max(0, pad - output), std::min(kernel, side + pad - output)};
+}
+template <int P>
+inline __attribute__((always_inline)) void filters_tile(const ConvShape& s, const float* const (&x)[P], const float* w,
+                                                        Span c_all, Span i_all, Span j_all, int at, float* sums) {
+  Vec sum[P][2];
+  for (int p = 0; p < P; p++)
+    for (int n = 0; n < 2; n++) sum[p][n] = c_all.first ? load(sums + p * filters_wide + n * lanes) : Vec{};
+  const int k = s.kernel;
+  for (int c = c_all.first; c < c_all.last; c++)
+    for (int i = i_all.first; i < i_all.last; i++) {
+      const float* wp = w + (size_t(c * k + i) * k + j_all.first) * filters_wide;
+      const int row = (c * s.height + i) * s.width + at;
+      for (int j = j_all.first; j < j_all.last; j++, wp += filters_wide) {
+        const Vec w0 = load(wp), w1 = load(wp + lanes);
+#pragma GCC unroll 6
+        for (int p = 0; p < P; p++) {
+          const Vec a = broadcast(x[p][row + j]);
+          sum[p][0] = fused(a, w0, sum[p][0]);
+          sum[p][1] = fused(a, w1, sum[p][1]);
+        }
+      }
+    }
+  for (int p = 0; p < P; p++)
+    for (int n = 0; n < 2; n++) store(sums + p * filters_wide + n * lanes, sum[p][n]);
+}
+template <int P>
+void filters_images(const ConvShape& s, const float* x, const float* packed, float* y, std::vector<float>& sums) {
+  const int k = s.kernel, oh = s.out_height(), ow = s.out_width(), in = s.in_channels;
+  const size_t in_image = size_t(in) * s.height * s.width, out_plane = size_t(oh) * ow;
+  const int chunk = std::max(1, 256 / (k * k));  // channels whose weights, 16 KB, stay in the first-level cache
+  const float* images[P];
+  for (int p = 0; p < P; p++) images[p] = x + p * in_image;
+  sums.resize(size_t(ow) * P * filters_wide);
+  for (int n = 0; n < s.out_channels; n += filters_wide) {
+    const float* w = packed + size_t(n) * in * k * k;
+    for (int oy = 0; oy < oh; oy++) {
+      const Span i_all = inside(oy, s.pad, k, s.height);
+      for (int c = 0; c < in; c += chunk)
+        for (int ox = 0; ox < ow; ox++)
+          filters_tile<P>(s, images, w, {c, std::min(in, c + chunk)}, i_all, inside(ox, s.pad, k, s.width),
+                          (oy - s.pad) * s.width + ox - s.pad, &sums[size_t(ox) * P * filters_wide]);
+      for (int p = 0; p < P; p++)
+        transpose(&sums[p * filters_wide], P * filters_wide, ow, filters_wide,
+                  y + (size_t(p) * s.out_channels + n) * out_plane + size_t(oy) * ow, out_plane);
+    }
+  }
+}
+template <int P>
+void filters_some(int images, const ConvShape& s, const float* x, const float* packed, float* y,
+                  std::vector<float>& sums) {
+  if (images == P) filters_images<P>(s, x, packed, y, sums);
+  else if constexpr (P > 1) filters_some<P - 1>(images, s, x, packed, y, sums);
+}
+// mirror: w is that of the plain convolution whose mirrored one this is.
+void pack_filters(const ConvShape& s, const float* w, bool mirror, float* packed) {
+  const int k = s.kernel, in = s.in_channels;
+  for (int n = 0; n < s.out_channels; n++)
+    for (int c = 0; c < in; c++)
+      for (int e = 0; e < k * k; e++)
+        packed[((size_t(n / filters_wide) * in + c) * k * k + e) * filters_wide + n % filters_wide] =
+            mirror ? w[(size_t(c) * s.out_channels + n) * k * k + (k * k - 1 - e)]
+                   : w[(size_t(n) * in + c) * k * k + e];
+}
+// All replicas; called by every thread of a team.
+void run_filters(const ConvShape& s, int replicas, Matrices x, Matrices w, bool mirror, MutableMatrices y,
+                 float* packed) {
+  const size_t in_image = size_t(s.in_channels) * s.height * s.width;
+  const size_t out_image = size_t(s.out_channels) * s.out_height() * s.out_width();
+  std::vector<float> sums;
+#pragma omp for schedule(static)
+  for (int r = 0; r < replicas; r++) pack_filters(s, w.data + w.stride * r, mirror, packed + r * s.weight_size());
+  const int blocks = (s.batch + images_wide - 1) / images_wide;
+#pragma omp for schedule(dynamic)
+  for (int task = 0; task < replicas * blocks; task++) {
+    const int r = task / blocks, b = task % blocks * images_wide;
+    const float *from = x.data + x.stride * r + b * in_image, *weights = packed + r * s.weight_size();
+    float* to = y.data + y.stride * r + b * out_image;
+    filters_some<images_wide>(std::min(images_wide, s.batch - b), s, from, weights, to, sums);
+  }
+}
+
 }  // namespace
 
+// to[c][r] = from[r][c], for r < rows, c < columns.
+void conv::transpose(const float* from, size_t from_stride, int rows, int columns, float* to, size_t to_stride) {
+  int r = 0;
+#if defined(__AVX__)
+  for (; r + lanes <= rows; r += lanes) {
+    int c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      __m256 a[lanes], b[lanes];
+      for (int i = 0; i < 4; i++) {  // halves of rows i and i + 4
+        const float *high = from + (r + i) * from_stride + c, *low = high + 4 * from_stride;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(high)), _mm_loadu_ps(low), 1);
+        a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(high + 4)), _mm_loadu_ps(low + 4), 1);
+      }
+      for (int i = 0; i < lanes; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < lanes; i += 4)
+        for (int k = 0; k < 2; k++) {
+          float* out = to + (c + i + 2 * k) * to_stride + r;
+          _mm256_storeu_ps(out, _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44));
+          _mm256_storeu_ps(out + to_stride, _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee));
+        }
+    }
+    for (; c < columns; c++)
+      for (int i = r; i < r + lanes; i++) to[c * to_stride + i] = from[i * from_stride + c];
+  }
+#endif
+  for (; r < rows; r++)
+    for (int c = 0; c < columns; c++) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
 struct Convolution::Plan {
-  explicit Plan(const ConvShape& s) : geometry(s) {}
+  explicit Plan(const ConvShape& s) : geometry(s), sparse(s) {}
   Geometry geometry;
-  float* packed = nullptr;     // [replicas][weights]
-  float* padded_x = nullptr;   // [replicas][batch] images
-  float* padded_dy = nullptr;  // [replicas][batch] images
+  Sparse sparse;
+  size_t packed_size, image_size;  // of one replica's weights, of one padded image
+  float* packed = nullptr;         // [replicas][packed_size]
+  float* padded_x = nullptr;       // [replicas][batch][image_size]
+  float* padded_dy = nullptr;      // [batch] images
 };
 
 Convolution::Convolution(Device&, Arena& arena, const ConvShape& s, int replicas) : shape_(s), replicas_(replicas) {
@@ -270,9 +394,12 @@ Convolution::Convolution(Device&, Arena& arena, const ConvShape& s, int replicas
   plan_ = std::make_unique<Plan>(s);
   const Geometry& g = plan_->geometry;
   const size_t images = size_t(replicas) * s.batch;
-  plan_->packed = arena.take<float>(replicas * s.weight_size());
-  if (g.pad_input) plan_->padded_x = arena.take<float>(images * g.padded_input());
-  if (g.pad_output) plan_->padded_dy = arena.take<float>(images * g.padded_output());
+  const Sparse& sparse = plan_->sparse;
+  plan_->packed_size = std::max(s.weight_size(), sparse.packed_weights());
+  plan_->image_size = std::max(g.pad_input ? g.padded_input() : 0, sparse.image());
+  plan_->packed = arena.take<float>(replicas * plan_->packed_size);
+  if (plan_->image_size) plan_->padded_x = arena.take<float>(images * plan_->image_size);
+  if (g.pad_output) plan_->padded_dy = arena.take<float>(size_t(s.batch) * g.padded_output());
 }
 Convolution::~Convolution() = default;
 Convolution::Convolution(Convolution&&) noexcept = default;
@@ -303,7 +430,9 @@ void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) co
   const ConvShape& s = shape_;
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
 #pragma omp parallel
-  {
+  if (by_filters(s)) {
+    run_filters(s, replicas_, x, w, false, y, plan_->packed);
+  } else {
 #pragma omp for schedule(static)
     for (int r = 0; r < replicas_; r++) pack_forward(g, w.data + w.stride * r, plan_->packed + r * s.weight_size());
 #pragma omp for schedule(static)
@@ -324,58 +453,74 @@ void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) co
   }
 }
 
-void Convolution::backward_weights(Device&, Matrices x, Matrices dy, MutableMatrices dw) const {
+// The backward passes take one replica after the other, so that which way it goes, and so its last bits, does not
+// depend on its company.
+void Convolution::backward_weights(Device&, Matrices xs, Matrices dys, MutableMatrices dws) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
-  const int group = 2, groups = (s.out_channels + group - 1) / group;
+  const int group = 2;
   const size_t per_filter = size_t(s.in_channels) * g.k * g.k;
+  for (int r = 0; r < replicas_; r++) {
+    const float *x = xs.data + xs.stride * r, *dy = dys.data + dys.stride * r;
+    float* dw = dws.data + dws.stride * r;
+    if (plan_->sparse.worthwhile(dy)) {
+      plan_->sparse.weights(x, dy, dw, plan_->padded_x);
+      continue;
+    }
 #pragma omp parallel
-  {
-    std::vector<float> sums;
-    if (g.pad_input || g.pad_output)
+    {
+      std::vector<float> sums;
+      if (g.pad_input || g.pad_output)
 #pragma omp for schedule(static)
-      for (int task = 0; task < replicas_ * s.batch; task++) {
-        const int r = task / s.batch, b = task % s.batch;
-        if (g.pad_input) pad_image(g, plan_->padded_x + task * g.padded_input(), x.data + x.stride * r + b * in_image);
-        if (g.pad_output)
-          pad_rows(g, plan_->padded_dy + task * g.padded_output(), dy.data + dy.stride * r + b * out_image);
-      }
+        for (int b = 0; b < s.batch; b++) {
+          if (g.pad_input) pad_image(g, plan_->padded_x + b * g.padded_input(), x + b * in_image);
+          if (g.pad_output) pad_rows(g, plan_->padded_dy + b * g.padded_output(), dy + b * out_image);
+        }
+      const float* from = g.pad_input ? plan_->padded_x : x;
+      const float* gradient = g.pad_output ? plan_->padded_dy : dy;
 #pragma omp for schedule(dynamic)
-    for (int task = 0; task < replicas_ * groups; task++) {
-      const int r = task / groups, n = task % groups * group;
-      const float* xr = g.pad_input ? plan_->padded_x + r * s.batch * g.padded_input() : x.data + x.stride * r;
-      const float* dr = g.pad_output ? plan_->padded_dy + r * s.batch * g.padded_output() : dy.data + dy.stride * r;
-      dr += size_t(n) * g.oh * g.ow8;
-      float* to = dw.data + dw.stride * r + n * per_filter;
-      with_kernel(g.k, [&]<int K>() {
-        if (n + 2 <= s.out_channels) weights_group<K, 2>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
-        else weights_group<K, 1>(g, xr, g.padded_input(), dr, g.padded_output(), to, sums);
-      });
+      for (int n = 0; n < s.out_channels; n += group) {
+        const float* own = gradient + size_t(n) * g.oh * g.ow8;
+        float* to = dw + n * per_filter;
+        with_kernel(g.k, [&]<int K>() {
+          if (n + 2 <= s.out_channels) weights_group<K, 2>(g, from, g.padded_input(), own, g.padded_output(), to, sums);
+          else weights_group<K, 1>(g, from, g.padded_input(), own, g.padded_output(), to, sums);
+        });
+      }
     }
   }
 }
 
-void Convolution::backward_data(Device&, Matrices dy, Matrices w, MutableMatrices dx) const {
+void Convolution::backward_data(Device&, Matrices dys, Matrices ws, MutableMatrices dxs) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
+  const ConvShape back = mirrored(s);
+  for (int r = 0; r < replicas_; r++) {
+    const float *dy = dys.data + dys.stride * r, *w = ws.data + ws.stride * r;
+    float* dx = dxs.data + dxs.stride * r;
+    if (s.in_channels > 1 && plan_->sparse.worthwhile(dy)) {  // one channel: vectors half empty
+      plan_->sparse.data(dy, w, dx, plan_->padded_x, plan_->packed);
+      continue;
+    }
+    if (by_filters(back)) {
 #pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int r = 0; r < replicas_; r++) pack_data(g, w.data + w.stride * r, plan_->packed + r * s.weight_size());
-#pragma omp for schedule(static)
-    for (int task = 0; task < replicas_ * s.batch; task++) {
-      const int r = task / s.batch, b = task % s.batch;
-      const float* from = dy.data + dy.stride * r + b * out_image;
+      run_filters(back, 1, {dy, 0}, {w, 0}, true, {dx, 0}, plan_->packed);
+      continue;
+    }
+    pack_data(g, w, plan_->packed);
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < s.batch; b++) {
+      const float* from = dy + b * out_image;
       if (g.pad_output) {
-        float* rows = plan_->padded_dy + task * g.padded_output();
+        float* rows = plan_->padded_dy + b * g.padded_output();
         pad_rows(g, rows, from);
         from = rows;
       }
-      float* image = dx.data + dx.stride * r + b * in_image;
-      float* to = g.pad_input ? plan_->padded_x + task * g.padded_input() : image;
-      with_kernel(g.k, [&]<int K>() { data_image<K>(g, from, plan_->packed + r * s.weight_size(), to); });
+      float* image = dx + b * in_image;
+      float* to = g.pad_input ? plan_->padded_x + b * g.padded_input() : image;
+      with_kernel(g.k, [&]<int K>() { data_image<K>(g, from, plan_->packed, to); });
       if (g.pad_input)
         for (int c = 0; c < s.in_channels; c++)
           for (int row = 0; row < s.height; row++)

@@ -1,6 +1,7 @@
 // Products and convolutions of small integers are exact in float32, whatever the order of the sums.
 #include "engine/blas.h"
 
+#include <algorithm>
 #include <numeric>
 #include <random>
 
@@ -171,17 +172,32 @@ Results run(const ConvShape& s, int replicas, bool share_x, size_t gap, const st
 template <class T>
 testing::AssertionResult same(const std::vector<float>& got, const std::vector<T>& want) {
 #if defined(BATON_CUDA)
-  return close(got, want, {.l2 = 1e-6});
+  for (const T& x : want)
+    if (x != 0) return close(got, want, {.l2 = 1e-6});
+  return exact(got, want);
 #else
   return exact(got, want);
 #endif
 }
 
-void check_convolution(const ConvShape& s, int replicas = 1, bool share_x = false, size_t gap = 0) {
-  SCOPED_TRACE(text(s) << ", replicas " << replicas << (share_x ? ", shared input" : ""));
+// The given share of the elements stays; 0 leaves none.
+std::vector<float> thinned(std::vector<float> v, double density, int seed = 5) {
+  std::mt19937 random(seed);
+  for (float& x : v)
+    if (random() >= density * 0x1p32) x = 0;
+  return v;
+}
+
+void check_convolution(const ConvShape& s, int replicas = 1, bool share_x = false, size_t gap = 0, double density = 1,
+                       int only = -1) {  // the one element of dy that stays
+  SCOPED_TRACE(text(s) << ", replicas " << replicas << (share_x ? ", shared input" : "") << ", density " << density
+                       << ", only " << only);
   const size_t in = s.input_size() + gap, weights = s.weight_size() + gap, out = s.output_size() + gap;
   const std::vector<float> x = integers(share_x ? s.input_size() : in * replicas, 1),
-                           w = integers(weights * replicas, 2), dy = integers(out * replicas, 3);
+                           w = integers(weights * replicas, 2);
+  std::vector<float> dy = thinned(integers(out * replicas, 3), density);
+  if (only >= 0)
+    for (size_t i = 0; i < dy.size(); i++) dy[i] = int(i) == only ? 3.f : 0.f;
   Results want{std::vector<float>(out * replicas, 99.f), std::vector<float>(in * replicas, 99.f),
                std::vector<float>(weights * replicas, 99.f)};
   for (int r = 0; r < replicas; r++) {
@@ -246,6 +262,89 @@ TEST(Convolution, ExactReplicas) {
   }
 }
 
+// On the host, convolutions of 16, 32, ... filters go by filters, 6 images at a time; backwards, those of as many
+// channels.
+TEST(Convolution, ExactByFilters) {
+  BATON_NEEDS_DEVICE();
+  for (int batch : {1, 2, 3, 4, 5, 6, 7, 14}) check_convolution({batch, 16, 7, 5, 16, 5, 2});
+  for (const ConvShape& s : {ConvShape{7, 8, 15, 15, 16, 3, 1}, ConvShape{2, 16, 5, 3, 16, 5, 4},
+                             ConvShape{7, 32, 6, 9, 48, 3, 0}, ConvShape{3, 16, 6, 7, 16, 4, 2},
+                             ConvShape{3, 16, 3, 7, 32, 1, 0}, ConvShape{2, 16, 9, 8, 16, 7, 3},
+                             ConvShape{2, 16, 1, 1, 16, 5, 2}, ConvShape{8, 64, 4, 5, 16, 5, 2}})
+    check_convolution(s);
+  check_convolution({7, 16, 7, 7, 32, 5, 2}, 3, false, 11);
+  check_convolution({7, 16, 7, 7, 32, 5, 2}, 2, true, 6);
+}
+
+// On the host, gradients that are mostly zeros (what max pooling leaves) take another way: kernels of 3x3 and 5x5, by
+// the number of channels.
+TEST(Convolution, ExactSparseGradients) {
+  BATON_NEEDS_DEVICE();
+  for (double density : {0., 0.02, 0.15, 0.3, 0.5}) {
+    for (int channels = 1; channels <= (density == 0.15 ? 24 : 2); channels++)
+      for (int kernel : {3, 5}) {
+        check_convolution({3, channels, 9, 8, 9, kernel, kernel / 2}, 1, false, 0, density);
+        check_convolution({2, channels, 6, 9, 3, kernel, 0}, 1, false, 0, density);
+      }
+    for (int channels : {32, 33, 50}) check_convolution({2, channels, 7, 7, 17, 5, 2}, 1, false, 0, density);
+    for (const ConvShape& s : {ConvShape{3, 3, 32, 32, 10, 5, 2}, ConvShape{2, 32, 15, 15, 8, 5, 2},
+                               ConvShape{9, 16, 7, 7, 9, 5, 2}, ConvShape{2, 1, 28, 28, 20, 5, 0},
+                               ConvShape{2, 20, 12, 12, 10, 5, 0}, ConvShape{40, 16, 3, 3, 8, 3, 1},
+                               ConvShape{3, 16, 1, 1, 3, 5, 2}, ConvShape{3, 16, 2, 2, 3, 5, 2},
+                               ConvShape{3, 16, 3, 2, 3, 5, 3}, ConvShape{3, 16, 4, 5, 3, 5, 4},
+                               ConvShape{3, 2, 3, 5, 3, 5, 4}, ConvShape{3, 16, 5, 4, 3, 3, 2}})
+      check_convolution(s, 1, false, 0, density);
+    check_convolution({3, 16, 7, 7, 9, 5, 2}, 3, false, 11, density);
+    check_convolution({3, 3, 7, 9, 9, 5, 2}, 2, true, 6, density);
+  }
+}
+
+TEST(Convolution, ExactOneGradient) {
+  BATON_NEEDS_DEVICE();
+  for (const ConvShape& s : {ConvShape{2, 16, 4, 5, 2, 5, 2}, ConvShape{2, 3, 4, 5, 2, 5, 2},
+                             ConvShape{2, 16, 5, 4, 2, 3, 1}, ConvShape{2, 18, 6, 7, 2, 5, 0}})
+    for (int only = 0; only < int(s.output_size()); only++) check_convolution(s, 1, false, 0, 1, only);
+}
+
+// Against double precision, with what a pooling layer's gradient looks like.
+TEST(Convolution, SparseAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (const ConvShape& s : {ConvShape{4, 3, 32, 32, 16, 5, 2}, ConvShape{4, 32, 15, 15, 16, 5, 2},
+                             ConvShape{7, 64, 7, 7, 32, 5, 2}, ConvShape{4, 20, 12, 12, 10, 5, 0}})
+    for (double density : {0.1, 1.}) {
+      SCOPED_TRACE(text(s) << ", density " << density);
+      const std::vector<float> x = normals(s.input_size(), 1), w = normals(s.weight_size(), 2),
+                               dy = thinned(normals(s.output_size(), 3), density);
+      const Results got = run(s, 1, false, 0, x, w, dy);
+      std::vector<double> y(s.output_size()), dx(s.input_size()), dw(s.weight_size());
+      products(s, [&](size_t i, size_t k, size_t o) {
+        y[o] += double(x[i]) * w[k];
+        dx[i] += double(dy[o]) * w[k];
+        dw[k] += double(dy[o]) * x[i];
+      });
+      EXPECT_TRUE(close(got.y, y, {.l2 = 1e-6}));
+      EXPECT_TRUE(close(got.dx, dx, {.l2 = 1e-6}));
+      EXPECT_TRUE(close(got.dw, dw, {.l2 = 1e-6}));
+    }
+}
+
+// No gradient is dropped because it is no number.
+TEST(Convolution, SparseGradientsKeepNaN) {
+  BATON_NEEDS_DEVICE();
+  const ConvShape s{2, 16, 7, 7, 4, 5, 2};
+  const std::vector<float> x = normals(s.input_size(), 1), w = normals(s.weight_size(), 2);
+  for (size_t at : {size_t(0), s.output_size() / 2, s.output_size() - 1}) {
+    std::vector<float> dy(s.output_size());
+    dy[at] = NAN;
+    const Results got = run(s, 1, false, 0, x, w, dy);
+    auto any = [](const std::vector<float>& v) {
+      return std::any_of(v.begin(), v.end(), [](float f) { return f != f; });
+    };
+    EXPECT_TRUE(any(got.dx));
+    EXPECT_TRUE(any(got.dw));
+  }
+}
+
 double dot(const std::vector<float>& a, const std::vector<float>& b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }
@@ -305,20 +404,24 @@ TEST(Blas, TheSameBitsWhateverTheThreads) {
   const std::vector<float> a = normals(301 * 170 * 2, 1), b = normals(170 * 90 * 2, 2), c(301 * 90 * 2);
   std::vector<std::vector<float>> products;
   std::vector<Results> convolutions;
+  const ConvShape shapes[] = {{18, 3, 12, 12, 10, 5, 0}, {3, 3, 15, 15, 7, 5, 2},  {13, 16, 7, 7, 16, 5, 2},
+                              {13, 16, 7, 7, 25, 5, 2},  {3, 3, 15, 15, 20, 5, 2}, {9, 20, 12, 12, 10, 5, 0}};
   for (int threads : {1, 2, 3}) {
     omp_set_num_threads(threads);
     products.push_back(run(p, a, b, c));
-    for (const ConvShape& s : {ConvShape{18, 3, 12, 12, 10, 5, 0}, ConvShape{3, 3, 15, 15, 7, 5, 2}})
-      convolutions.push_back(run(s, 2, false, 0, normals(2 * s.input_size(), 1), normals(2 * s.weight_size(), 2),
-                                 normals(2 * s.output_size(), 3)));
+    for (const ConvShape& s : shapes)
+      for (double density : {1., 0.15})
+        convolutions.push_back(run(s, 2, false, 0, normals(2 * s.input_size(), 1), normals(2 * s.weight_size(), 2),
+                                   thinned(normals(2 * s.output_size(), 3), density)));
   }
   omp_set_num_threads(before);
   for (int t : {1, 2}) {
     EXPECT_TRUE(exact(products[t], products[0]));
-    for (int i : {0, 1}) {
-      EXPECT_TRUE(exact(convolutions[2 * t + i].y, convolutions[i].y));
-      EXPECT_TRUE(exact(convolutions[2 * t + i].dx, convolutions[i].dx));
-      EXPECT_TRUE(exact(convolutions[2 * t + i].dw, convolutions[i].dw));
+    for (size_t i = 0; i < 2 * std::size(shapes); i++) {
+      const Results& got = convolutions[2 * std::size(shapes) * t + i];
+      EXPECT_TRUE(exact(got.y, convolutions[i].y));
+      EXPECT_TRUE(exact(got.dx, convolutions[i].dx));
+      EXPECT_TRUE(exact(got.dw, convolutions[i].dw));
     }
   }
 }
