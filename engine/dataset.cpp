@@ -372,4 +372,36 @@ uint64_t index_hash(std::span<const int32_t> indices) {
   return fnv.hash;
 }
 
+Images subset(const Images& images, std::span<const int32_t> indices) {
+  Images to = images;
+  const size_t bytes = images.image_bytes();
+  to.count = static_cast<int>(indices.size());
+  to.pixels.resize(bytes * indices.size());
+  to.labels.resize(indices.size());
+  for (size_t i = 0; i < indices.size(); i++) {
+    if (indices[i] < 0 || indices[i] >= images.count)
+      throw InputError("subset: image " + std::to_string(indices[i]) + " of " + std::to_string(images.count));
+    std::copy_n(&images.pixels[bytes * indices[i]], bytes, &to.pixels[bytes * i]);
+    to.labels[i] = images.labels[indices[i]];
+  }
+  return to;
+}
+
+Images of_classes(const Images& images, std::span<const int> classes) {
+  std::vector<int> label(images.classes, -1);
+  for (size_t k = 0; k < classes.size(); k++) {
+    if (classes[k] < 0 || classes[k] >= images.classes || label[classes[k]] >= 0)
+      throw InputError("of_classes: class " + std::to_string(classes[k]) + " is not one of " +
+                       std::to_string(images.classes) + ", or named twice");
+    label[classes[k]] = static_cast<int>(k);
+  }
+  std::vector<int32_t> indices;
+  for (int i = 0; i < images.count; i++)
+    if (label[images.labels[i]] >= 0) indices.push_back(i);
+  Images to = subset(images, indices);
+  to.classes = static_cast<int>(classes.size());
+  for (uint8_t& l : to.labels) l = static_cast<uint8_t>(label[l]);
+  return to;
+}
+
 }  // namespace baton

@@ -64,6 +64,12 @@ Dataset find_cifar10(const std::optional<std::filesystem::path>& data_option, ui
 // Keeps the first n images. n <= 0 or n > count is an InputError.
 void limit(Images& images, int n);
 
+// The images that `indices` name, in that order. An index outside the set is an InputError.
+Images subset(const Images& images, std::span<const int32_t> indices);
+// The images of these classes, in their order, with labels 0, 1, ... in the order of `classes`. A class that the set does
+// not have, or a class named twice, is an InputError.
+Images of_classes(const Images& images, std::span<const int> classes);
+
 // The numbers of one seeded permutation of [0, count), cut into `parts` runs of equal length (the last ones shorter by
 // one when it does not divide). A function of its arguments alone, on every platform.
 // parts <= 0 or parts > count is an InputError.
