@@ -1,4 +1,4 @@
-// A dense layer: y = relu?(x W^T + b), W [out, in], under a point or a fully factorized Gaussian posterior.
+// A dense layer: y = relu?(x W^T + b), W [out, in], under a point or a Gaussian posterior, whose means may be draws.
 #pragma once
 #include "layers/layer.h"
 
@@ -20,12 +20,14 @@ class Dense {
  private:
   int in_, out_, weight_, bias_;
   size_t weight_at_, bias_at_;
-  bool relu_, feeds_layer_ = true, sampled_ = false;
+  bool relu_, sampled_ = false, drawn_ = false;
   uint32_t stream_id_;
   DenseShape shape_{};
+  Rows rows_{};  // of the products with the means
   Activation y_;
   float* v_ = nullptr;   // variances of the pre-activations
-  float* dv_ = nullptr;  // the logits' own, where there is no grad_square to reuse
+  float* dv_ = nullptr;  // their gradient: grad_square's place, or the logits' own
+  float *squared_input_ = nullptr, *squared_gradient_ = nullptr;  // for the squares of single examples' gradients
 };
 
 }  // namespace baton

@@ -11,10 +11,10 @@ LeNet5::LeNet5()
 void LeNet5::prepare(const LayerContext& c, bool shared_input) {
   LayerContext input = c;
   if (shared_input) input.replicas = 1;
-  x_ = take_activation(input, 28 * 28, c.sampled, false);
+  x_ = take_activation(input, 28 * 28, c.convolutions_sampled(), false);
   if (shared_input) x_.stride = 0;
-  conv1_.prepare(c);
-  conv2_.prepare(c);
+  conv1_.prepare(c, c.convolutions_sampled());
+  conv2_.prepare(c, c.sampled);
   fc1_.prepare(c, true);
   fc2_.prepare(c, false);
 }
@@ -33,6 +33,10 @@ void LeNet5::backward(Device& device, WeightsView w, GradientsView g, const Step
   fc1_.backward(device, w, g, conv2_.output(), states);
   conv2_.backward(device, w, g, conv1_.output(), states);
   conv1_.backward(device, w, g, x_, states);
+}
+
+std::vector<NamedActivation> LeNet5::activations() const {
+  return {{"conv1", conv1_.output()}, {"conv2", conv2_.output()}, {"fc1", fc1_.output()}, {"fc2", fc2_.output()}};
 }
 
 }  // namespace baton

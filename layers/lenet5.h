@@ -23,6 +23,7 @@ class LeNet5 : public Network {
   float* logits_gradient() override { return fc2_.output().signal.grad; }
   void forward(Device&, WeightsView, const StepState*) override;
   void backward(Device&, WeightsView, GradientsView, const StepState*) override;
+  std::vector<NamedActivation> activations() const override;
 
  private:
   ParameterLayout layout_;

@@ -1,10 +1,17 @@
 // What a trainer sees of a network. Each network writes its forward and backward pass out by hand.
 #pragma once
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "layers/layer.h"
 
 namespace baton {
+
+struct NamedActivation {
+  std::string layer;
+  Activation activation;
+};
 
 class Network {
  public:
@@ -21,6 +28,8 @@ class Network {
   virtual void forward(Device&, WeightsView, const StepState*) = 0;
   // From logits_gradient() to the gradient of every weight.
   virtual void backward(Device&, WeightsView, GradientsView, const StepState*) = 0;
+  // Every layer's output in the order of the forward pass: where to look for what went wrong.
+  virtual std::vector<NamedActivation> activations() const = 0;
 };
 
 }  // namespace baton

@@ -1,23 +1,73 @@
 #include "layers/posterior.h"
 
+#include <algorithm>
 #include <cmath>
+
+#include "layers/channel_blocks.h"
+#include "layers/multiplicative.h"
 
 namespace baton {
 
-const char* name_of(Family family) { return family == Family::point ? "ft" : "ffg"; }
+const char* name_of(Family family) {
+  switch (family) {
+    case Family::point:
+      return "ft";
+    case Family::gaussian:
+      return "ffg";
+    case Family::channel:
+      return "cfg";
+    case Family::multiplicative:
+      return "mnf";
+  }
+  return "";
+}
 
-Posterior::Posterior(Device& device, Arena& arena, const ParameterLayout& layout, Family family, int replicas)
-    : device_(device), family_(family), store_(arena, layout, replicas) {
-  for (const char* name : {"mean", "mean.adam_m", "mean.adam_v"}) store_.add(name), state_arrays_.push_back(name);
+Posterior::Posterior(Device& device, Arena& arena, const ParameterLayout& layout, const PosteriorOptions& options,
+                     int replicas)
+    : device_(device), arena_(arena), options_(options), store_(arena, layout, replicas) {
+  if (options.groups < 1) throw InputError("a batch has at least one group, not " + std::to_string(options.groups));
+  for (const char* name : {"mean", "mean.adam_m", "mean.adam_v"}) add_state(name);
   store_.add("mean.grad");
   values_ = arena.take<float>(replicas);
-  if (family == Family::point) return;
+  for (const TensorSpec& t : layout.tensors()) kl_names_.push_back(t.name);
+  if (!gaussian()) return;
   for (const char* name : {"log_std", "prior_mean", "prior_log_std", "log_std.adam_m", "log_std.adam_v"})
-    store_.add(name), state_arrays_.push_back(name);
-  store_.add("variance");
+    add_state(name);
+  add_state("variance");  // derived, but not by the same vector loops everywhere: a resumed run needs its very bits
   store_.add("variance.grad");
-  partial_ = arena.take<float>(size_t(gaussian_partials(int(layout.stride()))) * replicas);
-  kl_ = arena.take<double>(replicas);
+
+  for (int i = 0; i < int(layout.tensors().size()); i++)
+    runs_.push_back({int(layout[i].offset), int(layout[i].size), i});
+  if (options.family == Family::channel) {
+    channels_ = std::make_unique<ChannelBlocks>(device, arena, store_, options.groups, options.moments);
+    for (const StateArray& a : channels_->state_arrays()) state_arrays_.push_back(a);
+    std::erase_if(runs_, [&](const Run& run) { return channels_->covers(layout[run.slot]); });
+  }
+  if (options.family == Family::multiplicative) {
+    multipliers_ = std::make_unique<Multiplicative>(device, arena, store_, options);
+    for (const StateArray& a : multipliers_->state_arrays()) state_arrays_.push_back(a);
+    for (const std::string& name : multipliers_->kl_names()) kl_names_.push_back(name);
+    runs_ = multipliers_->runs();
+  }
+  if ((channels_ && !options.moments) || multipliers_) {
+    draw_ = arena.take<float>(layout.stride() * replicas * options.groups);
+    draw_grad_ = arena.take<float>(layout.stride() * replicas * options.groups);
+  }
+  const std::vector<Run> pieces = pieces_of(runs_);
+  Run* table = arena.take<Run>(pieces.size());
+  upload(device, table, pieces);
+  pieces_ = {table, int(pieces.size())};
+  partial_ = arena.take<float>(pieces.size() * replicas);
+  for (Ledger* ledger : {&ledger_, &kl_}) {
+    *ledger = {arena.take<double>(kl_names_.size() * replicas), kl_names_.size()};
+    fill_zero(device, ledger->sums, kl_names_.size() * replicas * sizeof(double));
+  }
+}
+Posterior::~Posterior() = default;
+
+void Posterior::add_state(const char* name) {
+  store_.add(name);
+  state_arrays_.push_back({&store_, name});
 }
 
 GaussianArrays Posterior::arrays() const {
@@ -26,7 +76,7 @@ GaussianArrays Posterior::arrays() const {
   a.grad_mean = store_.at("mean.grad");
   a.mean_m = store_.at("mean.adam_m");
   a.mean_v = store_.at("mean.adam_v");
-  if (family_ == Family::gaussian) {
+  if (gaussian()) {
     a.log_sd = store_.at("log_std");
     a.variance = store_.at("variance");
     a.prior_mean = store_.at("prior_mean");
@@ -41,6 +91,15 @@ GaussianArrays Posterior::arrays() const {
   return a;
 }
 
+// The same for one replica alone.
+static GaussianArrays of_replica(GaussianArrays a, int replica) {
+  const size_t by = a.stride * replica;
+  a.mean += by, a.log_sd += by, a.variance += by, a.prior_mean += by, a.prior_log_sd += by, a.grad_mean += by,
+      a.grad_variance += by, a.mean_m += by, a.mean_v += by, a.scale_m += by, a.scale_v += by;
+  a.replicas = 1;
+  return a;
+}
+
 void Posterior::initialise(const StepState* states, const std::vector<float>& log_sd,
                            const std::vector<float>& prior_sd) {
   const ParameterLayout& layout = store_.layout();
@@ -51,54 +110,136 @@ void Posterior::initialise(const StepState* states, const std::vector<float>& lo
     if (!t.bias)
       init_normal(store_.at("mean"), layout.stride(), int(t.offset), int(t.size), std::sqrt(2.f / t.fan_in), states,
                   replicas(), stream);
+  if (gaussian()) {
+    std::vector<float> prior_log_sd;
+    for (float sd : prior_sd) prior_log_sd.push_back(std::log(sd));
+    upload(device_, values_, log_sd);
+    fill_rows(store_.at("log_std"), layout.stride(), stride, values_, replicas(), stream);
+    upload(device_, values_, prior_log_sd);
+    fill_zero(device_, store_.at("prior_mean"), store_.bytes());
+    fill_rows(store_.at("prior_log_std"), layout.stride(), stride, values_, replicas(), stream);
+    device_.synchronize();  // values_ is used again
+    if (channels_) channels_->initialise();
+    if (multipliers_) multipliers_->initialise(states);
+  }
   reset_optimizer();
-  if (family_ == Family::point) return;
-  std::vector<float> prior_log_sd;
-  for (float sd : prior_sd) prior_log_sd.push_back(std::log(sd));
-  upload(device_, values_, log_sd);
-  fill_rows(store_.at("log_std"), layout.stride(), stride, values_, replicas(), stream);
-  upload(device_, values_, prior_log_sd);
-  fill_zero(device_, store_.at("prior_mean"), store_.bytes());
-  fill_rows(store_.at("prior_log_std"), layout.stride(), stride, values_, replicas(), stream);
-  for (const ParameterLayout::Gap& gap : layout.gaps())  // what lies between tensors must weigh nothing in the KL
-    fill_rows(store_.at("log_std") + gap.offset, layout.stride(), int(gap.size), values_, replicas(), stream);
-  device_.synchronize();  // values_ is used again
-  refresh();
+  refresh(true);
 }
 
-void Posterior::refresh() {
-  if (family_ == Family::gaussian)
+void Posterior::adopt(int replica, const TensorSpec& t, std::span<const float> w, std::span<const float> prior_log_sd) {
+  if (w.size() != t.size || (prior_log_sd.size() != 1 && prior_log_sd.size() != t.size && gaussian()))
+    throw InputError(t.name + ": a pretrained tensor of " + std::to_string(w.size()) + " weights and " +
+                     std::to_string(prior_log_sd.size()) + " prior standard deviations, expected " +
+                     std::to_string(t.size));
+  store_.write(device_, "mean", replica, t, {w.begin(), w.end()});
+  if (!gaussian()) return;
+  store_.write(device_, "prior_mean", replica, t, {w.begin(), w.end()});
+  std::vector<float> prior(t.size), log_sd = store_.read(device_, "log_std", replica, t);
+  for (size_t i = 0; i < t.size; i++) {
+    prior[i] = prior_log_sd[prior_log_sd.size() == 1 ? 0 : i];
+    log_sd[i] = std::min(log_sd[i], prior[i]);
+  }
+  store_.write(device_, "prior_log_std", replica, t, prior);
+  store_.write(device_, "log_std", replica, t, log_sd);
+}
+
+void Posterior::settle() {
+  if (channels_) channels_->initialise();
+  refresh(true);
+}
+
+void Posterior::refresh(bool first_stage) {
+  if (gaussian())
     variance_of(store_.at("variance"), store_.at("log_std"), store_.layout().stride(), int(store_.layout().stride()),
                 replicas(), device_.stream());
+  restored(first_stage);
+}
+
+void Posterior::restored(bool first_stage) {
+  if (channels_) channels_->refresh();
+  if (multipliers_) multipliers_->refresh(first_stage);
 }
 
 void Posterior::reset_optimizer() {
   for (const char* name : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
-    if (family_ == Family::gaussian || name[0] == 'm') fill_zero(device_, store_.at(name), store_.bytes());
+    if (gaussian() || name[0] == 'm') fill_zero(device_, store_.at(name), store_.bytes());
+  if (channels_) channels_->reset_optimizer();
+  if (multipliers_) multipliers_->reset_optimizer();
 }
 
 void Posterior::hand_over() {
   reset_optimizer();
-  if (family_ == Family::point) return;
+  if (!gaussian()) return;
   copy_on_device(device_, store_.at("prior_mean"), store_.at("mean"), store_.bytes());
   copy_on_device(device_, store_.at("prior_log_std"), store_.at("log_std"), store_.bytes());
+  if (channels_) channels_->hand_over();
+  if (multipliers_) multipliers_->hand_over();
 }
 
-void Posterior::step(ScaleRule rule, const StepState* states, Totals* totals) {
+void Posterior::draw(const StepState* states) {
+  if (!channels_ && !multipliers_) return;
+  BATON_RANGE("draw");
+  if (channels_) channels_->draw(draw_, arrays(), states);
+  if (multipliers_) multipliers_->draw(draw_, arrays(), pieces_, states);
+}
+
+void Posterior::step(ScaleRule rule, const StepState* states) {
   BATON_RANGE("update");
-  if (family_ == Family::point) point_step(arrays(), states, device_.stream());
-  else gaussian_step(arrays(), rule, states, totals, partial_, device_.stream());
+  if (!gaussian()) return point_step(arrays(), states, device_.stream());
+  Multipliers z;
+  if (channels_) channels_->step(draw_grad_, arrays(), states, ledger_);
+  if (multipliers_) {
+    multipliers_->backward(draw_grad_, arrays(), states, ledger_, int(store_.layout().tensors().size()));
+    z = multipliers_->multipliers(draw_grad_);
+  }
+  gaussian_step(arrays(), rule, pieces_, states, ledger_, partial_, device_.stream(), z);
+  if (multipliers_) multipliers_->step(states);
+}
+
+static std::vector<std::vector<double>> rows_of_ledger(const std::vector<double>& sums, size_t slots) {
+  std::vector<std::vector<double>> rows;
+  for (size_t at = 0; at + slots <= sums.size(); at += slots)
+    rows.emplace_back(sums.begin() + long(at), sums.begin() + long(at + slots));
+  return rows;
+}
+
+std::vector<std::vector<double>> Posterior::kl_by_name() {
+  const size_t slots = kl_names_.size(), count = slots * replicas();
+  if (!gaussian()) return std::vector(replicas(), std::vector<double>(slots, 0.0));
+  fill_zero(device_, kl_.sums, count * sizeof(double));
+  if (channels_) channels_->kl(kl_);
+  if (multipliers_) {
+    for (int r = 0; r < replicas(); r++)
+      multipliers_->kl({kl_.sums + slots * r, slots}, of_replica(arrays(), r), pieces_, r,
+                       int(store_.layout().tensors().size()), partial_);
+  } else {
+    gaussian_kl(kl_, arrays(), pieces_, partial_, device_.stream());
+  }
+  return rows_of_ledger(download(device_, kl_.sums, count), slots);
 }
 
 std::vector<double> Posterior::kl() {
-  if (family_ == Family::point) return std::vector<double>(replicas(), 0.0);
-  gaussian_kl(kl_, arrays(), partial_, device_.stream());
-  return download(device_, kl_, replicas());
+  std::vector<double> totals;
+  for (const auto& row : kl_by_name()) {
+    double sum = 0;
+    for (double x : row) sum += x;
+    totals.push_back(sum);
+  }
+  return totals;
+}
+
+std::vector<std::vector<double>> Posterior::take_booked_kl() {
+  const size_t slots = kl_names_.size(), count = slots * replicas();
+  if (!gaussian()) return std::vector(replicas(), std::vector<double>(slots, 0.0));
+  const std::vector<double> sums = download(device_, ledger_.sums, count);
+  fill_zero(device_, ledger_.sums, count * sizeof(double));
+  return rows_of_ledger(sums, slots);
 }
 
 std::vector<double> Posterior::mean_log_sd() {
   std::vector<double> means(replicas(), 0.0);
-  if (family_ == Family::point) return means;
+  if (!gaussian()) return means;
+  if (channels_) channels_->marginals();
   for (int r = 0; r < replicas(); r++) {
     for (const TensorSpec& t : store_.layout().tensors())
       for (float x : store_.read(device_, "log_std", r, t)) means[r] += x;
@@ -108,12 +249,53 @@ std::vector<double> Posterior::mean_log_sd() {
 }
 
 WeightsView Posterior::weights() const {
-  return {store_.at("mean"), family_ == Family::gaussian ? store_.at("variance") : nullptr, store_.layout().stride()};
+  const size_t stride = store_.layout().stride();
+  WeightsView view{store_.at("mean"), gaussian() ? store_.at("variance") : nullptr, stride, draw_, stride};
+  if (channels_) view.factor = channels_->factors(), view.factor_stride = channels_->factor_stride();
+  return view;
 }
 
 GradientsView Posterior::gradients() const {
-  return {store_.at("mean.grad"), family_ == Family::gaussian ? store_.at("variance.grad") : nullptr,
-          store_.layout().stride()};
+  const size_t stride = store_.layout().stride();
+  GradientsView view{store_.at("mean.grad"), gaussian() ? store_.at("variance.grad") : nullptr, stride, draw_grad_,
+                     stride};
+  if (channels_) view.factor = channels_->factor_gradients();
+  return view;
+}
+
+LayerContext Posterior::context(int batch) {
+  const bool moments = channels_ && options_.moments;
+  const Draws draws = multipliers_ ? Draws::means : channels_ && !moments ? Draws::convolutions : Draws::none;
+  return {device_, arena_, replicas(), batch, gaussian(), true, draws, draws == Draws::none ? 1 : options_.groups,
+          moments};
+}
+
+void Posterior::sample(float* w, int replica, int first, int count, Key key) {
+  const size_t stride = store_.layout().stride();
+  const float* mean = store_.at("mean") + stride * replica;
+  if (!gaussian()) {
+    for (int s = 0; s < count; s++) copy_on_device(device_, w + stride * s, mean, store_.row_bytes());
+    return;
+  }
+  const float* variance = store_.at("variance") + stride * replica;
+  if (multipliers_) {
+    const GaussianArrays of = of_replica(arrays(), replica);
+    for (int done = 0; done < count; done += Multiplicative::most_draws) {
+      const int some = std::min(count - done, Multiplicative::most_draws);
+      float* to = w + stride * done;
+      for (int s = 0; s < some; s++) copy_on_device(device_, to + stride * s, mean, store_.row_bytes());
+      multipliers_->sample(to, of, pieces_, replica, true, first + done, some, key);
+      sample_weights(to, to, stride, variance, int(stride), stride, first + done, some, key, device_.stream());
+    }
+    return;
+  }
+  sample_weights(w, mean, 0, variance, int(stride), stride, first, count, key, device_.stream());
+  if (channels_) channels_->sample(w, stride, replica, first, count, key);
+}
+
+void Posterior::mean_weights(float* w, int replica) {
+  copy_on_device(device_, w, store_.at("mean") + store_.layout().stride() * replica, store_.row_bytes());
+  if (multipliers_) multipliers_->sample(w, of_replica(arrays(), replica), pieces_, replica, false, 0, 1, Key{});
 }
 
 }  // namespace baton

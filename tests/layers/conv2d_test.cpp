@@ -68,7 +68,7 @@ TEST_P(ConvGolden, TheLayerAgrees) {
   ParameterLayout layout;
   Conv2d layer = conv_like(layout, r, Pooling::none);
   LayerBench bench(layout, 1, r.batch, true, size_t(r.in) * r.height * r.width);
-  layer.prepare(bench.context());
+  layer.prepare(bench.context(), true);
   EXPECT_EQ(layer.out_height(), int(golden.z.shape("out_m")[2]));
   EXPECT_EQ(layer.out_width(), int(golden.z.shape("out_m")[3]));
   bench.set("conv.weight", floats(golden.mean), floats(squares(golden.sd)));
@@ -143,6 +143,8 @@ struct Left {
 };
 void append(std::vector<float>& to, const std::vector<float>& more) { to.insert(to.end(), more.begin(), more.end()); }
 
+int window_of(Pooling pooling) { return pooling == Pooling::none ? 0 : pooling == Pooling::max2 ? 2 : 3; }
+
 // apart: a convolution without pooling, and the pooling as a layer of its own.
 Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bool apart = false,
          bool input_gradient = true) {
@@ -151,8 +153,8 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
   Conv2d layer = conv_like(layout, r, apart ? Pooling::none : pooling);
   const int count = int(problems.size());
   LayerBench bench(layout, count, r.batch, sampled, size_t(r.in) * r.height * r.width, input_gradient);
-  layer.prepare(bench.context());
-  MaxPool2d pool(r.out, r.out_height(), r.out_width(), 2);
+  layer.prepare(bench.context(), sampled);
+  MaxPool2d pool(r.out, r.out_height(), r.out_width(), std::max(2, window_of(pooling)));
   if (apart) pool.prepare(bench.context());
   std::vector<StepState> states;
   std::vector<float> x, up, up_square;
@@ -189,7 +191,9 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
 }
 
 size_t pooled_outputs(const ReferenceLayer& r, Pooling pooling) {
-  return pooling == Pooling::none ? r.outputs() : size_t(r.batch) * r.out * (r.out_height() / 2) * (r.out_width() / 2);
+  if (pooling == Pooling::none) return r.outputs();
+  const auto side = [&](int n) { return size_t(n - window_of(pooling)) / 2 + 1; };
+  return size_t(r.batch) * r.out * side(r.out_height()) * side(r.out_width());
 }
 std::vector<Problem> problems_of(const ReferenceLayer& shape, Pooling pooling, int first, int count) {
   std::vector<Problem> problems;
@@ -200,7 +204,7 @@ std::vector<Problem> problems_of(const ReferenceLayer& shape, Pooling pooling, i
 void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool sampled) {
   SCOPED_TRACE(testing::Message() << shape.batch << "x" << shape.in << "x" << shape.height << "x" << shape.width
                                   << " -> " << shape.out << ", kernel " << shape.kernel << ", pad " << shape.pad
-                                  << ", pooled " << (pooling == Pooling::max2) << ", sampled " << sampled);
+                                  << ", window " << window_of(pooling) << ", sampled " << sampled);
   const auto problems = problems_of(shape, pooling, 0, 1);
   const Left got = run(problems, pooling, sampled);
   const Problem& p = problems[0];
@@ -209,8 +213,7 @@ void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool 
   if (sampled) r.variance = doubles(p.variance), r.bias_variance = doubles(p.bias_variance);
   r.forward(doubles(p.x), conv_noise(p.state, stream_id, r.batch, r.out, r.out_height(), r.out_width()));
   ReferencePool pool;
-  const Doubles& y =
-      pool.forward(r.y, r.batch * r.out, r.out_height(), r.out_width(), pooling == Pooling::max2 ? 2 : 0);
+  const Doubles& y = pool.forward(r.y, r.batch * r.out, r.out_height(), r.out_width(), window_of(pooling));
   const Doubles up = total_gradient(floats(y), p.up, sampled ? p.up_square : std::vector<float>());
   r.backward(pool.backward(up, r.outputs()));
   EXPECT_TRUE(close(got.y, y, {.l2 = 2e-6}));
@@ -230,13 +233,13 @@ const std::vector<ReferenceLayer> shapes = {{2, 1, 12, 12, 3, 5, 0},  {3, 2, 7, 
 TEST(ConvLayer, AgainstReference) {
   BATON_NEEDS_DEVICE();
   for (const ReferenceLayer& shape : shapes)
-    for (Pooling pooling : {Pooling::none, Pooling::max2})
+    for (Pooling pooling : {Pooling::none, Pooling::max2, Pooling::max3})
       for (bool sampled : {true, false}) check_against_reference(shape, pooling, sampled);
 }
 
 TEST(ConvLayer, ReplicasDoNotSeeEachOther) {
   BATON_NEEDS_DEVICE();
-  for (Pooling pooling : {Pooling::none, Pooling::max2})
+  for (Pooling pooling : {Pooling::none, Pooling::max2, Pooling::max3})
     for (bool sampled : {true, false}) {
       const Left all = run(problems_of(shapes[2], pooling, 0, 3), pooling, sampled);
       Left one_by_one;
@@ -251,26 +254,31 @@ TEST(ConvLayer, ReplicasDoNotSeeEachOther) {
 TEST(ConvLayer, FusedPoolingIsPoolingAfterwards) {
   BATON_NEEDS_DEVICE();
   for (const ReferenceLayer& shape : shapes)
-    for (bool sampled : {true, false}) {
-      SCOPED_TRACE(testing::Message() << shape.height << "x" << shape.width << ", sampled " << sampled);
-      std::vector<Problem> problems = problems_of(shape, Pooling::max2, 0, 2);
-      Left fused = run(problems, Pooling::max2, sampled), apart = run(problems, Pooling::max2, sampled, true);
+    for (const auto& [pooling, sampled] :
+         {std::pair(Pooling::max2, true), {Pooling::max2, false}, {Pooling::max3, true}, {Pooling::max3, false}}) {
+      SCOPED_TRACE(testing::Message() << shape.height << "x" << shape.width << ", window " << window_of(pooling)
+                                      << ", sampled " << sampled);
+      std::vector<Problem> problems = problems_of(shape, pooling, 0, 2);
+      Left fused = run(problems, pooling, sampled), apart = run(problems, pooling, sampled, true);
       // The fused pass adds the bias to the maximum, so the two round differently.
       for (auto field : Left::fields)
         EXPECT_TRUE((apart.*field).empty() || close(fused.*field, apart.*field, {.l2 = 2e-6}));
-      // Without bias means they do the same, but for the order in which the gradients of the biases are added up.
+      // Without bias means they do the same, but for the order in which gradients are added up: those of the biases,
+      // and those of windows that overlap.
       for (Problem& p : problems) p.bias_mean.assign(p.bias_mean.size(), 0);
-      fused = run(problems, Pooling::max2, sampled), apart = run(problems, Pooling::max2, sampled, true);
+      fused = run(problems, pooling, sampled), apart = run(problems, pooling, sampled, true);
       for (auto field : Left::fields) {
         const bool bias = field == &Left::bias_mean || (field == &Left::bias_variance && sampled);
-        EXPECT_TRUE(bias ? close(fused.*field, apart.*field, {.l2 = 1e-6}) : exact(fused.*field, apart.*field));
+        const bool overlap = pooling == Pooling::max3 && field != &Left::y && field != &Left::square;
+        EXPECT_TRUE(((bias || overlap) && !(apart.*field).empty()) ? close(fused.*field, apart.*field, {.l2 = 1e-6})
+                                                                   : exact(fused.*field, apart.*field));
       }
     }
 }
 
 TEST(ConvLayer, TheFirstLayerNeedsNoInputGradient) {
   BATON_NEEDS_DEVICE();
-  for (Pooling pooling : {Pooling::none, Pooling::max2})
+  for (Pooling pooling : {Pooling::none, Pooling::max2, Pooling::max3})
     for (bool sampled : {true, false}) {
       const auto problems = problems_of(shapes[0], pooling, 0, 2);
       const Left with = run(problems, pooling, sampled), without = run(problems, pooling, sampled, false, false);
@@ -281,7 +289,7 @@ TEST(ConvLayer, TheFirstLayerNeedsNoInputGradient) {
 
 TEST(ConvLayer, AVanishingSigmaIsThePointPosterior) {
   BATON_NEEDS_DEVICE();
-  for (Pooling pooling : {Pooling::none, Pooling::max2}) {
+  for (Pooling pooling : {Pooling::none, Pooling::max2, Pooling::max3}) {
     auto problems = problems_of(shapes[1], pooling, 0, 1);
     for (auto field : {&Problem::variance, &Problem::bias_variance, &Problem::up_square})
       (problems[0].*field).assign((problems[0].*field).size(), 0);
@@ -298,7 +306,7 @@ TEST(ConvLayer, RefusesShapesWithoutOutput) {
   ParameterLayout layout;
   Conv2d layer(layout, "conv", 1, 4, 4, 2, 5, 0, Pooling::none, 0);
   LayerBench bench(layout, 1, 1, true, 16);
-  EXPECT_THROW(layer.prepare(bench.context()), InputError);
+  EXPECT_THROW(layer.prepare(bench.context(), true), InputError);
 }
 
 // ---------------------------------------------------------------------------------------------------- MaxPool2d
@@ -356,7 +364,7 @@ TEST(MaxPool2dLayer, ThreeConvolutionSizes) {
     ParameterLayout layout;
     Conv2d conv(layout, "conv", 1, side, side, channels, 5, 2, Pooling::none, 0);
     LayerBench bench(layout, 1, 1, true, size_t(side) * side);
-    conv.prepare(bench.context());
+    conv.prepare(bench.context(), true);
     EXPECT_EQ(conv.out_height(), side);
     MaxPool2d pool(channels, side, side, 3);
     EXPECT_EQ(pool.out_height(), pool.out_width());

@@ -118,7 +118,7 @@ struct Net {
       write("log_std", layer_names[i] + ".weight", log_of(weights.sd[i]));
       write("log_std", layer_names[i] + ".bias", log_of(weights.bias_sd[i]));
     }
-    posterior.refresh();
+    posterior.refresh(true);
   }
   const TensorSpec& spec(const std::string& tensor) const {
     for (const TensorSpec& t : network.layout().tensors())

@@ -16,12 +16,10 @@ ParameterLayout small_layout() {  // every tensor leaves a gap behind it
   return layout;
 }
 
-// A posterior with its step states and totals.
+// A posterior with its step states.
 struct Bench {
   Bench(const ParameterLayout& layout, Family family, int replicas)
-      : posterior(memory.device(), memory.arena(), layout, family, replicas),
-        states(memory, size_t(replicas)),
-        totals(memory, size_t(replicas)) {
+      : posterior(memory.device(), memory.arena(), layout, family, replicas), states(memory, size_t(replicas)) {
     std::vector<StepState> all;
     for (int r = 0; r < replicas; r++) all.push_back(state_of(uint64_t(r), 0));
     states.set(all);
@@ -50,7 +48,6 @@ struct Bench {
   Memory memory;
   Posterior posterior;
   Buffer<StepState> states;
-  Buffer<Totals> totals;
 };
 
 StepState training_state(uint64_t seed, float lr, float lr_scale, float kl_weight, int steps) {
@@ -107,7 +104,12 @@ TEST(PosteriorState, FamiliesAndViews) {
   EXPECT_EQ(gaussian.posterior.weights().stride, small_layout().stride());
   EXPECT_EQ(point.posterior.kl(), (std::vector<double>{0, 0}));
   EXPECT_EQ(point.posterior.mean_log_sd(), (std::vector<double>{0, 0}));
-  EXPECT_EQ(point.posterior.state_arrays(), (std::vector<std::string>{"mean", "mean.adam_m", "mean.adam_v"}));
+  std::vector<std::string> names;
+  for (const StateArray& a : point.posterior.state_arrays()) {
+    EXPECT_EQ(a.store, &point.posterior.store());
+    names.push_back(a.array);
+  }
+  EXPECT_EQ(names, (std::vector<std::string>{"mean", "mean.adam_m", "mean.adam_v"}));
   EXPECT_EQ(gaussian.posterior.state_arrays().size(), 8u);
 }
 
@@ -117,23 +119,30 @@ TEST(PosteriorState, KlAgainstReference) {
   bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
   bench.scatter("mean", 0, 1, 1), bench.scatter("log_std", -2, 0.5f, 50);
   bench.scatter("prior_mean", 0, 1, 100), bench.scatter("prior_log_std", -1, 0.3f, 150);
-  bench.posterior.refresh();
-  const auto kl = bench.posterior.kl();
+  bench.posterior.refresh(true);
+  const auto kl = bench.posterior.kl(), unbooked = bench.posterior.take_booked_kl()[0];
+  const auto by_name = bench.posterior.kl_by_name();
+  EXPECT_EQ(bench.posterior.kl_names(), (std::vector<std::string>{"a.weight", "a.bias", "b.weight"}));
+  EXPECT_EQ(unbooked, (std::vector<double>{0, 0, 0}));
   for (int r = 0; r < 2; r++) {
-    double want = 0;
-    for (const TensorSpec& t : bench.posterior.store().layout().tensors()) {
+    double want = 0, before = 0;
+    for (int slot = 0; slot < 3; slot++) {
+      const TensorSpec& t = bench.posterior.store().layout()[slot];
       const auto m = bench.read("mean", t, r), l = bench.read("log_std", t, r), pm = bench.read("prior_mean", t, r),
                  pl = bench.read("prior_log_std", t, r);
       for (size_t i = 0; i < t.size; i++) {
         const double sp2 = std::exp(2. * pl[i]), away = double(m[i]) - pm[i];
         want += double(pl[i]) - l[i] + (std::exp(2. * l[i]) + away * away) / (2 * sp2) - 0.5;
       }
+      EXPECT_NEAR(by_name[r][slot] / (want - before), 1, 1e-6) << t.name;
+      before = want;
     }
     EXPECT_NEAR(kl[r] / want, 1, 1e-6);
   }
 }
 
-// With gaps as large as tensors, only the tensors count: before training, after steps and after a hand-over.
+// With gaps as large as tensors, only the tensors count, whatever lies in the gaps: before training, after steps and
+// after a hand-over. Nothing writes there.
 TEST(PosteriorState, GapsWeighNothing) {
   BATON_NEEDS_DEVICE();
   Bench bench(small_layout(), Family::gaussian, 2);
@@ -141,6 +150,16 @@ TEST(PosteriorState, GapsWeighNothing) {
   bench.posterior.initialise(bench.states, {-5, -3}, {1, 0.5f});
   const ParameterLayout& layout = bench.posterior.store().layout();
   ASSERT_FALSE(layout.gaps().empty());
+  const auto fill_gaps = [&](const char* array, float value) {
+    for (int r = 0; r < 2; r++) {
+      auto row = bench.row(array, r);
+      for (const auto& gap : layout.gaps())
+        for (size_t i = gap.offset; i < gap.offset + gap.size; i++) row[i] = value + float(r);
+      bench.fill(array, row, r);
+    }
+  };
+  fill_gaps("mean", 3), fill_gaps("log_std", -1), fill_gaps("prior_mean", 5), fill_gaps("prior_log_std", 0.5f);
+  for (const char* array : {"mean.grad", "variance.grad"}) fill_gaps(array, 1);
   const auto expect_idle = [&] {
     const auto kl = bench.posterior.kl();
     for (int r = 0; r < 2; r++) {
@@ -148,8 +167,8 @@ TEST(PosteriorState, GapsWeighNothing) {
                  pl = bench.row("prior_log_std", r);
       for (const auto& gap : layout.gaps())
         for (size_t i = gap.offset; i < gap.offset + gap.size; i++) {
-          ASSERT_EQ(m[i], pm[i]);
-          ASSERT_EQ(l[i], pl[i]);
+          ASSERT_EQ(m[i], 3 + float(r));
+          ASSERT_EQ(l[i], -1 + float(r));
         }
       double want = 0;
       for (const TensorSpec& t : layout.tensors())
@@ -162,8 +181,9 @@ TEST(PosteriorState, GapsWeighNothing) {
   expect_idle();
   for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
     bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
-    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(rule, bench.states, bench.totals);
+    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(rule, bench.states);
     expect_idle();
+    EXPECT_EQ(bench.posterior.take_booked_kl()[0].size(), layout.tensors().size());
     bench.posterior.hand_over();
     for (double kl : bench.posterior.kl()) EXPECT_EQ(kl, 0);
     expect_idle();
@@ -178,7 +198,7 @@ TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
     bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
     bench.scatter("mean.grad", 0, 1, 5);
     if (family == Family::gaussian) bench.scatter("variance.grad", 0, 1, 6);
-    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states, bench.totals);
+    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
     const std::vector<float> mean = bench.row("mean", 1);
     std::vector<std::string> moments{"mean.adam_m", "mean.adam_v"};
     if (family == Family::gaussian) {
@@ -210,7 +230,7 @@ TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
   bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10)});
   bench.posterior.initialise(bench.states, {-2}, {1});
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
-  bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states, bench.totals);
+  bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
   const auto mean = bench.row("mean"), log_sd = bench.row("log_std"), prior = bench.row("prior_mean");
   bench.posterior.reset_optimizer();
   EXPECT_TRUE(exact(bench.row("mean"), mean));
@@ -225,7 +245,7 @@ TEST(PosteriorState, RefreshDerivesTheVariances) {
   Bench bench(small_layout(), Family::gaussian, 2);
   bench.posterior.initialise(bench.states, {-2, -3}, {1, 1});
   bench.scatter("log_std", -3, 1, 9);
-  bench.posterior.refresh();
+  bench.posterior.refresh(true);
   for (int r = 0; r < 2; r++) {
     Doubles want;
     for (float l : bench.row("log_std", r)) want.push_back(std::exp(2. * l));
@@ -255,7 +275,7 @@ TEST(PosteriorState, GoldenTrajectory) {
     bench.write("mean", layout[t], z.f32("in_mu_" + tensors[t]));
     bench.write("log_std", layout[t], z.f32("in_log_sigma_" + tensors[t]));
   }
-  bench.posterior.refresh();
+  bench.posterior.refresh(true);
   const Doubles x = z.f64("in_x"), eps1 = z.f64("eps_l1"), eps2 = z.f64("eps_l2"), losses = z.f64("out_nll_kl_loss");
   const auto labels = z.i64("in_y");
   const auto part = [](const Doubles& all, int index, int count) {
@@ -304,10 +324,12 @@ TEST(PosteriorState, GoldenTrajectory) {
     EXPECT_NEAR(kl, want_kl, 1e-5 * want_kl + 3e-6);  // float: small by cancellation
     EXPECT_NEAR(nll + kl * state.kl_weight, losses[step * 3 + 2], 1e-5 * losses[step * 3 + 2]);
 
-    const double before = bench.totals.host()[0].kl;
     bench.advance();
-    bench.posterior.step(ScaleRule::adam, bench.states, bench.totals);
-    EXPECT_NEAR(bench.totals.host()[0].kl - before, want_kl, 1e-5 * want_kl + 3e-6);
+    bench.posterior.step(ScaleRule::adam, bench.states);
+    double booked = 0;
+    const auto by_name = bench.posterior.take_booked_kl();
+    for (double one : by_name[0]) booked += one;
+    EXPECT_NEAR(booked, want_kl, 1e-5 * want_kl + 3e-6);
     for (int t = 0; t < 4; t++)
       for (const auto& [array, golden] : {std::pair("mean", "mu_"), {"log_std", "log_sigma_"}}) {
         const std::string name = golden + tensors[t];
@@ -319,6 +341,27 @@ TEST(PosteriorState, GoldenTrajectory) {
         for (int i = 0; i < size; i++) want[i] -= start[i], got[i] -= start[i];  // how far it has moved
         EXPECT_TRUE(close(got, want, {.l2 = 2e-3}));
       }
+  }
+}
+
+// What every step books, by name, until it is taken.
+TEST(PosteriorState, BookedKlIsTheSumOverTheSteps) {
+  BATON_NEEDS_DEVICE();
+  Bench bench(small_layout(), Family::gaussian, 2);
+  bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 2e-2f, 1e-2f, 0.1f, 10)});
+  bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
+  bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
+  std::vector<Doubles> want(2, Doubles(3, 0));
+  for (int i = 0; i < 3; i++) {
+    const auto now = bench.posterior.kl_by_name();
+    for (int r = 0; r < 2; r++)
+      for (int slot = 0; slot < 3; slot++) want[r][slot] += now[r][slot];
+    bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
+  }
+  const auto booked = bench.posterior.take_booked_kl(), again = bench.posterior.take_booked_kl();
+  for (int r = 0; r < 2; r++) {
+    EXPECT_TRUE(close(booked[r], want[r], {.l2 = 1e-6}));
+    EXPECT_EQ(again[r], Doubles(3, 0));
   }
 }
 
@@ -345,11 +388,11 @@ TEST(PosteriorState, ReplicasStepAlone) {
               if (family == Family::gaussian)
                 bench.write("variance.grad", t, random_normal(t.size, 0, 1, seed + 5), r - first);
             }
-          bench.advance(), bench.posterior.step(rule, bench.states, bench.totals);
+          bench.advance(), bench.posterior.step(rule, bench.states);
         }
         std::vector<std::vector<float>> rows;
         for (int r = 0; r < count; r++)
-          for (const std::string& array : bench.posterior.state_arrays()) rows.push_back(bench.row(array, r));
+          for (const StateArray& a : bench.posterior.state_arrays()) rows.push_back(bench.row(a.array, r));
         return rows;
       };
       std::vector<std::vector<float>> one_by_one;

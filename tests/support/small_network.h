@@ -26,9 +26,9 @@ class SmallNetwork : public Network {
   void prepare(const LayerContext& c, bool shared_input) override {
     LayerContext input = c;
     if (shared_input) input.replicas = 1;
-    x_ = take_activation(input, 28 * 28, c.sampled, false);
+    x_ = take_activation(input, 28 * 28, c.convolutions_sampled(), false);
     if (shared_input) x_.stride = 0;
-    conv1_.prepare(c);
+    conv1_.prepare(c, c.sampled);
     fc1_.prepare(c, true);
     fc2_.prepare(c, false);
   }
@@ -44,6 +44,9 @@ class SmallNetwork : public Network {
     fc2_.backward(device, w, g, fc1_.output(), states);
     fc1_.backward(device, w, g, conv1_.output(), states);
     conv1_.backward(device, w, g, x_, states);
+  }
+  std::vector<NamedActivation> activations() const override {
+    return {{"conv1", conv1_.output()}, {"fc1", fc1_.output()}, {"fc2", fc2_.output()}};
   }
 
  private:
