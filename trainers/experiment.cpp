@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <numeric>
 
 #include "engine/files.h"
 #include "engine/progress.h"
@@ -95,7 +96,8 @@ class Runner {
     j["dataset"] = {data_.name, data_.source, data_.train.count, data_.test.count};
     j["samples"] = {options_.samples, options_.stage_samples};
     for (const Job& job : jobs_) {
-      json one = settings_json(job, options_);
+      json one;
+      for (size_t r = 0; r < job.plan.seeds.size(); r++) one["settings"].push_back(settings_json(job, options_, r));
       one["method"] = job.method;
       one["parts"] = job.parts;
       one["seeds"] = job.plan.seeds;
@@ -193,7 +195,7 @@ class Runner {
         run["method"] = job.method;
         run["parts"] = job.parts;
         run["seed"] = job.plan.seeds[r];
-        run["settings"] = settings_json(job, options_);
+        run["settings"] = settings_json(job, options_, size_t(r));
         run["split_hash"] = hashes[r];
         run["stages"] = json::array();
         at_.current.push_back(run);
@@ -241,6 +243,7 @@ class Runner {
         line["train_loss"] = totals[r].loss;
         line["train_accuracy"] = totals[r].accuracy;
         line["kl"] = totals[r].kl;
+        if (job.plan.posterior.family != Family::point) line["kl_by_layer"] = by_layer(trainer, totals[r].kl_by_name);
         line["seconds"] = seconds;
         log_.epoch(line);
         loss += totals[r].loss / double(totals.size());
@@ -253,12 +256,26 @@ class Runner {
     }
   }
 
+  // Sums over a layer's tensors and its z, in the order of the layers.
+  static json by_layer(IncrementalTrainer& trainer, const std::vector<double>& kl) {
+    json layers = json::object();
+    const std::vector<std::string>& names = trainer.posterior().kl_names();
+    for (size_t i = 0; i < names.size(); i++) {
+      const std::string layer = names[i].substr(0, names[i].rfind('.'));
+      layers[layer] = layers.value(layer, 0.0) + kl[i];
+    }
+    return layers;
+  }
+
   void judge_stage(const Job& job, IncrementalTrainer& trainer, Predictor& predictor) {
     const int stage = trainer.stage();
     const bool last = stage + 1 == trainer.stages();
-    const std::vector<double> kl = trainer.posterior().kl(), log_sd = trainer.posterior().mean_log_sd();
+    const std::vector<std::vector<double>> kl = trainer.posterior().kl_by_name();
+    const std::vector<double> log_sd = trainer.posterior().mean_log_sd();
     for (size_t r = 0; r < at_.current.size(); r++) {
-      const int samples = job.plan.family == Family::point ? 0 : last ? options_.samples : options_.stage_samples;
+      const int samples = job.plan.posterior.family == Family::point ? 0
+                          : last                                     ? options_.samples
+                                                                     : options_.stage_samples;
       const double start = now();
       const Predictions p = predictor.predict(trainer.posterior(), int(r), samples, job.plan.seeds[r] * 1000 + stage);
       const Metrics m = evaluate(p.probability, data_.test.labels, data_.test.classes, p.entropy, p.mutual_information);
@@ -271,8 +288,9 @@ class Runner {
       s["predictive_entropy"] = m.entropy;
       s["mutual_information"] = m.mutual_information;
       s["samples"] = samples;
-      s["kl"] = kl[r];
-      s["mean_log_std"] = job.plan.family == Family::point ? json() : json(log_sd[r]);
+      s["kl"] = std::accumulate(kl[r].begin(), kl[r].end(), 0.0);
+      if (job.plan.posterior.family != Family::point) s["kl_by_layer"] = by_layer(trainer, kl[r]);
+      s["mean_log_std"] = job.plan.posterior.family == Family::point ? json() : json(log_sd[r]);
       s["seconds"] = at_.stage_seconds;
       s["examples_per_second"] = double(trainer.steps_of(stage)) * job.plan.batch * double(at_.current.size()) /
                                  std::max(at_.stage_seconds, 1e-9);
@@ -293,6 +311,7 @@ class Runner {
     j["device"] = device_.description();
     j["peak_device_bytes"] = device_.peak_bytes();
     j["settings"] = {{"samples", options_.samples}, {"stage_samples", options_.stage_samples}};
+    j["settings"].update(options_.extra);
     j["runs"] = at_.runs;
     return j;
   }
@@ -313,17 +332,32 @@ class Runner {
 
 }  // namespace
 
-json settings_json(const Job& job, const ExperimentOptions& options) {
-  const TrainingSettings& s = job.plan.settings.at(0);
+json settings_json(const Job& job, const ExperimentOptions& options, size_t replica) {
+  const TrainingSettings& s = job.plan.settings.at(replica);
   json j;
   j["epochs"] = job.plan.epochs;
   j["batch"] = job.plan.batch;
   j["lr"] = s.lr;
   j["schedule"] = name_of(s.schedule);
-  if (job.plan.family == Family::point) return j;
+  if (job.plan.augment) j["augment"] = true;
+  if (s.pretrained) j["pretrained"] = s.pretrained->description;
+  if (job.plan.posterior.family == Family::point) return j;
+  const PosteriorOptions& o = job.plan.posterior;
+  if (o.family == Family::channel || o.family == Family::multiplicative) j["groups"] = o.groups;
+  if (o.family == Family::channel && o.moments) j["moments"] = true;
+  if (o.family == Family::multiplicative) {
+    j["flow"] = name_of(o.flow);
+    j["flow_steps"] = o.flow_steps;
+    j["flow_hidden"] = o.flow_hidden;
+    j["z"] = o.z_per_filter ? "per filter" : "per filter and channel";
+    j["fixed_base"] = o.fixed_base;
+    j["path_gradient"] = o.path_gradient;
+    j["z_log_sd"] = o.z_log_sd;
+  }
   j["scale_rule"] = name_of(job.plan.scale_rule);
   j["lr_scale"] = s.lr_scale;
   j["prior_sd"] = s.prior_sd;
+  if (s.pretrained && s.pretrained->prior_log_sd.empty()) j["pretrained_sd"] = s.pretrained_sd;
   j["init_log_sd"] = s.init_log_sd;
   j["beta"] = s.beta;
   j["warmup_epochs"] = s.warmup_epochs;

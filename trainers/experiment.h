@@ -11,7 +11,7 @@
 namespace baton {
 
 struct Job {
-  std::string method;  // "ft", "ft_converged", "ffg"
+  std::string method;  // "ft", "ft_converged", "ffg", "ffg_laplace", ...
   int parts = 1;
   TrainingPlan plan;  // its seeds train side by side; settings are the same for all of them
 };
@@ -25,6 +25,7 @@ struct ExperimentOptions {
   int stage_samples = 100;         // and after the stages before it
   double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after every stage
   Normalisation normalisation = unit_range;
+  json extra = json::object();  // what else the program has to say: it goes into result.json's settings
 };
 
 // Runs the jobs in turn and returns the object that result.json holds (it is written after every job). Files in
@@ -33,8 +34,8 @@ struct ExperimentOptions {
 // finite.
 json run_experiment(const ExperimentOptions&, const Dataset&, const NetworkFactory&, const std::vector<Job>&);
 
-// The settings of a plan as result.json shows them.
-json settings_json(const Job&, const ExperimentOptions&);
+// The settings of one of a plan's replicas as result.json shows them.
+json settings_json(const Job&, const ExperimentOptions&, size_t replica);
 
 // The results by method and number of parts: mean and spread of the final accuracy, NLL and ECE, and the time.
 std::string table_of(const json& result);

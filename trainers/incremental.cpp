@@ -1,5 +1,6 @@
 #include "trainers/incremental.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -15,7 +16,7 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
       train_(train),
       part_sizes_(part_sizes),
       network_(make()),
-      posterior_(device, arena, network_->layout(), plan.family, int(plan.seeds.size())) {
+      posterior_(device, arena, network_->layout(), plan.posterior, int(plan.seeds.size())) {
   const int replicas = int(plan.seeds.size());
   if (replicas < 1 || plan.settings.size() != plan.seeds.size() || order.size() != plan.seeds.size())
     throw InputError("a training plan needs as many settings and orders as seeds, and at least one");
@@ -29,7 +30,10 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
     offset += size;
   }
   order_stride_ = size_t(offset);
-  network_->prepare({device, arena, replicas, plan.batch, plan.family == Family::gaussian, true}, false);
+  if (plan.batch % plan.posterior.groups != 0)
+    throw InputError("a batch of " + std::to_string(plan.batch) + " does not divide into " +
+                     std::to_string(plan.posterior.groups) + " groups");
+  network_->prepare(posterior_.context(plan.batch), false);
   states_ = arena.take<StepState>(replicas);
   totals_ = arena.take<Totals>(replicas);
   order_ = arena.take<int32_t>(order_stride_ * replicas);
@@ -57,6 +61,25 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
   }
   upload_states();
   posterior_.initialise(states_, log_sd, prior_sd);
+  adopt_pretrained();
+}
+
+void IncrementalTrainer::adopt_pretrained() {
+  for (int r = 0; r < posterior_.replicas(); r++) {
+    const TrainingSettings& s = plan_.settings[r];
+    if (!s.pretrained) continue;
+    for (const auto& [name, weights] : s.pretrained->weights) {
+      const auto& tensors = network_->layout().tensors();
+      const auto tensor = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.name == name; });
+      if (tensor == tensors.end())
+        throw InputError("the pretrained network has a tensor " + name + ", which " + network_->architecture() +
+                         " has not");
+      const auto laplace = s.pretrained->prior_log_sd.find(name);
+      const std::vector<float> one{float(std::log(s.pretrained_sd))};
+      posterior_.adopt(r, *tensor, weights, laplace == s.pretrained->prior_log_sd.end() ? one : laplace->second);
+    }
+  }
+  posterior_.settle();
 }
 
 int IncrementalTrainer::steps_of(int stage) const {
@@ -96,13 +119,15 @@ void IncrementalTrainer::step() {
   const Stream stream = device_.stream();
   advance_step(states_, replicas, stream);
   const Signal& x = network_->input().signal;
-  gather_training_batch(x.value, x.square, labels_, train_, order_, order_stride_, states_, replicas, batch, stream);
+  gather_training_batch(x.value, x.square, labels_, train_, order_, order_stride_, states_, replicas, batch, stream,
+                        plan_.augment);
+  posterior_.draw(states_);
   network_->forward(device_, posterior_.weights(), states_);
   softmax_cross_entropy(loss_, hit_, network_->logits_gradient(), network_->logits(), labels_, replicas, batch,
                         network_->classes(), 1.f / float(batch), stream);
   add_to_totals(totals_, loss_, hit_, states_, replicas, batch, stream);
   network_->backward(device_, posterior_.weights(), posterior_.gradients(), states_);
-  posterior_.step(plan_.scale_rule, states_, totals_);
+  posterior_.step(plan_.scale_rule, states_);
 }
 
 std::vector<EpochTotals> IncrementalTrainer::run(int count) {
@@ -119,20 +144,47 @@ std::vector<EpochTotals> IncrementalTrainer::run(int count) {
   }
   stage_step_ += count;
   std::vector<EpochTotals> result;
+  const auto booked = posterior_.take_booked_kl();
   for (const Totals& t : download(device_, totals_, states_host_.size())) {
+    const size_t r = result.size();
     if (t.nonfinite_step)
-      throw RunError("the loss of replica " + std::to_string(result.size()) + " is not finite, stage " +
-                     std::to_string(stage_ + 1) + ", step " + std::to_string(t.nonfinite_step) + " of the run");
+      throw RunError("the loss is not finite: " + where_not_finite(int(r)) + ", stage " + std::to_string(stage_ + 1) +
+                     ", step " + std::to_string(t.nonfinite_step) + " of the run (seed " +
+                     std::to_string(plan_.seeds[r]) + ")");
     EpochTotals e;
     e.examples = t.examples;
     e.steps = t.steps;
     e.loss = t.examples ? t.loss / double(t.examples) : 0;
     e.accuracy = t.examples ? t.hits / double(t.examples) : 0;
-    e.kl = t.steps ? t.kl / double(t.steps) : 0;
+    for (double sum : booked[r]) {
+      e.kl_by_name.push_back(t.steps ? sum / double(t.steps) : 0);
+      e.kl += e.kl_by_name.back();
+    }
+    if (!std::isfinite(e.kl))
+      throw RunError("the KL is not finite: " + where_not_finite(int(r)) + ", stage " + std::to_string(stage_ + 1) +
+                     ", by step " + std::to_string(download(device_, states_, states_host_.size())[r].step) +
+                     " of the run (seed " + std::to_string(plan_.seeds[r]) + ")");
     result.push_back(e);
   }
   fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
   return result;
+}
+
+// The halted replica still has the weights of the step whose loss was not finite, and every replay since has repeated
+// its forward pass.
+std::string IncrementalTrainer::where_not_finite(int replica) {
+  const auto broken = [](const std::vector<float>& values) {
+    return !std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); });
+  };
+  const auto layer_of = [](const std::string& tensor) { return tensor.substr(0, tensor.rfind('.')); };
+  for (const StateArray& a : posterior_.state_arrays())
+    for (const TensorSpec& t : a.store->layout().tensors())
+      if (a.array.find("adam") == std::string::npos && broken(a.store->read(device_, a.array, replica, t)))
+        return "layer " + layer_of(t.name) + " (its " + t.name + "." + a.array + ")";
+  for (const NamedActivation& a : network_->activations())
+    if (broken(download(device_, a.activation.signal.value + a.activation.stride * replica, a.activation.stride)))
+      return "layer " + a.layer + " (its output)";
+  return "the cross-entropy of finite logits";
 }
 
 namespace {
@@ -143,26 +195,33 @@ std::string tensor_name(const std::string& tensor, const std::string& array, int
 std::string identity_of(const TrainingPlan& plan, const char* architecture, const std::vector<int>& part_sizes) {
   nlohmann::ordered_json j;
   j["architecture"] = architecture;
-  j["family"] = name_of(plan.family);
+  const PosteriorOptions& o = plan.posterior;
+  j["family"] = name_of(o.family);
+  if (o.family == Family::channel) j["draws"] = {o.groups, o.moments};
+  if (o.family == Family::multiplicative)
+    j["draws"] = {o.groups,       int(o.flow),  o.flow_steps,    o.flow_hidden,
+                  o.z_per_filter, o.fixed_base, o.path_gradient, o.z_log_sd};
+  j["augment"] = plan.augment;
   j["scale_rule"] = plan.scale_rule == ScaleRule::adam ? "adam" : "natural";
   j["batch"] = plan.batch;
   j["epochs"] = plan.epochs;
   j["seeds"] = plan.seeds;
   j["part_sizes"] = part_sizes;
   for (const TrainingSettings& s : plan.settings)
-    j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_sd, s.beta, s.warmup_epochs, int(s.schedule)});
+    j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_sd, s.beta, s.warmup_epochs, int(s.schedule),
+                             s.pretrained ? s.pretrained->description : "", s.pretrained_sd});
   return j.dump();
 }
 }  // namespace
 
 void IncrementalTrainer::save(const std::filesystem::path& path, const std::string& extra) {
   TensorFile file;
-  const ParameterStore& store = posterior_.store();
-  for (int r = 0; r < store.replicas(); r++)
-    for (const TensorSpec& t : store.layout().tensors())
-      for (const std::string& array : posterior_.state_arrays()) {
-        const std::vector<float> values = store.read(device_, array, r, t);
-        file.tensors[tensor_name(t.name, array, r, store.replicas())] =
+  const int replicas = posterior_.replicas();
+  for (int r = 0; r < replicas; r++)
+    for (const StateArray& a : posterior_.state_arrays())
+      for (const TensorSpec& t : a.store->layout().tensors()) {
+        const std::vector<float> values = a.store->read(device_, a.array, r, t);
+        file.tensors[tensor_name(t.name, a.array, r, replicas)] =
             Tensor::of<float>(std::span<const float>(values), t.shape);
       }
   states_host_ = download(device_, states_, states_host_.size());
@@ -171,7 +230,7 @@ void IncrementalTrainer::save(const std::filesystem::path& path, const std::stri
   file.tensors["step_state"] = Tensor::of<uint8_t>(std::span<const uint8_t>(raw, bytes), {int64_t(bytes)});
   file.metadata["format"] = "baton-training-1";
   file.metadata["architecture"] = network_->architecture();
-  file.metadata["family"] = name_of(plan_.family);
+  file.metadata["family"] = name_of(plan_.posterior.family);
   file.metadata["prior"] = stage_ == 0 ? "N(0, prior_sd^2)" : "posterior of stage " + std::to_string(stage_);
   file.metadata["stage"] = std::to_string(stage_);
   file.metadata["stage_step"] = std::to_string(stage_step_);
@@ -200,21 +259,21 @@ std::string IncrementalTrainer::restore(const std::filesystem::path& path) {
     return value;
   };
   const int stage = whole_number("stage", stages() - 1), stage_step = whole_number("stage_step", steps_of(stage));
-  ParameterStore& store = posterior_.store();
   std::vector<std::vector<float>> values;
-  for (int r = 0; r < store.replicas(); r++)
-    for (const TensorSpec& t : store.layout().tensors())
-      for (const std::string& array : posterior_.state_arrays())
-        values.push_back(file.at(tensor_name(t.name, array, r, store.replicas()), t.shape).as<float>());
+  const int replicas = posterior_.replicas();
+  for (int r = 0; r < replicas; r++)
+    for (const StateArray& a : posterior_.state_arrays())
+      for (const TensorSpec& t : a.store->layout().tensors())
+        values.push_back(file.at(tensor_name(t.name, a.array, r, replicas), t.shape).as<float>());
   const Tensor& raw = file.at("step_state", {int64_t(states_host_.size() * sizeof(StepState))});
   const std::vector<uint8_t> state_bytes = raw.as<uint8_t>();
   const std::string extra = meta("extra");
 
   size_t next = 0;
-  for (int r = 0; r < store.replicas(); r++)
-    for (const TensorSpec& t : store.layout().tensors())
-      for (const std::string& array : posterior_.state_arrays()) store.write(device_, array, r, t, values[next++]);
-  posterior_.refresh();
+  for (int r = 0; r < replicas; r++)
+    for (const StateArray& a : posterior_.state_arrays())
+      for (const TensorSpec& t : a.store->layout().tensors()) a.store->write(device_, a.array, r, t, values[next++]);
+  posterior_.restored(stage == 0);
   std::memcpy(states_host_.data(), state_bytes.data(), state_bytes.size());
   upload_states();
   fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());

@@ -4,12 +4,20 @@
 // of a table, points of a search) train at once, each on its own order of the examples and with its own settings.
 #pragma once
 #include <filesystem>
+#include <map>
 
 #include "engine/safetensors.h"
 #include "trainers/device_data.h"
 #include "trainers/predictor.h"
 
 namespace baton {
+
+// A network trained before, as the centre of the first prior: N(w, sd^2) for the tensors that it names.
+struct Pretrained {
+  std::map<std::string, std::vector<float>> weights;
+  std::map<std::string, std::vector<float>> prior_log_sd;  // for each weight (Laplace); where absent, one sd for all
+  std::string description;                                 // for results and for telling runs apart
+};
 
 // One replica's settings.
 struct TrainingSettings {
@@ -20,14 +28,17 @@ struct TrainingSettings {
   double beta = 1;           // weight of the KL
   double warmup_epochs = 0;  // over which the KL's weight grows to beta, in every stage
   Schedule schedule = Schedule::constant;
+  std::shared_ptr<const Pretrained> pretrained;  // null: the first prior is N(0, prior_sd^2) everywhere
+  double pretrained_sd = 0.1;                    // of the pretrained tensors' prior, where no Laplace says otherwise
 };
 
 struct TrainingPlan {
-  Family family = Family::gaussian;
+  PosteriorOptions posterior;
   ScaleRule scale_rule = ScaleRule::adam;
   int parts = 1;
   int batch = 100;
   double epochs = 1;                       // a stage
+  bool augment = false;                    // random flips and crops of the padded images, on the device
   std::vector<uint64_t> seeds;             // one a replica: of the split, the order, the weights and the noise
   std::vector<TrainingSettings> settings;  // one a replica
 };
@@ -35,6 +46,7 @@ struct TrainingPlan {
 struct EpochTotals {                      // of one replica, since the last time
   double loss = 0, accuracy = 0, kl = 0;  // means over examples, and over steps for the KL
   int64_t examples = 0, steps = 0;
+  std::vector<double> kl_by_name;  // as Posterior::kl_names()
 };
 
 class IncrementalTrainer {
@@ -52,7 +64,8 @@ class IncrementalTrainer {
   int part_size(int stage) const { return part_sizes_[stage]; }
 
   void begin_stage(int stage);  // hands the posterior on (but for the first) and restarts optimizer and step counts
-  // Runs `count` steps: a captured graph, replayed. Throws RunError naming stage and step when the loss is not finite.
+  // Runs `count` steps: a captured graph, replayed. Throws RunError when a loss is not finite, naming the layer where
+  // it began, the stage and the step; the replica stands still at that step.
   std::vector<EpochTotals> run(int count);
 
   Posterior& posterior() { return posterior_; }
@@ -67,6 +80,8 @@ class IncrementalTrainer {
  private:
   void step();
   void upload_states();
+  void adopt_pretrained();
+  std::string where_not_finite(int replica);
   Device& device_;
   TrainingPlan plan_;
   DeviceImages train_;

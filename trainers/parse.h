@@ -23,4 +23,19 @@ inline ScaleRule scale_rule_of(const std::string& name) {
 }
 inline const char* name_of(ScaleRule r) { return r == ScaleRule::adam ? "adam" : "natural"; }
 
+inline FlowKind flow_kind_of(const std::string& name) {
+  if (name == "realnvp") return FlowKind::gated;
+  if (name == "affine") return FlowKind::affine;
+  if (name == "planar") return FlowKind::planar;
+  throw InputError("unknown flow '" + name + "': realnvp (gated), affine or planar");
+}
+inline const char* name_of(FlowKind k) {
+  return k == FlowKind::gated ? "realnvp" : k == FlowKind::affine ? "affine" : "planar";
+}
+inline Family family_of(const std::string& name) {
+  for (Family f : {Family::point, Family::gaussian, Family::channel, Family::multiplicative})
+    if (name == name_of(f)) return f;
+  throw InputError("unknown method '" + name + "': ft, ffg, cfg or mnf");
+}
+
 }  // namespace baton

@@ -45,23 +45,21 @@ void Predictor::accumulate(Network& network, WeightsView weights, int draws) {
   }
 }
 
-Predictions Predictor::predict(const Posterior& posterior, int replica, int samples, uint64_t seed) {
+Predictions Predictor::predict(Posterior& posterior, int replica, int samples, uint64_t seed) {
   BATON_RANGE("predict");
   const int classes = single_->classes(), padded = batches_ * batch_;
   const size_t stride = posterior.store().layout().stride();
   fill_zero(device_, sums_, size_t(padded) * classes * sizeof(float));
   fill_zero(device_, entropies_, size_t(padded) * sizeof(float));
-  const WeightsView all = posterior.weights();
-  const float* mean = all.mean + stride * replica;
   const bool at_mean = samples == 0 || posterior.family() == Family::point;
   if (at_mean) {
-    accumulate(*single_, {mean, nullptr, stride}, 1);
+    posterior.mean_weights(weights_, replica);
+    accumulate(*single_, {weights_, nullptr, stride}, 1);
   } else {
     const Key key = key_of(seed, 7);
     for (int first = 0; first < samples;) {
       const int draws = samples - first >= at_once_ ? at_once_ : 1;
-      sample_weights(weights_, mean, all.variance + stride * replica, int(stride), stride, first, draws, key,
-                     device_.stream());
+      posterior.sample(weights_, replica, first, draws, key);
       accumulate(draws > 1 ? *many_ : *single_, {weights_, nullptr, stride}, draws);
       first += draws;
     }

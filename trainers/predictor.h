@@ -25,7 +25,7 @@ class Predictor {
 
   // samples = 0, or a point posterior: one pass at the mean. Otherwise the average over `samples` draws (Kochurov et
   // al.: 100), each draw of all weights serving the whole set. seed: of the draws.
-  Predictions predict(const Posterior&, int replica, int samples, uint64_t seed);
+  Predictions predict(Posterior&, int replica, int samples, uint64_t seed);
   int images() const { return set_.count; }
 
  private:

@@ -42,13 +42,13 @@ struct Training {
   }
   // Every array that training goes on from, of one replica.
   std::vector<std::vector<float>> state(int replica = 0) {
-    const ParameterStore& store = trainer.posterior().store();
-    const size_t stride = store.layout().stride();
     std::vector<std::vector<float>> arrays;
-    for (const std::string& name : trainer.posterior().state_arrays())
+    const auto append = [&](const ParameterStore& store, const std::string& name) {
+      const size_t stride = store.layout().stride();
       arrays.push_back(download(memory.device(), store.at(name) + stride * replica, stride));
-    if (trainer.posterior().family() == Family::gaussian)
-      arrays.push_back(download(memory.device(), store.at("variance") + stride * replica, stride));
+    };
+    for (const StateArray& a : trainer.posterior().state_arrays()) append(*a.store, a.array);
+    if (trainer.posterior().family() != Family::point) append(trainer.posterior().store(), "variance");
     return arrays;
   }
   // All stages but the first `from`, in two calls each.
@@ -68,9 +68,9 @@ struct Training {
   IncrementalTrainer trainer;
 };
 
-TrainingPlan plan_of(Family family, std::vector<uint64_t> seeds, int parts = 2, int batch = 8) {
+TrainingPlan plan_of(const PosteriorOptions& posterior, std::vector<uint64_t> seeds, int parts = 2, int batch = 8) {
   TrainingPlan plan;
-  plan.family = family;
+  plan.posterior = posterior;
   plan.parts = parts;
   plan.batch = batch;
   plan.epochs = 1;
@@ -91,17 +91,31 @@ TrainingPlan plan_of(Family family, std::vector<uint64_t> seeds, int parts = 2, 
 
 struct Kind {
   const char* name;
-  Family family;
+  PosteriorOptions posterior;
   ScaleRule rule;
 };
-const Kind kinds[] = {{"ft", Family::point, ScaleRule::adam},
-                      {"ffg, Adam", Family::gaussian, ScaleRule::adam},
-                      {"ffg, natural", Family::gaussian, ScaleRule::natural}};
+PosteriorOptions options_of(Family family, int groups, FlowKind flow = FlowKind::gated, bool z_per_filter = false) {
+  PosteriorOptions o(family);
+  o.groups = groups;
+  o.flow = flow;
+  o.flow_hidden = 6;
+  o.z_per_filter = z_per_filter;
+  return o;
+}
+const Kind kinds[] = {
+    {"ft", Family::point, ScaleRule::adam},
+    {"ffg, Adam", Family::gaussian, ScaleRule::adam},
+    {"ffg, natural", Family::gaussian, ScaleRule::natural},
+    {"cfg", Family::channel, ScaleRule::adam},
+    {"cfg, groups", options_of(Family::channel, 2), ScaleRule::natural},
+    {"mnf", options_of(Family::multiplicative, 1), ScaleRule::adam},
+    {"mnf, planar, groups", options_of(Family::multiplicative, 2, FlowKind::planar, true), ScaleRule::natural}};
 
 void expect_same(const EpochTotals& a, const EpochTotals& b) {
   EXPECT_EQ(a.loss, b.loss);
   EXPECT_EQ(a.accuracy, b.accuracy);
   EXPECT_EQ(a.kl, b.kl);
+  EXPECT_EQ(a.kl_by_name, b.kl_by_name);
   EXPECT_EQ(a.examples, b.examples);
   EXPECT_EQ(a.steps, b.steps);
 }
@@ -110,7 +124,7 @@ TEST(Incremental, TheSameSeedIsTheSameRun) {
   BATON_NEEDS_DEVICE();
   for (const Kind& kind : kinds) {
     SCOPED_TRACE(kind.name);
-    TrainingPlan plan = plan_of(kind.family, {3}), other = plan_of(kind.family, {4});
+    TrainingPlan plan = plan_of(kind.posterior, {3}), other = plan_of(kind.posterior, {4});
     plan.scale_rule = other.scale_rule = kind.rule;
     other.settings = plan.settings;
     Training a(plan, 100), b(plan, 100), c(other, 100);
@@ -130,7 +144,7 @@ TEST(Incremental, ReplicasAreRunsOfTheirOwn) {
     for (const auto& [network, count, batch] : {std::tuple(small(), 60, 8), std::tuple(lenet5(), 12, 4)}) {
       SCOPED_TRACE(kind.name + std::string(" ") + network()->architecture());
       const auto train = [&](std::vector<uint64_t> seeds) {
-        TrainingPlan plan = plan_of(kind.family, seeds, 2, batch);
+        TrainingPlan plan = plan_of(kind.posterior, seeds, 2, batch);
         plan.scale_rule = kind.rule;
         Training run(plan, count, network);
         const auto totals = run.train();
@@ -181,6 +195,10 @@ TEST(Incremental, StepsAndTotals) {
         EXPECT_TRUE(std::isfinite(e.loss) && e.loss > 0);
         EXPECT_TRUE(e.accuracy >= 0 && e.accuracy <= 1);
         EXPECT_GT(e.kl, 0);
+        ASSERT_EQ(e.kl_by_name.size(), t.posterior().kl_names().size());
+        double sum = 0;
+        for (double kl_of_one : e.kl_by_name) sum += kl_of_one;
+        EXPECT_EQ(e.kl, sum);
       }
     }
     EXPECT_EQ(t.stage_step(), 5);
@@ -192,7 +210,7 @@ TEST(Incremental, LearnsGeneratedDigits) {
   for (const Kind& kind : kinds) {
     SCOPED_TRACE(kind.name);
     TrainingPlan plan;
-    plan.family = kind.family;
+    plan.posterior = kind.posterior;
     plan.scale_rule = kind.rule;
     plan.batch = 20;
     plan.epochs = 8;
@@ -208,33 +226,180 @@ TEST(Incremental, LearnsGeneratedDigits) {
     EXPECT_LT(last.loss, 0.5 * first.loss) << first.loss;
     EXPECT_GT(last.accuracy, 0.75);
     EXPECT_GT(last.accuracy, first.accuracy);
-    if (kind.family == Family::point) continue;
+    if (kind.posterior.family == Family::point) continue;
     // The posterior moves on: the data have sharpened or moved it, and the KL says so.
     EXPECT_GT(run.trainer.posterior().kl()[0], 0);
   }
 }
 
+// ------------------------------------------------------------------------------------------------- what is not finite
+std::string run_error(Training& run, int steps) {
+  try {
+    run.trainer.run(steps);
+  } catch (const RunError& e) {
+    return e.what();
+  }
+  ADD_FAILURE() << "no RunError";
+  return "";
+}
+void expect_says(const std::string& message, std::initializer_list<const char*> pieces) {
+  for (const char* piece : pieces) EXPECT_NE(message.find(piece), std::string::npos) << piece << " in: " << message;
+}
+
+// The replica stands still at the step whose loss was not finite, with that step's parameters and moments; the others
+// go on. Under every family.
 TEST(Incremental, ANanStopsTheRun) {
   BATON_NEEDS_DEVICE();
-  for (Family family : {Family::point, Family::gaussian}) {
-    TrainingPlan plan = plan_of(family, {0, 1}, 2, 8);
-    Training run(plan, 64);
-    run.trainer.begin_stage(0);
-    run.trainer.run(run.trainer.steps_of(0));
+  for (const Kind& kind : kinds) {
+    SCOPED_TRACE(kind.name);
+    TrainingPlan plan = plan_of(kind.posterior, {0, 1}, 2, 8);
+    plan.scale_rule = kind.rule;
     plan.settings[1].lr = 1e30;  // the second replica's means are gone after one step
     plan.settings[1].schedule = Schedule::constant;
-    Training bad(plan, 64);
+    Training one(plan, 64), bad(plan, 64);
+    one.trainer.begin_stage(0);
+    one.trainer.run(1);
     bad.trainer.begin_stage(0);
-    try {
-      bad.trainer.run(4);
-      FAIL() << "no error";
-    } catch (const RunError& e) {
-      const std::string what = e.what();
-      EXPECT_NE(what.find("replica 1"), std::string::npos) << what;
-      EXPECT_NE(what.find("stage 1"), std::string::npos) << what;
-      EXPECT_NE(what.find("step 2"), std::string::npos) << what;
-    }
+    expect_says(run_error(bad, 4), {"not finite", "layer ", "stage 1", "step 2 ", "seed 1"});
+    EXPECT_EQ(bad.state(1), one.state(1));
+    TrainingPlan good = plan;
+    good.settings[1].lr = 1e-3;
+    Training four(good, 64);
+    four.trainer.begin_stage(0);
+    four.trainer.run(4);
+    EXPECT_EQ(bad.state(0), four.state(0));
   }
+}
+
+// One infinite weight, in the middle of the second stage: its layer is named, and nothing has moved since.
+TEST(Incremental, AnInfiniteWeightIsNamed) {
+  BATON_NEEDS_DEVICE();
+  for (const Kind& kind : kinds)
+    for (const char* tensor : {"conv1.weight", "fc1.bias"}) {
+      SCOPED_TRACE(kind.name + std::string(", ") + tensor);
+      TrainingPlan plan = plan_of(kind.posterior, {7}, 2, 8);
+      plan.scale_rule = kind.rule;
+      Training run(plan, 64);
+      run.trainer.begin_stage(0);
+      run.trainer.run(run.trainer.steps_of(0));
+      run.trainer.begin_stage(1);
+      run.trainer.run(1);
+      ParameterStore& store = run.trainer.posterior().store();
+      for (const TensorSpec& t : store.layout().tensors()) {
+        if (t.name != tensor) continue;
+        std::vector<float> mean = store.read(run.memory.device(), "mean", 0, t);
+        mean[1] = INFINITY;
+        store.write(run.memory.device(), "mean", 0, t, mean);
+      }
+      const auto before = run.state();
+      const std::string step = "step " + std::to_string(run.trainer.steps_of(0) + 2) + " ";
+      const std::string layer = "layer " + std::string(tensor).substr(0, std::string(tensor).find('.')) + " ";
+      expect_says(run_error(run, 3), {layer.c_str(), tensor, "stage 2", step.c_str(), "seed 7"});
+      EXPECT_EQ(run.state(), before);
+    }
+}
+
+// Finite weights whose products overflow: the layer where it happens is named, not the first or the last.
+TEST(Incremental, AnOverflowIsFoundWhereItBegins) {
+  BATON_NEEDS_DEVICE();
+  for (const Kind& kind : kinds) {
+    SCOPED_TRACE(kind.name);
+    TrainingPlan plan = plan_of(kind.posterior, {7}, 1, 8);
+    plan.scale_rule = kind.rule;
+    Training run(plan, 64);
+    run.trainer.begin_stage(0);
+    ParameterStore& store = run.trainer.posterior().store();
+    for (const TensorSpec& t : store.layout().tensors())
+      if (t.name == "conv1.weight" || t.name == "fc1.weight")
+        store.write(run.memory.device(), "mean", 0, t, std::vector<float>(t.size, t.name[0] == 'c' ? 1e15f : 1e30f));
+    const auto before = run.state();
+    expect_says(run_error(run, 3), {"layer fc1 (its output)", "stage 1", "step 1 "});
+    EXPECT_EQ(run.state(), before);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- pretrained,
+// augmented
+std::shared_ptr<Pretrained> pretrained_small(bool laplace) {
+  auto p = std::make_shared<Pretrained>();
+  p->description = laplace ? "laplace" : "one sd";
+  const SmallNetwork network;
+  for (const TensorSpec& t : network.layout().tensors()) {
+    if (t.name == "fc2.weight") continue;  // a head that begins anew
+    p->weights[t.name] = random_normal(t.size, 0, t.bias ? 0.1f : std::sqrt(2.f / float(t.fan_in)), unsigned(t.offset));
+    if (laplace && !t.bias) p->prior_log_sd[t.name] = random_normal(t.size, -3, 0.3f, unsigned(t.offset + 1));
+  }
+  return p;
+}
+
+TEST(Incremental, APretrainedNetworkIsTheFirstPrior) {
+  BATON_NEEDS_DEVICE();
+  for (const Kind& kind : kinds)
+    for (bool laplace : {false, true}) {
+      SCOPED_TRACE(kind.name + std::string(laplace ? ", Laplace" : ""));
+      TrainingPlan plan = plan_of(kind.posterior, {3, 4}, 2, 8);
+      plan.scale_rule = kind.rule;
+      plan.settings[1].pretrained = pretrained_small(laplace);
+      plan.settings[1].pretrained_sd = 0.25;
+      Training run(plan, 64);
+      Posterior& posterior = run.trainer.posterior();
+      const auto read = [&](const char* array, const TensorSpec& t) {
+        return posterior.store().read(run.memory.device(), array, 1, t);
+      };
+      const Pretrained& from = *plan.settings[1].pretrained;
+      for (const TensorSpec& t : posterior.store().layout().tensors()) {
+        const auto w = from.weights.find(t.name);
+        if (w == from.weights.end()) continue;
+        EXPECT_TRUE(exact(read("mean", t), w->second)) << t.name;
+        if (kind.posterior.family == Family::point) continue;
+        EXPECT_TRUE(exact(read("prior_mean", t), w->second)) << t.name;
+        const auto prior = from.prior_log_sd.find(t.name);
+        EXPECT_TRUE(exact(read("prior_log_std", t), prior == from.prior_log_sd.end()
+                                                        ? std::vector<float>(t.size, std::log(0.25f))
+                                                        : prior->second))
+            << t.name;
+      }
+      const auto first = run.state(1);
+      run.train();
+      EXPECT_NE(run.state(1), first);
+      // The other replica knows nothing of it.
+      TrainingPlan plain = plan;
+      plain.settings[1].pretrained = nullptr;
+      Training other(plain, 64);
+      other.train();
+      EXPECT_EQ(other.state(0), run.state(0));
+      EXPECT_NE(other.state(1), run.state(1));
+    }
+}
+
+TEST(Incremental, RefusesPretrainedNetworksOfAnotherShape) {
+  BATON_NEEDS_DEVICE();
+  TrainingPlan plan = plan_of(Family::gaussian, {3}, 2, 8);
+  const auto refuses = [&](const char* what, auto change) {
+    auto p = pretrained_small(true);
+    change(*p);
+    plan.settings[0].pretrained = p;
+    EXPECT_THROW(Training(plan, 64), InputError) << what;
+  };
+  refuses("an unknown tensor", [](Pretrained& p) { p.weights["conv9.weight"] = {1}; });
+  refuses("a short tensor", [](Pretrained& p) { p.weights["fc1.bias"].pop_back(); });
+  refuses("short standard deviations", [](Pretrained& p) { p.prior_log_sd["fc1.weight"].pop_back(); });
+}
+
+TEST(Incremental, AugmentedBatchesAreOthersAndTheSameEveryRun) {
+  BATON_NEEDS_DEVICE();
+  TrainingPlan plan = plan_of(Family::gaussian, {3}), augmented = plan;
+  augmented.augment = true;
+  Training plain(plan, 64), a(augmented, 64), b(augmented, 64);
+  for (Training* run : {&plain, &a, &b}) run->trainer.begin_stage(0), run->trainer.run(3);
+  const auto batch = [](Training& run) {
+    const Activation& x = run.trainer.network().input();
+    return download(run.memory.device(), x.signal.value, x.stride);
+  };
+  EXPECT_FALSE(exact(batch(a), batch(plain)));
+  EXPECT_TRUE(exact(batch(a), batch(b)));
+  EXPECT_EQ(a.state(), b.state());
+  EXPECT_NE(a.state(), plain.state());
 }
 
 TEST(Incremental, RefusesPlans) {
@@ -267,6 +432,13 @@ TEST(Incremental, RefusesPlans) {
   TrainingPlan nobody = good;
   nobody.seeds.clear(), nobody.settings.clear();
   EXPECT_THROW(build(nobody, {}, {10, 10}), InputError) << "no replicas at all";
+  for (Family family : {Family::channel, Family::multiplicative}) {
+    refuses("groups that do not divide the batch", [&](TrainingPlan& p) { p.posterior = options_of(family, 3); });
+    refuses("no groups", [&](TrainingPlan& p) { p.posterior = options_of(family, 0); });
+  }
+  refuses("flow steps", [](TrainingPlan& p) { p.posterior = Family::multiplicative, p.posterior.flow_steps = 9; });
+  refuses("flow steps", [](TrainingPlan& p) { p.posterior = Family::multiplicative, p.posterior.flow_steps = -1; });
+  refuses("hidden units", [](TrainingPlan& p) { p.posterior = Family::multiplicative, p.posterior.flow_hidden = 0; });
 }
 
 // ------------------------------------------------------------------------------------------------------ checkpoints
@@ -282,7 +454,7 @@ TEST_F(Checkpoint, AResumedRunIsTheUninterruptedOne) {
   for (const Kind& kind : kinds)
     for (std::vector<uint64_t> seeds : {std::vector<uint64_t>{7}, {1, 2}}) {
       SCOPED_TRACE(kind.name);
-      TrainingPlan plan = plan_of(kind.family, seeds, 3, 8);
+      TrainingPlan plan = plan_of(kind.posterior, seeds, 3, 8);
       plan.scale_rule = kind.rule;
       plan.epochs = 2;
       const int done = 3;
@@ -398,7 +570,7 @@ TEST_F(Checkpoint, RefusesOtherRuns) {
     EXPECT_EQ(fresh.trainer.stage(), -1) << what;
   };
   refuses("seed", [](TrainingPlan& p) { p.seeds = {8}; });
-  refuses("family", [](TrainingPlan& p) { p.family = Family::point; });
+  refuses("family", [](TrainingPlan& p) { p.posterior.family = Family::point; });
   refuses("scale rule", [](TrainingPlan& p) { p.scale_rule = ScaleRule::natural; });
   refuses("batch", [](TrainingPlan& p) { p.batch = 4; });
   refuses("epochs", [](TrainingPlan& p) { p.epochs = 2; });
@@ -407,12 +579,42 @@ TEST_F(Checkpoint, RefusesOtherRuns) {
   refuses("learning rate", [](TrainingPlan& p) { p.settings[0].lr = 0.5; });
   refuses("schedule", [](TrainingPlan& p) { p.settings[0].schedule = Schedule::constant; });
   refuses("prior", [](TrainingPlan& p) { p.settings[0].prior_sd = 3; });
+  refuses("augmentation", [](TrainingPlan& p) { p.augment = true; });
+  refuses("a pretrained network", [](TrainingPlan& p) { p.settings[0].pretrained = pretrained_small(false); });
   refuses(
       "size", [](TrainingPlan&) {}, 66);
   Training lenet(plan, 64, lenet5());
   EXPECT_THROW(lenet.trainer.restore(path_), InputError) << "network";
   Training same(plan, 64);
   EXPECT_NO_THROW(same.trainer.restore(path_));
+}
+
+// What the draws and the flows are is part of a run too.
+TEST_F(Checkpoint, RefusesOtherFamilies) {
+  BATON_NEEDS_DEVICE();
+  for (Family family : {Family::channel, Family::multiplicative}) {
+    const TrainingPlan plan = plan_of(options_of(family, 2), {7}, 2, 8);
+    Training run(plan, 64);
+    run.trainer.begin_stage(0);
+    run.trainer.run(1);
+    run.trainer.save(path_, "");
+    const auto refuses = [&](const char* what, auto change) {
+      TrainingPlan other = plan;
+      change(other.posterior);
+      Training fresh(other, 64);
+      EXPECT_THROW(fresh.trainer.restore(path_), InputError) << name_of(family) << ": " << what;
+    };
+    refuses("family", [](PosteriorOptions& o) { o.family = Family::gaussian; });
+    refuses("groups", [](PosteriorOptions& o) { o.groups = 1; });
+    if (family == Family::channel) continue;
+    refuses("flow", [](PosteriorOptions& o) { o.flow = FlowKind::affine; });
+    refuses("steps", [](PosteriorOptions& o) { o.flow_steps = 1; });
+    refuses("hidden units", [](PosteriorOptions& o) { o.flow_hidden = 7; });
+    refuses("z", [](PosteriorOptions& o) { o.z_per_filter = true; });
+    refuses("base", [](PosteriorOptions& o) { o.fixed_base = true; });
+    refuses("path gradient", [](PosteriorOptions& o) { o.path_gradient = true; });
+    refuses("base width", [](PosteriorOptions& o) { o.z_log_sd = -3; });
+  }
 }
 
 TEST_F(Checkpoint, RefusesDamagedFiles) {

@@ -1,0 +1,84 @@
+#include "trainers/laplace.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/softmax_xent.h"
+#include "kernels/squares.h"
+
+namespace baton {
+
+Curvature curvature_of(const std::string& name) {
+  if (name == "ggn") return Curvature::ggn;
+  if (name == "empirical") return Curvature::empirical;
+  throw InputError("unknown curvature '" + name + "': ggn or empirical");
+}
+const char* name_of(Curvature c) { return c == Curvature::ggn ? "ggn" : "empirical"; }
+
+NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, const Images& images,
+                                const Normalisation& normalisation, const NamedWeights& weights, Curvature kind) {
+  constexpr int batch = 128;
+  if (images.count < 1) throw InputError("a curvature needs at least one image");
+  Arena arena;
+  const std::unique_ptr<Network> network = make();
+  const ParameterLayout& layout = network->layout();
+  network->prepare({device, arena, 1, batch, false, true}, false);
+  const DeviceImages set = upload_images(device, arena, images, normalisation);
+  ParameterStore store(arena, layout, 1);
+  float *mean = store.add("mean"), *sums = store.add("sums");
+  fill_zero(device, sums, store.bytes());
+  for (const TensorSpec& t : layout.tensors()) {
+    const auto found = weights.find(t.name);
+    if (found == weights.end()) throw InputError("a curvature of " + t.name + " needs its weights");
+    store.write(device, "mean", 0, t, found->second);
+  }
+  const int classes = network->classes(), batches = (images.count + batch - 1) / batch;
+  std::vector<int32_t> index(size_t(batches) * batch);
+  for (int i = 0; i < int(index.size()); i++) index[i] = std::min(i, images.count - 1);
+  int32_t* indices = arena.take<int32_t>(index.size());
+  upload(device, indices, index);
+  int32_t* labels = arena.take<int32_t>(batch);
+  float *loss = arena.take<float>(batch), *hit = arena.take<float>(batch);
+  const WeightsView view{mean, nullptr, layout.stride()};
+  GradientsView squares{nullptr, nullptr, layout.stride()};
+  squares.squares = sums;
+  for (int b = 0; b < batches; b++) {
+    gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
+                   device.stream());
+    network->forward(device, view, nullptr);
+    // What fills the last batch up says nothing.
+    const int valid = std::min(batch, images.count - b * batch);
+    float* logits_gradient = network->logits_gradient();
+    const auto back = [&] {
+      fill_zero(device, logits_gradient + size_t(valid) * classes, sizeof(float) * size_t(batch - valid) * classes);
+      network->backward(device, view, squares, nullptr);
+    };
+    if (kind == Curvature::empirical) {
+      softmax_cross_entropy(loss, hit, logits_gradient, network->logits(), labels, 1, batch, classes, 1.f,
+                            device.stream());
+      back();
+      continue;
+    }
+    for (int k = 0; k < classes; k++) {
+      fisher_column(logits_gradient, network->logits(), k, batch, classes, device.stream());
+      back();
+    }
+  }
+  NamedWeights result;
+  for (const TensorSpec& t : layout.tensors()) result[t.name] = store.read(device, "sums", 0, t);
+  return result;
+}
+
+NamedWeights laplace_log_sd(const NamedWeights& curvature, const LaplaceSettings& s) {
+  if (!(s.tau > 0) || !(s.temperature > 0) || !(s.least_sd > 0))
+    throw InputError("a Laplace prior needs a positive prior precision, temperature and least standard deviation");
+  NamedWeights result;
+  for (const auto& [name, sums] : curvature)
+    for (float sum : sums) {
+      const double sd = 1 / std::sqrt(double(sum) / s.temperature + s.tau);
+      result[name].push_back(float(std::log(std::max(sd, s.least_sd))));
+    }
+  return result;
+}
+
+}  // namespace baton
