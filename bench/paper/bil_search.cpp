@@ -12,6 +12,7 @@
 #include "engine/files.h"
 #include "engine/program.h"
 #include "engine/runlog.h"
+#include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/metrics.h"
 #include "trainers/parse.h"
@@ -21,22 +22,45 @@ using namespace baton;
 namespace {
 
 struct Candidate {
-  Family family = Family::gaussian;
+  PosteriorOptions posterior;
   ScaleRule rule = ScaleRule::adam;
   int parts = 5, batch = 100;
   double epochs = 5;
   uint64_t seed = 0;
   TrainingSettings settings;
-  auto group() const { return std::make_tuple(int(family), int(rule), parts, batch, epochs, seed); }
+  bool augment = false;
+  auto group() const {
+    return std::make_tuple(int(posterior.family), int(rule), parts, batch, epochs, seed, augment, posterior.groups,
+                           posterior.moments, int(posterior.flow), posterior.flow_steps, posterior.flow_hidden,
+                           posterior.z_per_filter, posterior.fixed_base, posterior.path_gradient, posterior.z_log_sd);
+  }
 };
 
 Candidate candidate_of(const json& j) {
   Candidate c;
   for (const auto& [key, value] : j.items()) {
     if (key == "method") {
-      const std::string m = value;
-      if (m != "ft" && m != "ffg") throw InputError("unknown method '" + m + "': ft or ffg");
-      c.family = m == "ft" ? Family::point : Family::gaussian;
+      c.posterior.family = family_of(value);
+    } else if (key == "groups") {
+      c.posterior.groups = value;
+    } else if (key == "moments") {
+      c.posterior.moments = value;
+    } else if (key == "flow") {
+      c.posterior.flow = flow_kind_of(value);
+    } else if (key == "flow_steps") {
+      c.posterior.flow_steps = value;
+    } else if (key == "flow_hidden") {
+      c.posterior.flow_hidden = value;
+    } else if (key == "z_per_filter") {
+      c.posterior.z_per_filter = value;
+    } else if (key == "fixed_base") {
+      c.posterior.fixed_base = value;
+    } else if (key == "path_gradient") {
+      c.posterior.path_gradient = value;
+    } else if (key == "z_log_sd") {
+      c.posterior.z_log_sd = value;
+    } else if (key == "augment") {
+      c.augment = value;
     } else if (key == "scale_rule") c.rule = scale_rule_of(value);
     else if (key == "parts") c.parts = value;
     else if (key == "batch") c.batch = value;
@@ -54,21 +78,19 @@ Candidate candidate_of(const json& j) {
   return c;
 }
 
-Images subset(const Images& from, const std::vector<int32_t>& index) {
-  Images to = from;
-  to.count = int(index.size());
-  const size_t bytes = from.image_bytes();
-  to.pixels.resize(bytes * index.size());
-  to.labels.resize(index.size());
-  for (size_t i = 0; i < index.size(); i++) {
-    std::copy_n(&from.pixels[bytes * index[i]], bytes, &to.pixels[bytes * i]);
-    to.labels[i] = from.labels[index[i]];
-  }
-  return to;
+// What CFG and MNF have beside the rest, in one column.
+std::string draws_of(const PosteriorOptions& o) {
+  char text[120] = "";
+  if (o.family == Family::channel) snprintf(text, sizeof text, "groups %d%s", o.groups, o.moments ? " moments" : "");
+  if (o.family == Family::multiplicative)
+    snprintf(text, sizeof text, "groups %d %s x%d h%d %s%s%s z_log_sd %.3g", o.groups, name_of(o.flow), o.flow_steps,
+             o.flow_hidden, o.z_per_filter ? "z_n" : "z_nc", o.fixed_base ? " fixed-base" : "",
+             o.path_gradient ? " path" : "", o.z_log_sd);
+  return text;
 }
 
-void train_group(const Images& images, int train_count, int hold_out_count, const std::vector<Candidate>& group,
-                 int samples, std::ofstream& table) {
+void train_group(const Images& images, const Normalisation& normalisation, const NetworkFactory& make, int train_count,
+                 int hold_out_count, const std::vector<Candidate>& group, int samples, std::ofstream& table) {
   const Candidate& first = group[0];
   std::vector<int32_t> order, held;
   std::vector<int> sizes;
@@ -79,11 +101,11 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
   for (int i = images.count - hold_out_count; i < images.count; i++) held.push_back(i);
   Device device;
   Arena arena;
-  const DeviceImages train = upload_images(device, arena, images, unit_range);
+  const DeviceImages train = upload_images(device, arena, images, normalisation);
   const Images hold_out = subset(images, held);
-  const NetworkFactory make = [] { return std::make_unique<LeNet5>(); };
   TrainingPlan plan;
-  plan.family = first.family;
+  plan.posterior = first.posterior;
+  plan.augment = first.augment;
   plan.scale_rule = first.rule;
   plan.parts = first.parts;
   plan.batch = first.batch;
@@ -91,7 +113,7 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
   for (const Candidate& c : group) plan.seeds.push_back(c.seed), plan.settings.push_back(c.settings);
   IncrementalTrainer trainer(device, arena, make, train, plan, std::vector<std::vector<int32_t>>(group.size(), order),
                              sizes);
-  Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, unit_range));
+  Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, normalisation));
   std::vector<std::string> curve(group.size());
   std::vector<Metrics> last(group.size());
   std::vector<bool> broken(group.size(), false);
@@ -114,11 +136,11 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
     char row[400];
-    snprintf(row, sizeof row, "%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", name_of(c.family),
-             c.parts, c.batch, c.epochs, name_of(c.settings.schedule), name_of(c.rule), c.settings.lr,
-             c.settings.lr_scale, c.settings.prior_sd, c.settings.init_log_sd, c.settings.beta,
-             c.settings.warmup_epochs, int(c.seed), last[r].accuracy, last[r].nll, last[r].ece, log_sd[r],
-             curve[r].c_str(), seconds / double(group.size()));
+    snprintf(row, sizeof row, "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f",
+             name_of(c.posterior.family), draws_of(c.posterior).c_str(), c.parts, c.batch, c.epochs,
+             name_of(c.settings.schedule), name_of(c.rule), c.settings.lr, c.settings.lr_scale, c.settings.prior_sd,
+             c.settings.init_log_sd, c.settings.beta, c.settings.warmup_epochs, int(c.seed), last[r].accuracy,
+             last[r].nll, last[r].ece, log_sd[r], curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row);
     fflush(stdout);
@@ -127,10 +149,14 @@ void train_group(const Images& images, int train_count, int hold_out_count, cons
 }
 
 int run(int argc, char** argv) {
-  CLI::App app{"Searches the settings of bil_mnist on a hold-out of the training parts (never on the test set)"};
-  std::string candidates_file, data, out = "results/bil_mnist_search";
+  CLI::App app{
+      "Searches the settings of bil_mnist or bil_cifar10 on a hold-out of the training parts (never on the test set)"};
+  std::string candidates_file, set_name = "mnist", data, out = "results/bil_search";
   int samples = 20, train_limit = 30000, hold_out = 10000, at_once = 1;
   app.add_option("candidates", candidates_file, "JSON: a list of objects of settings")->required();
+  app.add_option("--set", set_name, "mnist (LeNet5) or cifar10 (3Conv3FC)")
+      ->check(CLI::IsMember({"mnist", "cifar10"}))
+      ->capture_default_str();
   app.add_option("--data", data, "folder of the data set");
   app.add_option("--out", out, "folder of the table");
   app.add_option("--samples", samples, "draws of a final prediction");
@@ -139,7 +165,14 @@ int run(int argc, char** argv) {
   app.add_option("--at-once", at_once, "candidates that train side by side, where they share shapes");
   CLI11_PARSE(app, argc, argv);
 
-  const Dataset set = find_mnist(data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data));
+  const auto folder = data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data);
+  const bool mnist = set_name == "mnist";
+  const Dataset set = mnist ? find_mnist(folder) : find_cifar10(folder);
+  const NetworkFactory make = [&]() -> std::unique_ptr<Network> {
+    if (mnist) return std::make_unique<LeNet5>();
+    return std::make_unique<Conv3Fc3>();
+  };
+  const Normalisation normalisation = mnist ? unit_range : standardise(set.train);
   if (train_limit < 1 || hold_out < 1 || train_limit + hold_out > set.train.count)
     throw InputError("--train-limit and --hold-out must share the " + std::to_string(set.train.count) +
                      " training images between them");
@@ -151,7 +184,8 @@ int run(int argc, char** argv) {
   const bool fresh = !std::filesystem::exists(path);
   std::ofstream table(path, std::ios::app);
   if (fresh)
-    table << "method,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_sd,beta,warmup_epochs,seed,"
+    table << "method,draws,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_sd,beta,warmup_epochs,"
+             "seed,"
              "holdout_accuracy,holdout_nll,holdout_ece,mean_log_sd,accuracy_after_parts_1_2_5_last,seconds"
           << std::endl;
   std::vector<std::vector<Candidate>> groups;
@@ -163,7 +197,7 @@ int run(int argc, char** argv) {
   }
   for (const auto& group : groups) {
     try {
-      train_group(set.train, train_limit, hold_out, group, samples, table);
+      train_group(set.train, normalisation, make, train_limit, hold_out, group, samples, table);
     } catch (const RunError& e) {
       printf("# %s\n", e.what());
     }
@@ -174,5 +208,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("bil_mnist_search", [&] { return run(argc, argv); });
+  return run_program("bil_search", [&] { return run(argc, argv); });
 }
