@@ -383,6 +383,40 @@ TEST(Limit, KeepsTheFirst) {
   EXPECT_EQ(images.labels, (Bytes{7, 8}));
 }
 
+Images six_images() { return {6, 1, 1, 2, 4, {0, 1, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51}, {3, 0, 2, 3, 1, 0}}; }
+
+TEST(Subset, TakesTheImagesThatAreNamed) {
+  const Images images = six_images();
+  const std::vector<int32_t> indices{4, 0, 4};
+  const Images some = subset(images, indices);
+  EXPECT_EQ(some.count, 3);
+  EXPECT_EQ(some.channels, 1);
+  EXPECT_EQ(some.height, 1);
+  EXPECT_EQ(some.width, 2);
+  EXPECT_EQ(some.classes, 4);
+  EXPECT_EQ(some.pixels, (Bytes{40, 41, 0, 1, 40, 41}));
+  EXPECT_EQ(some.labels, (Bytes{1, 3, 1}));
+  for (int32_t wrong : {-1, 6}) {
+    const std::vector<int32_t> outside{0, wrong};
+    EXPECT_TRUE(has(input_error([&] { subset(images, outside); }), std::to_string(wrong)));
+  }
+}
+
+TEST(OfClasses, KeepsTheirOrderAndNumbersThemAnew) {
+  const Images images = six_images();
+  const std::vector<int> classes{3, 0};
+  const Images some = of_classes(images, classes);
+  EXPECT_EQ(some.count, 4);
+  EXPECT_EQ(some.classes, 2);
+  EXPECT_EQ(some.width, 2);
+  EXPECT_EQ(some.pixels, (Bytes{0, 1, 10, 11, 30, 31, 50, 51}));
+  EXPECT_EQ(some.labels, (Bytes{0, 1, 0, 1}));
+  const std::vector<int> all{0, 1, 2, 3};
+  EXPECT_EQ(of_classes(images, all).labels, images.labels);
+  for (const std::vector<int>& wrong : {std::vector<int>{0, 4}, {-1}, {2, 2}})
+    EXPECT_THROW(of_classes(images, wrong), InputError);
+}
+
 void expect_partition(const std::vector<std::vector<int32_t>>& parts, int count) {
   std::set<int32_t> seen;
   for (const auto& part : parts) {

@@ -110,7 +110,7 @@ TEST(PosteriorState, FamiliesAndViews) {
     names.push_back(a.array);
   }
   EXPECT_EQ(names, (std::vector<std::string>{"mean", "mean.adam_m", "mean.adam_v"}));
-  EXPECT_EQ(gaussian.posterior.state_arrays().size(), 8u);
+  EXPECT_EQ(gaussian.posterior.state_arrays().size(), 9u);
 }
 
 TEST(PosteriorState, KlAgainstReference) {

@@ -40,15 +40,16 @@ struct Training {
     for (const auto& part : split_parts(count, plan.parts, 0)) all.push_back(int(part.size()));
     return all;
   }
-  // Every array that training goes on from, of one replica.
+  // Every array that training goes on from, of one replica, without the gaps between tensors.
   std::vector<std::vector<float>> state(int replica = 0) {
     std::vector<std::vector<float>> arrays;
-    const auto append = [&](const ParameterStore& store, const std::string& name) {
-      const size_t stride = store.layout().stride();
-      arrays.push_back(download(memory.device(), store.at(name) + stride * replica, stride));
-    };
-    for (const StateArray& a : trainer.posterior().state_arrays()) append(*a.store, a.array);
-    if (trainer.posterior().family() != Family::point) append(trainer.posterior().store(), "variance");
+    for (const StateArray& a : trainer.posterior().state_arrays()) {
+      arrays.emplace_back();
+      for (const TensorSpec& t : a.store->layout().tensors()) {
+        const std::vector<float> values = a.store->read(memory.device(), a.array, replica, t);
+        arrays.back().insert(arrays.back().end(), values.begin(), values.end());
+      }
+    }
     return arrays;
   }
   // All stages but the first `from`, in two calls each.
@@ -518,10 +519,10 @@ TEST_F(Checkpoint, NamesAndShapesArePyTorchs) {
       {"conv1.weight", {20, 1, 5, 5}}, {"conv1.bias", {20}}, {"conv2.weight", {50, 20, 5, 5}}, {"conv2.bias", {50}},
       {"fc1.weight", {500, 800}},      {"fc1.bias", {500}},  {"fc2.weight", {10, 500}},        {"fc2.bias", {10}}};
   for (const auto& [name, shape] : shapes)
-    for (const char* array : {"mean", "log_std", "prior_mean", "prior_log_std", "mean.adam_m", "mean.adam_v",
-                              "log_std.adam_m", "log_std.adam_v"})
+    for (const char* array : {"mean", "log_std", "variance", "prior_mean", "prior_log_std", "mean.adam_m",
+                              "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
       EXPECT_EQ(file.at(name + "." + array).shape, shape) << name << "." << array;
-  EXPECT_EQ(file.tensors.size(), shapes.size() * 8 + 1);  // and step_state
+  EXPECT_EQ(file.tensors.size(), shapes.size() * 9 + 1);  // and step_state
   const ParameterStore& store = run.trainer.posterior().store();
   EXPECT_TRUE(exact(file.at("conv2.weight.log_std").as<float>(),
                     store.read(run.memory.device(), "log_std", 0, store.layout()[2])));

@@ -89,8 +89,8 @@ TEST(Predictor, AveragesOverDraws) {
   for (int replica : {0, 1}) {
     const WeightsView all = bench.posterior.weights();
     Buffer<float> draws(bench.memory, stride * samples);
-    sample_weights(draws, all.mean + stride * replica, all.variance + stride * replica, int(stride), stride, 0, samples,
-                   key_of(3, 7), bench.memory.stream());
+    sample_weights(draws, all.mean + stride * replica, 0, all.variance + stride * replica, int(stride), stride, 0,
+                   samples, key_of(3, 7), bench.memory.stream());
     Doubles mean(size_t(images) * classes, 0), entropy(images, 0);
     for (int s = 0; s < samples; s++) {
       const Doubles p = bench.softmax(draws + stride * s), h = entropies(p);

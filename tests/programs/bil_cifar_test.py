@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Runs the programs bil_cifar10 and bil_cifar5p5 as a user would, on a few generated images: the files they write, the
+search for the prior's width, SIGKILL and --resume, and bad input.
+
+Usage: bil_cifar_test.py FOLDER_OF_THE_PROGRAMS
+"""
+import pathlib
+import sys
+import unittest
+
+from support import ProgramTest
+
+FOLDER = pathlib.Path(sys.argv.pop(1)).resolve()
+LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2", "fc3"]
+
+
+def options(defaults, changes):
+    pairs = {**defaults, **changes}.items()
+    return [word for key, value in pairs for word in ("--" + key.replace("_", "-"), str(value))]
+
+
+def tiny(**changes):
+    return options({"train_limit": 200, "test_limit": 100, "epochs": 1, "batch": 40, "samples": 2, "parts": 2},
+                   changes)
+
+
+def tiny_5p5(**changes):
+    return tiny(**{"old_limit": 200, "pretrain_epochs": 1, "sigma_grid": "0.01,0.1", **changes})
+
+
+def write_cifar(folder, name, count, cut=0):
+    image = bytes((i * 7919 >> 4) & 255 for i in range(3072))
+    (folder / name).write_bytes(b"".join(bytes([i % 10]) + image for i in range(count))[:-cut or None])
+
+
+class BilCifar(ProgramTest):
+    def check_stages_start_at_their_priors(self, result, log):
+        """A part's KL is to the posterior that was handed on, and is far below that to the first prior."""
+        for run in result["runs"]:
+            if "kl_by_layer" not in run["stages"][0]:
+                continue
+            first = run["stages"][0]["kl"]
+            lines = [line for line in log if (line["method"], line["parts"], line["stage"]) == (run["method"], 2, 2)]
+            self.assertTrue(lines)
+            self.assertLess(abs(lines[0]["kl"]), 0.02 * first, run["method"])
+
+    def check_bad_data(self, *options):
+        self.expect_refusal(2, ["nowhere"], *options, "--out", "refused", "--data", "nowhere")
+        cut = self.folder / "cut"
+        cut.mkdir()
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+            write_cifar(cut, name, 20, cut=100 if name == "data_batch_2.bin" else 0)
+        self.expect_refusal(2, ["data_batch_2"], *options, "--out", "refused", "--data", "cut")
+        self.assertFalse((self.folder / "refused").exists())
+
+
+class BilCifar10(BilCifar):
+    program = FOLDER / "bil_cifar10"
+
+    def test_files_and_resume(self):
+        arguments = tiny(methods="ft,ffg,cfg,mnf")
+        done = self.finish(*arguments, out="whole")
+        self.assertIn("GENERATED", done.stdout)
+        whole, log = self.result("whole"), self.log("whole")
+        self.check_result(whole, log, LAYERS)
+        self.assertEqual(whole["experiment"], "bil_cifar10")
+        self.assertEqual({k: whole["dataset"][k] for k in ("name", "generated", "train", "test")},
+                         {"name": "cifar10", "generated": True, "train": 200, "test": 100})
+        self.assertEqual([run["method"] for run in whole["runs"]], ["ft", "ffg", "cfg", "mnf"])
+        for run in whole["runs"]:
+            self.assertEqual(run["settings"].get("beta", 0.05), 0.05)  # of the larger network
+        self.check_stages_start_at_their_priors(whole, log)
+        self.assertTrue((self.folder / "whole/bil_cifar10.svg").exists() or "was not drawn" in done.stdout)
+
+        # A line a stage: killed in FFG's first, CFG's second and MNF's.
+        self.finish_with_kills(*arguments, out="killed", lines=[3, 5, 7])
+        self.check_same_runs("killed", "whole")
+
+    def test_augmentation_is_deterministic_and_makes_a_difference(self):
+        figures = []
+        for out, flags in (("plain", []), ("one", ["--augment"]), ("two", ["--augment"])):
+            self.finish(*tiny(methods="ft", parts=1), *flags, out=out)
+            figures.append([line["train_loss"] for line in self.log(out)])
+        self.assertEqual(figures[1], figures[2])
+        self.assertNotEqual(figures[0], figures[1])
+        self.assertTrue(self.result("one")["runs"][0]["settings"]["augment"])
+
+    def test_a_loss_that_overflows(self):
+        message = self.expect_refusal(1, ["not finite", "stage 1", "step ", "seed 0"],
+                                      *tiny(methods="ft", lr=1e6, out="hot"))
+        self.assertRegex(message, r"layer (conv[123]|fc[123])\b")
+        self.assertFalse((self.folder / "hot/result.json").exists())
+
+    def test_bad_input(self):
+        for words, changes in ((["unknown method", "laplace"], {"methods": "ft,laplace"}),
+                               (["--parts", "5000", "200"], {"parts": 5000}),
+                               (["--sigma-grid"], {"sigma_grid": 0.1}),  # the other program's
+                               (["preset", "slow"], {"preset": "slow"})):
+            self.expect_refusal(2, words, *tiny(**changes, out="refused"))
+        self.assertFalse((self.folder / "refused").exists())
+        self.check_bad_data(*tiny())
+        self.assertEqual(self.run_program("--help").returncode, 0)
+
+
+class BilCifar5p5(BilCifar):
+    program = FOLDER / "bil_cifar5p5"
+
+    def test_files_search_and_resume(self):
+        arguments = tiny_5p5(methods="ft,ft_pretrained,ffg,ffg_grid,ffg_laplace")
+        done = self.finish(*arguments, out="whole")
+        self.assertIn("GENERATED", done.stdout)
+        whole, log = self.result("whole"), self.log("whole")
+        self.check_result(whole, log, LAYERS)
+        self.assertEqual(whole["experiment"], "bil_cifar5p5")
+        self.assertEqual({k: whole["dataset"][k] for k in ("name", "generated", "train", "test")},
+                         {"name": "cifar10", "generated": True, "train": 200, "test": 100})
+        settings = whole["settings"]
+        self.assertEqual(sorted(settings["old_classes"] + settings["new_classes"]), list(range(10)))
+        self.assertEqual(len(settings["old_classes"]), 5)
+        self.assertEqual(settings["old_images"], 200)
+        self.check_stages_start_at_their_priors(whole, log)
+        self.assertTrue((self.folder / "whole/pretrained_seed0.safetensors").exists())
+        self.assertFalse((self.folder / "whole/checkpoint").exists())
+
+        runs = {run["method"]: run for run in whole["runs"]}
+        self.assertEqual(list(runs), ["ft", "ft_pretrained", "ffg", "ffg_grid", "ffg_laplace"])
+        for method in ("ft", "ffg"):
+            self.assertNotIn("pretrained", runs[method]["settings"])
+        for method in ("ft_pretrained", "ffg_grid", "ffg_laplace"):
+            self.assertIn("pretrained on classes", runs[method]["settings"]["pretrained"])
+        self.assertIn("Laplace", runs["ffg_laplace"]["settings"]["pretrained"])
+
+        # The width of the prior is a point of the grid, and the best of it.
+        [search] = settings["sigma_search"]
+        self.assertEqual((search["method"], search["parts"], search["seed"]), ("ffg_grid", 2, 0))
+        self.assertEqual([point["sd"] for point in search["points"]], [0.01, 0.1])
+        best = min(search["points"], key=lambda point: point["holdout_nll"])
+        self.assertEqual(search["chosen_sd"], best["sd"])
+        self.assertEqual(runs["ffg_grid"]["settings"]["pretrained_sd"], best["sd"])
+        self.assertNotEqual(search["points"][0]["holdout_nll"], search["points"][1]["holdout_nll"])
+
+        # Killed between two methods and inside one; it takes up the pretrained network that it finds.
+        self.finish_with_kills(*arguments, out="killed", lines=[5, 9])
+        self.check_same_runs("killed", "whole")
+
+    def test_cfg_and_mnf_from_a_pretrained_network(self):
+        arguments = tiny_5p5(sigma_grid="0.1", methods="cfg_laplace,mnf_grid")
+        self.finish(*arguments, out="whole")
+        whole, log = self.result("whole"), self.log("whole")
+        self.check_result(whole, log, LAYERS)
+        self.assertEqual([run["method"] for run in whole["runs"]], ["cfg_laplace", "mnf_grid"])
+        self.check_stages_start_at_their_priors(whole, log)
+
+    def test_other_draws_of_the_classes(self):
+        for seed in (0, 1):
+            self.finish(*tiny(methods="ft", train_limit=60, test_limit=20, parts=1, class_seed=seed), out=f"seed{seed}")
+        drawn = [self.result(f"seed{seed}")["settings"]["old_classes"] for seed in (0, 1)]
+        self.assertNotEqual(*drawn)
+        self.assertFalse((self.folder / "seed0/pretrained_seed0.safetensors").exists())  # nobody asked for it
+
+    def test_bad_input(self):
+        for words, changes in ((["unknown method", "ffg_magic"], {"methods": "ffg_magic"}),
+                               (["unknown method", "ft_laplace"], {"methods": "ft_laplace"}),
+                               (["unknown method", "ffg_pretrained"], {"methods": "ffg_pretrained"}),
+                               (["--sigma-grid", "-1"], {"sigma_grid": "0.1,-1"}),
+                               (["--sigma-grid", "wide"], {"sigma_grid": "wide"}),
+                               (["curvature", "full"], {"curvature": "full"}),
+                               (["--parts"], {"parts": 0}), (["--seeds"], {"seeds": "x"}),
+                               (["--pretrain-epochs"], {"pretrain_epochs": -1})):
+            self.expect_refusal(2, words, *tiny_5p5(**changes, out="refused"))
+        self.assertFalse((self.folder / "refused").exists())
+        self.check_bad_data(*tiny_5p5())
+        self.expect_refusal(2, ["--transfer", "head"], *tiny_5p5(transfer="head", out="transfer"))
+        self.assertEqual(self.run_program("--help").returncode, 0)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
