@@ -1,5 +1,6 @@
-// Times a whole training step of LeNet5, or a prediction by 100 draws, and prints one JSON line: the counterpart of
-// bench/peers/lenet5_torch.py, which bench/peers/compare runs beside it.
+// Times a whole training step of LeNet5 or 3Conv3FC under any posterior, or a prediction by 100 draws, and prints one
+// JSON line: the counterpart of bench/peers/step_torch.py, which bench/peers/compare runs beside it. The steps are of a
+// second stage, where the prior is a posterior that was handed on (under MNF, with a flow to be inverted).
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
@@ -8,6 +9,7 @@
 
 #include "engine/program.h"
 #include "engine/synthetic.h"
+#include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/incremental.h"
 
@@ -20,12 +22,21 @@ double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
+// "mnf_step": a training step under that posterior. A prediction is by draws of an FFG posterior.
+Family family_of_case(const std::string& which) {
+  for (Family f : {Family::point, Family::channel, Family::multiplicative})
+    if (which == std::string(name_of(f)) + "_step") return f;
+  return Family::gaussian;
+}
+
 int run(int argc, char** argv) {
-  CLI::App app{"Times a LeNet5 training step or prediction"};
-  std::string which = "ffg_step";
+  CLI::App app{"Times a training step or a prediction of LeNet5 or 3Conv3FC"};
+  std::string which = "ffg_step", network = "lenet5";
   int batch = 128, steps = 20, warmup = 3, replicas = 1, samples = 100;
-  app.add_option("--case", which, "ffg_step, ft_step or predict_weight")
-      ->check(CLI::IsMember({"ffg_step", "ft_step", "predict_weight"}));
+  app.add_option("--network", network, "lenet5 (generated digits) or 3conv3fc (generated colour images)")
+      ->check(CLI::IsMember({"lenet5", "3conv3fc"}));
+  app.add_option("--case", which, "ft_step, ffg_step, cfg_step, mnf_step or predict_weight")
+      ->check(CLI::IsMember({"ft_step", "ffg_step", "cfg_step", "mnf_step", "predict_weight"}));
   app.add_option("--batch", batch, "examples a step");
   app.add_option("--steps", steps, "timed steps");
   app.add_option("--warmup", warmup, "steps before them");
@@ -35,25 +46,31 @@ int run(int argc, char** argv) {
 
   Device device;
   Arena arena;
-  const Images images = generate_digits(std::max(2000, batch), 1);
-  const DeviceImages set = upload_images(device, arena, images, unit_range);
-  const NetworkFactory make = [] { return std::make_unique<LeNet5>(); };
+  const bool digits = network == "lenet5";
+  const int count = std::max(2000, batch);
+  const Images images = digits ? generate_digits(count, 1) : generate_textures(count, 1);
+  const Normalisation normalisation = digits ? unit_range : standardise(images);
+  const DeviceImages set = upload_images(device, arena, images, normalisation);
+  const NetworkFactory make = [digits]() -> std::unique_ptr<Network> {
+    if (digits) return std::make_unique<LeNet5>();
+    return std::make_unique<Conv3Fc3>();
+  };
   TrainingPlan plan;
-  plan.family = which == "ft_step" ? Family::point : Family::gaussian;
+  plan.posterior.family = family_of_case(which);
   plan.batch = batch;
   plan.epochs = 1000;
   std::vector<int32_t> order(images.count);
   for (int i = 0; i < images.count; i++) order[i] = i;
   for (int r = 0; r < replicas; r++) plan.seeds.push_back(r), plan.settings.emplace_back();
   IncrementalTrainer trainer(device, arena, make, set, plan, std::vector<std::vector<int32_t>>(replicas, order),
-                             {images.count});
-  trainer.begin_stage(0);
+                             {count / 2, count - count / 2});
+  for (int stage : {0, 1}) trainer.begin_stage(stage);
   std::function<void()> once = [&] { trainer.run(1); };
   std::optional<Predictor> predictor;
   if (which == "predict_weight") {
     Images some = images;
     limit(some, batch);
-    predictor.emplace(device, arena, make, upload_images(device, arena, some, unit_range), 0, batch);
+    predictor.emplace(device, arena, make, upload_images(device, arena, some, normalisation), 0, batch);
     once = [&] { predictor->predict(trainer.posterior(), 0, samples, 1); };
   }
   std::vector<double> ms;
@@ -65,6 +82,7 @@ int run(int argc, char** argv) {
     if (i >= warmup) ms.push_back(t);
   }
   nlohmann::ordered_json j;
+  j["network"] = network;
   j["case"] = which;
   j["batch"] = batch;
   j["replicas"] = replicas;

@@ -1,23 +1,15 @@
-// Every kernel launcher but those of local_reparam.h (reparam_bench.cpp), at the shapes of LeNet5 and 3Conv3FC.
-#include "common.h"
+// Every kernel launcher but those of local_reparam.h (reparam_bench.cpp) and what CFG and MNF add (families_bench.cpp),
+// at the shapes of LeNet5 and 3Conv3FC.
 #include "kernels/batch.h"
-#include "kernels/gaussian.h"
 #include "kernels/maxpool.h"
 #include "kernels/predictive.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/squares.h"
+#include "networks.h"
 
 using namespace baton;
 
 namespace {
-
-struct Parameters {
-  const char* name;
-  int count;
-};
-constexpr Parameters lenet5{"/lenet5", 431080}, three_conv{"/3conv3fc", 2422634};
-
-std::string replicas_name(int replicas) { return "/replicas:" + std::to_string(replicas); }
 
 // ------------------------------------------------------------------------------------------------- loss and totals
 // Bytes: a logit read and its gradient written, 8; a row's label, loss and hit, 12. FLOPs: 1 exp and 8 a logit.
@@ -41,7 +33,7 @@ void totals(int batch, int replicas) {
   add("add_to_totals" + batch_name(batch, replicas), {8. * rows + 2. * sizeof(Totals) * replicas, 2. * rows},
       [=](Buffers& b) -> std::function<void()> {
         const float *loss = b.positive(rows), *hit = b.positive(rows);
-        const StepState* states = b.states(replicas);
+        StepState* states = b.states(replicas);
         Totals* sums = b.room<Totals>(replicas);
         return [=, stream = b.stream()] { add_to_totals(sums, loss, hit, states, replicas, batch, stream); };
       });
@@ -56,8 +48,42 @@ void advance(int replicas) {
       });
 }
 
-// ---------------------------------------------------------------------------------------------- pooling and
-// elementwise Bytes: 4 an input, 5 an output (value, place), either way. FLOPs an output, forward: 3 or 8 compares;
+// A column of the Fisher information's square root. Bytes: a logit read, a value written, 8. FLOPs: 1 exp and 5 a
+// logit. accumulate_rows, accumulate_squared_rows: what the gradients of 128 examples add to a sum. Bytes: 4 an element
+// read, 8 a sum. FLOPs an element: 1 and 2.
+void curvature() {
+  for (const int batch : {128, 1024}) {
+    const int classes = 10;
+    const size_t n = size_t(batch) * classes;
+    add("fisher_column/batch:" + std::to_string(batch) + "/classes:" + std::to_string(classes), {8. * n, 6. * n},
+        [=](Buffers& b) -> std::function<void()> {
+          const float* logits = b.normal(n, 3);
+          float* d = b.room<float>(n);
+          return [=, stream = b.stream()] { fisher_column(d, logits, 3, batch, classes, stream); };
+        });
+  }
+  const int rows = 128;
+  for (const auto& [layer, n] : {std::pair{"/lenet5.fc1.bias", 500}, {"/lenet5.conv2.weight", 25000}}) {
+    const std::string suffix = std::string(layer) + "/rows:" + std::to_string(rows);
+    const double elements = double(rows) * n, sums = n;
+    const size_t size = size_t(rows) * n;
+    add("accumulate_rows" + suffix, {4 * elements + 8 * sums, elements},
+        [=, n = n](Buffers& b) -> std::function<void()> {
+          const float* x = b.normal(size);
+          float* sum = b.normal(n);
+          return [=, stream = b.stream()] { accumulate_rows(sum, x, rows, n, stream); };
+        });
+    add("accumulate_squared_rows" + suffix, {4 * elements + 8 * sums, 2 * elements},
+        [=, n = n](Buffers& b) -> std::function<void()> {
+          const float* x = b.normal(size);
+          float* sum = b.positive(n);
+          return [=, stream = b.stream()] { accumulate_squared_rows(sum, x, rows, n, stream); };
+        });
+  }
+}
+
+// ------------------------------------------------------------------------------------------- pooling and elementwise
+// Bytes: 4 an input, 5 an output (value, place), either way. FLOPs an output, forward: 3 or 8 compares;
 // backward, an input: one sum for 2x2, four for 3x3.
 void maxpool(const char* layer, int channels, int h, int w, int window) {
   const int planes = 128 * channels, oh = (h - window) / 2 + 1, ow = (w - window) / 2 + 1;
@@ -105,110 +131,97 @@ void elementwise(size_t n) {
 }
 
 // ----------------------------------------------------------------------------------------------- posterior and weights
-GaussianArrays take_arrays(Buffers& b, Parameters p, int replicas, bool gaussian) {
-  GaussianArrays a{};
-  a.count = p.count;
-  a.stride = size_t(p.count + 63) / 64 * 64;
-  a.replicas = replicas;
-  const size_t n = a.stride * replicas;
-  a.mean = b.normal(n, 0.1f);
-  a.grad_mean = b.normal(n, 1e-2f);
-  a.mean_m = b.normal(n, 1e-2f);
-  a.mean_v = b.positive(n, 1e-4f);
-  if (!gaussian) return a;
-  a.log_sd = b.normal(n, 0.5f);
-  a.variance = b.room<float>(n);
-  variance_of(a.variance, a.log_sd, a.stride, a.count, replicas, b.stream());
-  a.prior_mean = b.normal(n, 0.1f);
-  a.prior_log_sd = b.normal(n, 0.5f);
-  a.grad_variance = b.normal(n, 1e-2f);
-  a.scale_m = b.normal(n, 1e-2f);
-  a.scale_v = b.positive(n, 1e-4f);
-  return a;
-}
-
 // Bytes a parameter: gaussian_step reads 11 arrays and writes 7, 72 (natural: 10 and 6, 64); gaussian_kl reads 4, 16;
 // point_step reads 4 and writes 3, 28. FLOPs: KL 13, either update 16, gradients 9, two exps with their products 5.
-void posterior(Parameters p, int replicas) {
-  const double n = double(p.count) * replicas;
-  const std::string suffix = p.name + replicas_name(replicas);
+void posterior(const NetworkSizes& network, int replicas) {
+  const double n = network.parameters() * replicas;
+  const size_t slots = network.layout.tensors().size();
+  const std::string suffix = network.name + replicas_name(replicas);
   for (const ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
     const bool adam = rule == ScaleRule::adam;
     add(std::string("gaussian_step/") + (adam ? "adam" : "natural") + suffix,
-        {n * (adam ? 72 : 64), n * (adam ? 59 : 53)}, [=](Buffers& b) -> std::function<void()> {
-          const GaussianArrays a = take_arrays(b, p, replicas, true);
+        {n * (adam ? 72 : 64), n * (adam ? 59 : 53)}, [=, &network](Buffers& b) -> std::function<void()> {
+          const GaussianArrays a = take_arrays(b, network, replicas, true);
+          const Pieces pieces = take_pieces(b, network.runs(false));
           const StepState* states = b.states(replicas);
-          Totals* sums = b.room<Totals>(replicas);
-          float* partial = b.room<float>(size_t(gaussian_partials(p.count)) * replicas);
-          return [=, stream = b.stream()] { gaussian_step(a, rule, states, sums, partial, stream); };
+          const Ledger ledger{b.room<double>(slots * replicas), slots};
+          float* partial = b.room<float>(size_t(pieces.count) * replicas);
+          return [=, stream = b.stream()] { gaussian_step(a, rule, pieces, states, ledger, partial, stream); };
         });
   }
-  add("gaussian_kl" + suffix, {16 * n, 15 * n}, [=](Buffers& b) -> std::function<void()> {
-    const GaussianArrays a = take_arrays(b, p, replicas, true);
-    double* kl = b.room<double>(replicas);
-    float* partial = b.room<float>(size_t(gaussian_partials(p.count)) * replicas);
-    return [=, stream = b.stream()] { gaussian_kl(kl, a, partial, stream); };
+  add("gaussian_kl" + suffix, {16 * n, 15 * n}, [=, &network](Buffers& b) -> std::function<void()> {
+    const GaussianArrays a = take_arrays(b, network, replicas, true);
+    const Pieces pieces = take_pieces(b, network.runs(false));
+    const Ledger kl{b.room<double>(slots * replicas), slots};
+    float* partial = b.room<float>(size_t(pieces.count) * replicas);
+    return [=, stream = b.stream()] { gaussian_kl(kl, a, pieces, partial, stream); };
   });
-  add("point_step" + suffix, {28 * n, 16 * n}, [=](Buffers& b) -> std::function<void()> {
-    const GaussianArrays a = take_arrays(b, p, replicas, false);
+  add("point_step" + suffix, {28 * n, 16 * n}, [=, &network](Buffers& b) -> std::function<void()> {
+    const GaussianArrays a = take_arrays(b, network, replicas, false);
     const StepState* states = b.states(replicas);
     return [=, stream = b.stream()] { point_step(a, states, stream); };
   });
 }
 
 // Bytes a parameter: mean and variance read once, 8, and 4 a draw written. FLOPs a draw: a normal, sqrt, fma 2.
-void draws(Parameters p, int samples) {
-  const double n = p.count;
-  add("sample_weights" + std::string(p.name) + "/draws:" + std::to_string(samples),
+void draws(const NetworkSizes& network, int samples) {
+  const double n = network.parameters();
+  const size_t stride = network.layout.stride();
+  add("sample_weights" + std::string(network.name) + "/draws:" + std::to_string(samples),
       {n * (8 + 4 * samples), n * samples * (flops_a_normal + 3)}, [=](Buffers& b) -> std::function<void()> {
-        const size_t stride = size_t(p.count + 63) / 64 * 64;
         const float *mean = b.normal(stride), *variance = b.positive(stride);
         float* w = b.room<float>(stride * samples);
         const Key key = key_of(1, 7);
-        return
-            [=, stream = b.stream()] { sample_weights(w, mean, variance, p.count, stride, 0, samples, key, stream); };
+        return [=, stream = b.stream()] {
+          sample_weights(w, mean, 0, variance, int(stride), stride, 0, samples, key, stream);
+        };
       });
 }
 
 // Bytes a parameter: init_normal and fill_rows write 4, variance_of reads and writes 8. FLOPs: a normal and a product;
 // 0; exp and a product.
-void initialisation(Parameters p, int replicas) {
-  const size_t stride = size_t(p.count + 63) / 64 * 64, n = stride * replicas;
-  const double used = double(p.count) * replicas;
-  const std::string suffix = p.name + replicas_name(replicas);
+void initialisation(const NetworkSizes& network, int replicas) {
+  const size_t stride = network.layout.stride(), n = stride * replicas;
+  const int count = int(stride);
+  const double used = network.parameters() * replicas;
+  const std::string suffix = network.name + replicas_name(replicas);
   add("init_normal" + suffix, {4 * used, (flops_a_normal + 1) * used}, [=](Buffers& b) -> std::function<void()> {
     float* x = b.room<float>(n);
     const StepState* states = b.states(replicas);
-    return [=, stream = b.stream()] { init_normal(x, stride, 0, p.count, 0.1f, states, replicas, stream); };
+    return [=, stream = b.stream()] { init_normal(x, stride, 0, count, 0.1f, states, replicas, stream); };
   });
   add("fill_rows" + suffix, {4 * used, 0}, [=](Buffers& b) -> std::function<void()> {
     float* x = b.room<float>(n);
     const float* values = b.normal(replicas);
-    return [=, stream = b.stream()] { fill_rows(x, stride, p.count, values, replicas, stream); };
+    return [=, stream = b.stream()] { fill_rows(x, stride, count, values, replicas, stream); };
   });
   add("variance_of" + suffix, {8 * used, 2 * used}, [=](Buffers& b) -> std::function<void()> {
     const float* log_sd = b.normal(n);
     float* variance = b.room<float>(n);
-    return [=, stream = b.stream()] { variance_of(variance, log_sd, stride, p.count, replicas, stream); };
+    return [=, stream = b.stream()] { variance_of(variance, log_sd, stride, count, replicas, stream); };
   });
 }
 
 // ------------------------------------------------------------------------------------------------ batches, predictions
-DeviceImages take_images(Buffers& b, int count, int channels, int plane) {
+DeviceImages take_images(Buffers& b, int count, int channels, int extent) {
+  const int plane = extent * extent;
   const Normalisation n{{1 / 255.f, 1 / 255.f, 1 / 255.f}, {0.1f, 0.1f, 0.1f}};
   return {b.integers<uint8_t>(size_t(count) * channels * plane, 256),
           b.integers<uint8_t>(count, 10),
           count,
           channels,
           plane,
-          n};
+          n,
+          extent,
+          extent};
 }
 
 // Bytes a pixel: 1 read, 4 written, 8 with the squares; an image's label (5) and, where one is read, its index (4).
-// FLOPs a pixel: 2, 3 with the squares. /cold: other images, and another set, at every call.
-void gathers(const char* set_name, int channels, int plane, bool squares, int batch, int replicas) {
+// FLOPs a pixel: 2, 3 with the squares. augmented: mirrored and cropped at random; what is read and written is the
+// same. /cold: other images, and another set, at every call.
+void gathers(const char* set_name, int channels, int extent, bool squares, int batch, int replicas) {
   const int count = 4096;
-  const size_t image = size_t(channels) * plane;
+  const size_t image = size_t(channels) * extent * extent;
   const auto work = [=](double images, double index) {
     return Work{images * (image * (squares ? 9. : 5.) + 5 + index), images * image * (squares ? 3. : 2.)};
   };
@@ -221,26 +234,29 @@ void gathers(const char* set_name, int channels, int plane, bool squares, int ba
     return Outputs{b.room<float>(images * image), squares ? b.room<float>(images * image) : nullptr,
                    b.room<int32_t>(images)};
   };
-  add(
-      "gather_training_batch" + suffix + batch_name(batch, replicas), work(double(batch) * replicas, 4),
-      [=](Buffers& b) -> std::function<void()> {
-        const DeviceImages set = take_images(b, count, channels, plane);
-        const auto to = outputs(b, size_t(batch) * replicas);
-        const int32_t* order = b.integers<int32_t>(size_t(count) * replicas, count);
-        const StepState* states = b.states(replicas, count);
-        return [=, stream = b.stream()] {
-          gather_training_batch(to.x, to.x_squared, to.labels, set, order, count, states, replicas, batch, stream);
-        };
-      },
-      Sets::warm_cold);
+  for (const bool augment : {false, true})
+    add(
+        "gather_training_batch" + suffix + (augment ? "/augmented" : "") + batch_name(batch, replicas),
+        work(double(batch) * replicas, 4),
+        [=](Buffers& b) -> std::function<void()> {
+          const DeviceImages set = take_images(b, count, channels, extent);
+          const auto to = outputs(b, size_t(batch) * replicas);
+          const int32_t* order = b.integers<int32_t>(size_t(count) * replicas, count);
+          const StepState* states = b.states(replicas, count);
+          return [=, stream = b.stream()] {
+            gather_training_batch(to.x, to.x_squared, to.labels, set, order, count, states, replicas, batch, stream,
+                                  augment);
+          };
+        },
+        Sets::warm_cold);
   if (replicas > 1) return;
   add("gather_range" + suffix + batch_name(batch), work(batch, 0), [=](Buffers& b) -> std::function<void()> {
-    const DeviceImages set = take_images(b, count, channels, plane);
+    const DeviceImages set = take_images(b, count, channels, extent);
     const auto to = outputs(b, batch);
     return [=, stream = b.stream()] { gather_range(to.x, to.x_squared, to.labels, set, 256, batch, stream); };
   });
   add("gather_indexed" + suffix + batch_name(batch), work(batch, 4), [=](Buffers& b) -> std::function<void()> {
-    const DeviceImages set = take_images(b, count, channels, plane);
+    const DeviceImages set = take_images(b, count, channels, extent);
     const auto to = outputs(b, batch);
     const int32_t* index = b.integers<int32_t>(batch, count);
     return [=, stream = b.stream()] { gather_indexed(to.x, to.x_squared, to.labels, set, index, batch, stream); };
@@ -282,13 +298,15 @@ void add_kernel_benchmarks() {
   maxpool("/3conv3fc.conv2", 64, 15, 15, 3);
   maxpool("/3conv3fc.conv3", 128, 7, 7, 3);
   elementwise(128 * 500), elementwise(128 * 64 * 15 * 15);
+  const NetworkSizes &lenet5 = lenet5_sizes(), &three_conv = conv3fc3_sizes();
   posterior(lenet5, 1), posterior(lenet5, 4), posterior(three_conv, 1);
   draws(lenet5, 1), draws(lenet5, 10), draws(three_conv, 1);
   initialisation(lenet5, 1), initialisation(lenet5, 4);
+  curvature();
   for (const bool squares : {true, false}) {
-    gathers("/mnist", 1, 28 * 28, squares, 128, 1);
-    gathers("/mnist", 1, 28 * 28, squares, 128, 4);
-    gathers("/cifar10", 3, 32 * 32, squares, 128, 1);
+    gathers("/mnist", 1, 28, squares, 128, 1);
+    gathers("/mnist", 1, 28, squares, 128, 4);
+    gathers("/cifar10", 3, 32, squares, 128, 1);
   }
   predictions(128, 1), predictions(500, 10), predictions(1000, 100);
 }

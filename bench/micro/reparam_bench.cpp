@@ -1,5 +1,5 @@
-// kernels/local_reparam.h at the shapes of LeNet5 (pooled convolutions, dense layers) and 3Conv3FC (convolutions
-// whose overlapping pooling is not fused), for the Gaussian posterior (ffg: noise, variances, squares) and the point
+// kernels/local_reparam.h at the shapes of LeNet5 (convolutions pooled 2x2, dense layers) and 3Conv3FC (convolutions
+// pooled 3x3, and the same without pooling), for the Gaussian posterior (ffg: noise, variances, squares) and the point
 // one (ft). In training at batch 128 all of it lies in a GPU's L2, as in /warm.
 #include "common.h"
 #include "kernels/local_reparam.h"
@@ -102,15 +102,17 @@ void conv(const char* layer, int channels, int h, int w, bool noisy, Size size) 
 //   backward: dm, dv a pre-activation = 8 (ft 4); grad, y, grad_square, place, slope a window = 17 (ft 5); a plane's
 //   sums
 // FLOPs forward: a pre-activation a normal, bias, sqrt, fma 2, compare = 65 (ft 1); a window bias, relu, square,
-//   slope 2 = 5 (ft 2). Backward, a window: fold 3, cut, product, two sums = 7 (ft 2).
-void conv_pool(const char* layer, int channels, int h, int w, bool noisy, Size size) {
-  const ConvPlanes s{size.replicas, size.batch, channels, h, w};
+//   slope 2 = 5 (ft 2). Backward, a window: fold 3, cut, product, two sums = 7 (ft 2). A window of 3x3 has five more
+//   compares than pre-activations of its own, and on the way back adds to a winner that it may share, two sums (ft 1).
+void conv_pool(const char* layer, int channels, int h, int w, bool noisy, Size size, int window = 2) {
+  const ConvPlanes s{size.replicas, size.batch, channels, h, w, window};
+  const int overlap = window == 3 ? 1 : 0;
   const size_t planes = size_t(s.replicas) * s.batch * channels, n = planes * h * w;
   const size_t pooled = planes * s.pooled_h() * s.pooled_w();
   const std::string suffix = std::string(layer) + family(noisy) + batch_name(s.batch, s.replicas);
   add("conv_sample_pool" + suffix,
       {n * (noisy ? 8. : 4.) + pooled * (noisy ? 13. : 5.),
-       n * (noisy ? flops_a_normal + 5 : 1.) + pooled * (noisy ? 5. : 2.)},
+       n * (noisy ? flops_a_normal + 5 : 1.) + pooled * ((noisy ? 5. : 2.) + 5 * overlap)},
       [=](Buffers& b) -> std::function<void()> {
         const Signal out = take_output(b, pooled, noisy);
         uint8_t* which = b.room<uint8_t>(pooled);
@@ -121,10 +123,11 @@ void conv_pool(const char* layer, int channels, int h, int w, bool noisy, Size s
         return [=, stream = b.stream()] { conv_sample_pool(out, which, slope, m, v, bias, s, states, 0, stream); };
       });
   add("conv_sample_pool_backward" + suffix,
-      {n * (noisy ? 8. : 4.) + pooled * (noisy ? 17. : 5.) + planes * (noisy ? 8. : 4.), pooled * (noisy ? 7. : 2.)},
+      {n * (noisy ? 8. : 4.) + pooled * (noisy ? 17. : 5.) + planes * (noisy ? 8. : 4.),
+       pooled * ((noisy ? 7. : 2.) + (noisy ? 2 : 1) * overlap)},
       [=](Buffers& b) -> std::function<void()> {
         const Signal out = take_gradients(b, pooled, noisy);
-        const uint8_t* which = b.integers<uint8_t>(pooled, 5);
+        const uint8_t* which = b.integers<uint8_t>(pooled, window * window + 1);
         const float* slope = noisy ? b.normal(pooled) : nullptr;
         float *dm = b.room<float>(n), *dv = noisy ? b.room<float>(n) : nullptr, *sums = b.room<float>(2 * planes);
         return [=, stream = b.stream()] { conv_sample_pool_backward(dm, dv, sums, out, which, slope, s, stream); };
@@ -151,6 +154,9 @@ void add_reparam_benchmarks() {
       dense("/lenet5.fc2", 10, false, false, noisy, size);
     }
   for (const bool noisy : {true, false}) {
+    conv_pool("/3conv3fc.conv1", 32, 32, 32, noisy, {128, 1}, 3);
+    conv_pool("/3conv3fc.conv2", 64, 15, 15, noisy, {128, 1}, 3);
+    conv_pool("/3conv3fc.conv3", 128, 7, 7, noisy, {128, 1}, 3);
     conv("/3conv3fc.conv1", 32, 32, 32, noisy, {128, 1});
     conv("/3conv3fc.conv2", 64, 15, 15, noisy, {128, 1});
     conv("/3conv3fc.conv3", 128, 7, 7, noisy, {128, 1});

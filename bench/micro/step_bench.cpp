@@ -37,7 +37,7 @@ void training_step(bool ffg, int batch, int replicas) {
              step_work(ffg, batch, replicas), steps, [=](Buffers& b) -> std::function<void()> {
                const DeviceImages set = upload_images(b.device, b.arena, digits(), unit_range);
                TrainingPlan plan;
-               plan.family = ffg ? Family::gaussian : Family::point;
+               plan.posterior.family = ffg ? Family::gaussian : Family::point;
                plan.batch = batch;
                plan.epochs = 1000;
                std::vector<int32_t> order(set.count);
