@@ -92,12 +92,50 @@ __global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ p
   } else if (groups == 1) {
     const float* __restrict__ grad = z.grad + z.grad_stride * r + run.first;
     const float* __restrict__ zs = z.z + z.z_stride * r + run.z_first;
-    const ZIndex index = z_index(run);
-    SIMT_SIMD(reduction(+ : kl))
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      const float zi = zs[index(i)];
-      kl += step_one<rule>(p, s, i, zi * grad[i], zi * zi);
+    if constexpr (simt::warp_size == 1) {  // whole rows, or whole z: loops of unit stride, without a gather
+      const int width = run.width, outer = count / width;
+      for (int o = 0; o < outer; o++) {
+        const int first = o * width;
+        if (run.column) {
+          SIMT_SIMD(reduction(+ : kl))
+          for (int i = 0; i < width; i++) kl += step_one<rule>(p, s, first + i, zs[i] * grad[first + i], zs[i] * zs[i]);
+        } else {
+          const float zi = zs[o];
+          SIMT_SIMD(reduction(+ : kl))
+          for (int i = 0; i < width; i++) kl += step_one<rule>(p, s, first + i, zi * grad[first + i], zi * zi);
+        }
+      }
+    } else {
+      const ZIndex index = z_index(run);
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const float zi = zs[index(i)];
+        kl += step_one<rule>(p, s, i, zi * grad[i], zi * zi);
+      }
     }
+  } else if constexpr (simt::warp_size == 1) {  // as above, with the groups' sums in between
+    constexpr int most = 2048;
+    float g[most], z2[most];
+    const int width = run.width, outer = count / width;
+    const float share = 1.f / float(z.groups);
+    for (int o = 0; o < outer; o++)
+      for (int from = 0; from < width; from += most) {
+        const int n = min(most, width - from), first = o * width + from;
+        for (int i = 0; i < n; i++) g[i] = z2[i] = 0;
+        for (int k = 0; k < z.groups; k++) {
+          const size_t q = size_t(r) * z.groups + k;
+          const float* __restrict__ grad = z.grad + z.grad_stride * q + run.first + first;
+          const float* __restrict__ zs = z.z + z.z_stride * q + run.z_first + (run.column ? from : o);
+          if (run.column) {
+            SIMT_SIMD()
+            for (int i = 0; i < n; i++) g[i] += zs[i] * grad[i], z2[i] += zs[i] * zs[i];
+          } else {
+            SIMT_SIMD()
+            for (int i = 0; i < n; i++) g[i] += zs[0] * grad[i], z2[i] += zs[0] * zs[0];
+          }
+        }
+        SIMT_SIMD(reduction(+ : kl))
+        for (int i = 0; i < n; i++) kl += step_one<rule>(p, s, first + i, g[i], z2[i] * share);
+      }
   } else {
     const ZIndex index = z_index(run);
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
@@ -115,27 +153,30 @@ __global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ p
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
 }
 
+__device__ __forceinline__ float divergence_of(const GaussianArrays& a, size_t i, float z2) {
+  const float t = a.log_sd[i] - a.prior_log_sd[i], away = a.mean[i] - a.prior_mean[i];
+  return divergence_of_scale(t, expf(2.f * t)) + 0.5f * z2 * away * away * expf(-2.f * a.prior_log_sd[i]);
+}
+
 __global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pieces, Multipliers z,
                                    float* __restrict__ partial) {
   const Run run = pieces[blockIdx.x];
   const int r = simt::row();
   const size_t at = a.stride * r + run.first;
-  const ZIndex index = z_index(run);
-  const bool multiplied = z.z && run.z_first >= 0;
   float kl = 0;
-  SIMT_SIMD(reduction(+ : kl))
-  for (int i = threadIdx.x; i < run.count; i += blockDim.x) {
-    const float t = a.log_sd[at + i] - a.prior_log_sd[at + i], away = a.mean[at + i] - a.prior_mean[at + i];
-    float z2 = 1.f;
-    if (multiplied) {
-      z2 = 0.f;
+  if (!z.z || run.z_first < 0) {
+    SIMT_SIMD(reduction(+ : kl))
+    for (int i = threadIdx.x; i < run.count; i += blockDim.x) kl += divergence_of(a, at + i, 1.f);
+  } else {
+    const ZIndex index = z_index(run);
+    for (int i = threadIdx.x; i < run.count; i += blockDim.x) {
+      float z2 = 0;
       for (int k = 0; k < z.groups; k++) {
         const float zi = z.z[z.z_stride * (size_t(r) * z.groups + k) + run.z_first + index(i)];
         z2 += zi * zi;
       }
-      z2 /= float(z.groups);
+      kl += divergence_of(a, at + i, z2 / float(z.groups));
     }
-    kl += divergence_of_scale(t, expf(2.f * t)) + 0.5f * z2 * away * away * expf(-2.f * a.prior_log_sd[at + i]);
   }
   kl = simt::block_sum(kl);
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
