@@ -253,7 +253,9 @@ int run(int argc, char** argv) {
     return 0;
   }
   Preset p = preset_of(options.preset);
+  const double preset_epochs = p.epochs;
   options.apply(p);
+  if (p.epochs != preset_epochs) p.grid_epochs = p.epochs;  // --epochs is of every stage, the grid's too
   if (pretrain_epochs < 0 || class_seed < 0) throw InputError("--pretrain-epochs and --class-seed cannot be negative");
   if (pretrain_epochs > 0) p.pretrain_epochs = pretrain_epochs;
   if (old_limit >= 0) p.old_limit = old_limit;
@@ -267,6 +269,8 @@ int run(int argc, char** argv) {
     }
   }
   const Curvature kind = curvature_of(curvature);
+  Prelude prelude;
+  const std::set<std::string> names = transferred(transfer, prelude.make()->layout());
   struct Method {
     std::string name, prior;
     Family family;
@@ -286,7 +290,6 @@ int run(int argc, char** argv) {
   options.part_numbers(1 << 30);
 
   // The old classes' set and the new ones', from one reading of all.
-  Prelude prelude;
   const Dataset all = find_cifar10(options.data_folder());
   const std::vector<std::vector<int32_t>> drawn = split_parts(10, 1, uint64_t(class_seed) + 1000);
   const std::vector<int> classes(drawn[0].begin(), drawn[0].end());
@@ -320,7 +323,6 @@ int run(int argc, char** argv) {
     any_pretrained |= !m.prior.empty();
     any_laplace |= m.prior == "laplace";
   }
-  const std::set<std::string> names = transferred(transfer, prelude.make()->layout());
   std::map<uint64_t, std::shared_ptr<const Pretrained>> flat, curved;  // by seed
   for (uint64_t seed : seeds) {
     if (!any_pretrained) break;

@@ -271,6 +271,12 @@ TEST(Families, GradientsOfCfg) {
   BATON_NEEDS_DEVICE();
   for (int groups : {1, 2}) check_stages(cfg(groups));
 }
+TEST(Families, GradientsOfCfgByItsMoments) {  // nothing drawn: exact marginal moments
+  BATON_NEEDS_DEVICE();
+  PosteriorOptions options = cfg();
+  options.moments = true;
+  check_stages(options);
+}
 TEST(Families, GradientsOfMnfGated) {
   BATON_NEEDS_DEVICE();
   check_stages(mnf(FlowKind::gated, false, 1));
