@@ -15,8 +15,8 @@
 // Numerics. A gate only contracts, so the inverse multiplies errors by 1 / g at every step: k is clamped to >= -3 (g >=
 // 0.047) both ways, with gradient 0 where it is. Parameters, z and gradients are floats; between the first and the last
 // step everything is double (the trace too), which costs nothing: the weights' traffic is what counts. So log q and z0
-// are those of the float z that is passed in, to rounding; and a round trip is off by the rounding of z to float times
-// the inverse's amplification, which no arithmetic can undo.
+// are those of the float z that is passed in, to rounding. Where the pass that made z is at hand, the inverse takes its
+// z before the rounding to float: nothing is amplified then, and equal flows have equal densities.
 //
 // Work. RealNVP: two launches a step. Hidden units: a block a unit, a sum over D. Outputs: a block a tile of 64
 // elements, a warp an element, a sum over the hidden units; rows of kept elements are not read. The way back likewise:
@@ -108,8 +108,8 @@ __device__ __forceinline__ double block_total(double v) {
 __device__ __forceinline__ void put(float& to, double v, bool add) { to = float(add ? double(to) + v : v); }
 
 // ------------------------------------------------------------------------------------------------- RealNVP: forward
-__global__ void enter_kernel(FlowShape s, FlowParameters p, Trace trace, const float* __restrict__ z, int first_step,
-                             int groups) {
+__global__ void enter_kernel(FlowShape s, FlowParameters p, Trace trace, const float* __restrict__ z,
+                             const double* __restrict__ exact, int first_step, int groups) {
   const Tile at = tile_of(s, blockIdx.x);
   const int q = simt::row();
   const FlowTensor& tensor = s.table[at.tensor];
@@ -120,8 +120,9 @@ __global__ void enter_kernel(FlowShape s, FlowParameters p, Trace trace, const f
   double* __restrict__ masked = trace.masked(q, first_step) + i;
   SIMT_SIMD()
   for (int e = threadIdx.x; e < at.count; e += blockDim.x) {
-    state[e] = from[e];
-    masked[e] = double(mask[e]) * from[e];
+    const double value = exact ? exact[trace.row_size * q + i + e] : double(from[e]);
+    state[e] = value;
+    masked[e] = double(mask[e]) * value;
   }
 }
 
@@ -444,14 +445,16 @@ __device__ __forceinline__ double planar_root(double sp, double target) {
 
 // All the steps of one tensor. z_in (z0 or z) and z_out (z or z0) are floats; a thread keeps to its elements.
 __global__ void planar_kernel(FlowShape s, FlowParameters p, Trace trace, const int32_t* identity, bool inverse,
-                              float* __restrict__ z_out, double* log_q, const float* __restrict__ z_in, int groups) {
+                              float* __restrict__ z_out, double* log_q, const float* __restrict__ z_in,
+                              const double* __restrict__ exact, int groups) {
   const int t = blockIdx.x, q = simt::row(), r = q / groups;
   const FlowTensor& tensor = s.table[t];
   const float* values = p.values + p.stride * r;
   const size_t at = size_t(s.z_size) * q + tensor.z_at;
   double* __restrict__ state = trace.state(q) + tensor.z_at;
   SIMT_SIMD()
-  for (int i = threadIdx.x; i < tensor.size; i += blockDim.x) state[i] = z_in[at + i];
+  for (int i = threadIdx.x; i < tensor.size; i += blockDim.x)
+    state[i] = exact ? exact[trace.row_size * q + tensor.z_at + i] : double(z_in[at + i]);
   double logdet = 0;
   const int steps = passed_over(identity, r) ? 0 : s.steps;
   for (int n = 0; n < steps; n++) {
@@ -685,14 +688,14 @@ Trace open(const std::string& who, const FlowShape& s, FlowTrace trace, int grou
 
 // The steps in their order or against it, then z and the density.
 void run(const FlowShape& s, FlowParameters p, const Trace& trace, const int32_t* identity, bool inverse, float* z_out,
-         double* log_q, const float* z_in, int rows, int groups, Stream stream) {
+         double* log_q, const float* z_in, const double* exact, int rows, int groups, Stream stream) {
   const auto per_tensor = simt::blocks(s.tensors, threads, 0, rows);
   if (s.kind == FlowKind::planar || s.steps == 0) {
-    simt::launch<planar_kernel>(per_tensor, stream, s, p, trace, identity, inverse, z_out, log_q, z_in, groups);
+    simt::launch<planar_kernel>(per_tensor, stream, s, p, trace, identity, inverse, z_out, log_q, z_in, exact, groups);
     return;
   }
   const int tiles = trace.tiles(), first = inverse ? s.steps - 1 : 0, forward = inverse ? -1 : 1;
-  simt::launch<enter_kernel>(simt::blocks(tiles, tile, 0, rows), stream, s, p, trace, z_in, first, groups);
+  simt::launch<enter_kernel>(simt::blocks(tiles, tile, 0, rows), stream, s, p, trace, z_in, exact, first, groups);
   for (int n = 0; n < s.steps; n++) {
     const int k = first + forward * n, next = n + 1 < s.steps ? k + forward : -1;
     simt::launch<hidden_kernel>(simt::blocks(s.tensors * s.hidden, threads, 0, rows), stream, s, p, trace, identity, k,
@@ -755,15 +758,22 @@ void flow_forward(float* z, double* log_q, const FlowShape& s, FlowParameters p,
   BATON_RANGE("flow_forward");
   const Trace view = open("flow_forward", s, trace, groups);
   if (z == z0) throw InputError("flow_forward: z is z0 itself, expected memory of its own");
-  run(s, p, view, nullptr, false, z, log_q, z0, trace.rows, groups, stream);
+  run(s, p, view, nullptr, false, z, log_q, z0, nullptr, trace.rows, groups, stream);
 }
 
 void flow_log_density(double* log_q, float* z0, const FlowShape& s, FlowParameters p, const float* z,
-                      const int32_t* identity, FlowTrace trace, int groups, Stream stream) {
+                      const int32_t* identity, FlowTrace trace, int groups, Stream stream, const FlowTrace* made_by) {
   BATON_RANGE("flow_log_density");
   const Trace view = open("flow_log_density", s, trace, groups);
   if (z == z0) throw InputError("flow_log_density: z0 is z itself, expected memory of its own");
-  run(s, p, view, identity, true, z0, log_q, z, trace.rows, groups, stream);
+  const double* exact = nullptr;
+  if (made_by) {
+    if (made_by->rows != trace.rows || made_by->memory == trace.memory)
+      throw InputError("flow_log_density: the trace that made z has " + number(made_by->rows) +
+                       " rows of z, expected " + number(trace.rows) + " in memory of its own");
+    exact = open("flow_log_density", s, *made_by, groups).memory;  // a row begins with its last z
+  }
+  run(s, p, view, identity, true, z0, log_q, z, exact, trace.rows, groups, stream);
 }
 
 void flow_log_density_backward(float* dz, const FlowShape& s, FlowParameters p, const float* z0,

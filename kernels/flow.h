@@ -77,8 +77,10 @@ void flow_forward(float* z, double* log_q, const FlowShape&, FlowParameters, con
 
 // log_q[rows][tensors] = ln q(z) at any z, through the inverse; z0 [rows][z_size] = the inverse image. identity (device
 // memory, [replicas], may be null): where identity[r] is not 0 the flow's steps are passed over, the base remains.
+// made_by: the trace of the flow_forward (of any flow of this shape) that made z, if it did: then z counts as it was
+// before its rounding to float, which nearly shut gates and stiff bends would multiply.
 void flow_log_density(double* log_q, float* z0, const FlowShape&, FlowParameters, const float* z,
-                      const int32_t* identity, FlowTrace, int groups, Stream);
+                      const int32_t* identity, FlowTrace, int groups, Stream, const FlowTrace* made_by = nullptr);
 
 // After flow_log_density with the same arguments: dz [rows][z_size] += states[r].kl_now * scale * d ln q(z) / dz. The
 // flow's parameters are constants here.

@@ -160,13 +160,15 @@ void Multiplicative::backward(const float* draw_gradients, const GaussianArrays&
   const Multipliers z = multipliers(draw_gradients);
   for (const Run& run : runs_)
     if (run.z_first >= 0) multiplier_gradient(dz_, g, run, z, states, partial_, stream);
-  flow_log_density(log_prior_, prior_z0_, shape_, parameters("prior"), z_, plain_prior_, prior_trace_, groups, stream);
+  flow_log_density(log_prior_, prior_z0_, shape_, parameters("prior"), z_, plain_prior_, prior_trace_, groups, stream,
+                   &trace_);
   flow_kl(ledger.sums + first_slot, ledger.stride, log_q_, log_prior_, shape_.tensors, groups, replicas, stream);
   const float share = 1.f / float(groups);
   flow_log_density_backward(dz_, shape_, parameters("prior"), prior_z0_, plain_prior_, prior_trace_, states, -share,
                             groups, stream);
   if (options_.path_gradient) {  // ln q along the path of z alone: through the inverse, its parameters held
-    flow_log_density(own_log_q_, own_z0_, shape_, parameters("value"), z_, nullptr, own_trace_, groups, stream);
+    flow_log_density(own_log_q_, own_z0_, shape_, parameters("value"), z_, nullptr, own_trace_, groups, stream,
+                     &trace_);
     flow_log_density_backward(dz_, shape_, parameters("value"), own_z0_, nullptr, own_trace_, states, share, groups,
                               stream);
   }
@@ -192,7 +194,7 @@ void Multiplicative::kl(Ledger ledger, const GaussianArrays& g, Pieces pieces, i
   flow_draw_base_draws(sample_z0_, shape_, parameters("value", replica), true, 0, kl_draws, key_of(0, 9), stream);
   flow_forward(sample_z_, sample_log_q_, shape_, parameters("value", replica), sample_z0_, trace, kl_draws, stream);
   flow_log_density(sample_log_prior_, sample_z0_, shape_, parameters("prior", replica), sample_z_,
-                   plain_prior_ + replica, prior_trace, kl_draws, stream);
+                   plain_prior_ + replica, prior_trace, kl_draws, stream, &trace);
   flow_kl(ledger.sums + first_slot, ledger.stride, sample_log_q_, sample_log_prior_, shape_.tensors, kl_draws, 1,
           stream);
   gaussian_kl(ledger, g, pieces, partial, stream, {sample_z_, nullptr, size_t(shape_.z_size), 0, kl_draws});

@@ -353,9 +353,9 @@ TEST(Families, TheKlIsZeroAfterAHandOver) {
   BATON_NEEDS_DEVICE();
   const std::vector<std::pair<PosteriorOptions, double>> cases{{Family::gaussian, 0},
                                                                {cfg(), 2e-6},
-                                                               {mnf(FlowKind::gated, false), 2e-4},
-                                                               {mnf(FlowKind::affine, true), 2e-4},
-                                                               {mnf(FlowKind::planar, false), 2e-4}};
+                                                               {mnf(FlowKind::gated, false), 1e-7},
+                                                               {mnf(FlowKind::affine, true), 1e-7},
+                                                               {mnf(FlowKind::planar, false), 1e-7}};
   for (const auto& [options, least] : cases) {
     SCOPED_TRACE(name_of(options.family));
     Model m(options, 2);
