@@ -65,6 +65,8 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
 }
 
 void IncrementalTrainer::adopt_pretrained() {
+  if (std::none_of(plan_.settings.begin(), plan_.settings.end(), [](const auto& s) { return bool(s.pretrained); }))
+    return;
   for (int r = 0; r < posterior_.replicas(); r++) {
     const TrainingSettings& s = plan_.settings[r];
     if (!s.pretrained) continue;

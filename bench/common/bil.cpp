@@ -12,6 +12,19 @@ TrainingSettings& BilPreset::of(Family f) {
   return f == Family::point ? ft : f == Family::gaussian ? ffg : f == Family::channel ? cfg : mnf;
 }
 
+void set_cifar(BilPreset& p) {
+  p.ffg.lr = 1e-3;
+  p.ffg.lr_scale = 1e-2;
+  p.ffg.prior_sd = 1;
+  p.ffg.init_log_sd = -5;
+  p.ffg.beta = 0.05;
+  p.ffg.schedule = Schedule::linear;
+  p.cfg = p.mnf = p.ffg;
+  p.ft.lr = 1e-3;
+  p.ft.schedule = Schedule::linear;
+  p.batch = 128;
+}
+
 std::vector<std::string> split_list(const std::string& text) {
   std::vector<std::string> parts(1);
   for (char c : text)
@@ -36,7 +49,8 @@ std::vector<uint64_t> numbers_of(const std::string& option, const std::string& t
   return list;
 }
 
-void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const std::string& preset_help) {
+void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const std::string& preset_help,
+                        bool ft_converged) {
   auto* what = app.add_option_group("What to run");
   what->add_option("--preset", preset, preset_help)->capture_default_str();
   what->add_option("--methods", methods, "of " + known_methods)->capture_default_str();
@@ -45,13 +59,14 @@ void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const s
   what->add_option("--data", data, "folder with the set's files (else $BATON_DATA, ./data, ../shared/data, generated)");
   what->add_option("--train-limit", train_limit_, "use the first N training images");
   what->add_option("--test-limit", test_limit_, "use the first N test images");
-  what->add_option("--out", out, "folder of the results [results/PRESET]");
+  what->add_option("--out", out, "folder of the results [" + out_prefix + "PRESET]");
   what->add_flag("--resume", resume, "go on from the checkpoint in --out");
   auto* training = app.add_option_group("Training");
   given_.epochs = training->add_option("--epochs", epochs_, "of each stage");
-  given_.ft_converged =
-      training->add_option("--ft-converged-epochs", ft_converged_epochs_,
-                           "where T > 1, also run FT with so many epochs a stage, as ft_converged (0: do not)");
+  if (ft_converged)
+    given_.ft_converged =
+        training->add_option("--ft-converged-epochs", ft_converged_epochs_,
+                             "where T > 1, also run FT with so many epochs a stage, as ft_converged (0: do not)");
   given_.batch = training->add_option("--batch", batch_, "examples a step");
   given_.lr = training->add_option("--lr", settings_.lr, "Adam's step size for the means");
   given_.schedule =
@@ -87,7 +102,7 @@ void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const s
 
 void BilOptions::apply(BilPreset& p) const {
   if (*given_.epochs) p.epochs = epochs_;
-  if (*given_.ft_converged) p.ft_converged_epochs = ft_converged_epochs_;
+  if (given_.ft_converged && *given_.ft_converged) p.ft_converged_epochs = ft_converged_epochs_;
   if (*given_.batch) p.batch = batch_;
   if (train_limit_) p.train_limit = train_limit_;
   if (test_limit_) p.test_limit = test_limit_;
@@ -233,7 +248,8 @@ int run_bil(const BilProgram& program, int argc, char** argv) {
   CLI::App app{program.description};
   BilOptions options;
   options.methods = program.methods;
-  options.add_to(app, "ft, ft_converged, ffg, cfg, mnf", program.preset_help);
+  options.out_prefix = program.out_prefix;
+  options.add_to(app, "ft, ft_converged, ffg, cfg, mnf", program.preset_help, true);
   try {
     parse(app, argc, argv);
   } catch (const HelpShown&) {

@@ -18,6 +18,7 @@ struct BilPreset {
   TrainingSettings ft, ffg, cfg, mnf;  // by family
   TrainingSettings& of(Family);
 };
+void set_cifar(BilPreset&);  // what bil_cifar10 and bil_cifar5p5 share
 
 std::vector<std::string> split_list(const std::string& text);  // at commas
 // Whole numbers from 0 on, separated by commas; InputError naming the option.
@@ -27,15 +28,17 @@ std::vector<uint64_t> numbers_of(const std::string& option, const std::string& t
 class BilOptions {
  public:
   std::string data, methods, parts = "1,10", seeds = "0", preset = "quick", out;
+  std::string out_prefix = "results/";  // of the default folder, which ends in the preset's name
   bool resume = false;
   int at_once = 0;
   double checkpoint_seconds = 20;
 
-  void add_to(CLI::App&, const std::string& known_methods, const std::string& preset_help);
+  // ft_converged: the program can run FT at convergence too.
+  void add_to(CLI::App&, const std::string& known_methods, const std::string& preset_help, bool ft_converged);
   void apply(BilPreset&) const;  // InputError for values that make no sense
   std::vector<int> part_numbers(int most) const;
   std::vector<uint64_t> seed_numbers() const { return numbers_of("--seeds", seeds); }
-  std::filesystem::path out_folder() const { return out.empty() ? "results/" + preset : out; }
+  std::filesystem::path out_folder() const { return out.empty() ? out_prefix + preset : out; }
   std::optional<std::filesystem::path> data_folder() const;
   ExperimentOptions experiment(const std::string& name, const BilPreset&) const;
 
@@ -55,7 +58,7 @@ class BilOptions {
 
 // A program that learns one data set in parts: `bil_mnist`, `bil_cifar10`.
 struct BilProgram {
-  std::string name, title, description, methods, preset_help;
+  std::string name, title, description, methods, preset_help, out_prefix = "results/";
   BilPreset (*preset)(const std::string&);
   Dataset (*find)(const std::optional<std::filesystem::path>&, Limits);
   Normalisation (*normalisation)(const Dataset&);

@@ -10,16 +10,7 @@ namespace {
 
 BilPreset preset_of(const std::string& name) {
   BilPreset p;
-  p.ffg.lr = 1e-3;
-  p.ffg.lr_scale = 1e-2;
-  p.ffg.prior_sd = 1;
-  p.ffg.init_log_sd = -5;
-  p.ffg.beta = 0.05;
-  p.ffg.schedule = Schedule::linear;
-  p.cfg = p.mnf = p.ffg;
-  p.ft.lr = 1e-3;
-  p.ft.schedule = Schedule::linear;
-  p.batch = 128;
+  set_cifar(p);
   if (name == "paper") {
     p.samples = 100;
     p.stage_samples = 100;
@@ -44,6 +35,7 @@ int main(int argc, char** argv) {
   BilProgram program;
   program.name = "bil_cifar10";
   program.title = "CIFAR-10";
+  program.out_prefix = "results/cifar10_";
   program.description =
       "Bayesian incremental learning on CIFAR-10: 3Conv3FC learns the images in T parts, by fine-tuning (ft) and with "
       "a\n"

@@ -32,16 +32,7 @@ struct Preset : BilPreset {
 
 Preset preset_of(const std::string& name) {
   Preset p;
-  p.ffg.lr = 1e-3;
-  p.ffg.lr_scale = 1e-2;
-  p.ffg.prior_sd = 1;
-  p.ffg.init_log_sd = -5;
-  p.ffg.beta = 0.05;
-  p.ffg.schedule = Schedule::linear;
-  p.cfg = p.mnf = p.ffg;
-  p.ft.lr = 1e-3;
-  p.ft.schedule = Schedule::linear;
-  p.batch = 128;
+  set_cifar(p);
   if (name == "paper") {
     p.samples = 100;
     p.stage_samples = 100;
@@ -230,8 +221,9 @@ int run(int argc, char** argv) {
   BilOptions options;
   options.methods = "ft,ft_pretrained,ffg,ffg_grid,ffg_laplace";
   options.parts = "10";
+  options.out_prefix = "results/cifar5p5_";
   options.add_to(app, "ft, ft_pretrained, and ffg, cfg, mnf alone or with _grid or _laplace",
-                 "quick (subsets) or paper (all): sets what is not given");
+                 "quick (subsets) or paper (all): sets what is not given", false);
   auto* pretraining = app.add_option_group("Pretraining and priors");
   std::string transfer = "conv", curvature = "ggn", grid_text;
   int class_seed = 0, old_limit = -1;
@@ -330,7 +322,10 @@ int run(int argc, char** argv) {
     const NamedWeights weights = pretrain(prelude, p, seed, path, options.resume);
     Pretrained from;
     for (const std::string& name : names) from.weights[name] = weights.at(name);
-    from.description = "pretrained on classes " + joined(prelude.old_classes) + ", transfer " + transfer;
+    char epochs[40];
+    snprintf(epochs, sizeof epochs, " for %g epochs", p.pretrain_epochs);
+    from.description = "pretrained on " + std::to_string(prelude.old_set.train.count) + " images of classes " +
+                       joined(prelude.old_classes) + epochs + ", transfer " + transfer;
     flat[seed] = std::make_shared<Pretrained>(from);
     if (!any_laplace) continue;
     Device device;

@@ -127,7 +127,7 @@ class BilCifar5p5(BilCifar):
         for method in ("ft", "ffg"):
             self.assertNotIn("pretrained", runs[method]["settings"])
         for method in ("ft_pretrained", "ffg_grid", "ffg_laplace"):
-            self.assertIn("pretrained on classes", runs[method]["settings"]["pretrained"])
+            self.assertIn("pretrained on 200 images of classes", runs[method]["settings"]["pretrained"])
         self.assertIn("Laplace", runs["ffg_laplace"]["settings"]["pretrained"])
 
         # The width of the prior is a point of the grid, and the best of it.
