@@ -13,15 +13,34 @@ struct Key {
   uint32_t lo, hi;
 };
 
+// Two forms of the same words. With 64-bit vector products (AVX-512) the words stay in 64-bit lanes, whose upper halves
+// nobody reads: 0.45 ns a word on one core of an EPYC, against 0.8 for the other form and 1.8 for that one in AVX2.
 __host__ __device__ __forceinline__ uint4 philox(uint4 c, Key k) {
+#if defined(__AVX512DQ__) && !defined(__CUDACC__)
+  uint64_t x = c.x, y = c.y, z = c.z, w = c.w;
   SIMT_UNROLL
   for (int round = 0; round < 10; round++) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c.x, p1 = uint64_t(0xCD9E8D57u) * c.z;
-    c = make_uint4(uint32_t(p1 >> 32) ^ c.y ^ k.lo, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w ^ k.hi, uint32_t(p0));
+    const uint64_t p0 = uint64_t(0xD2511F53u) * (x & 0xffffffffu), p1 = uint64_t(0xCD9E8D57u) * (z & 0xffffffffu);
+    x = (p1 >> 32) ^ y ^ k.lo;
+    y = p1;
+    z = (p0 >> 32) ^ w ^ k.hi;
+    w = p0;
+    k.lo += 0x9E3779B9u;
+    k.hi += 0xBB67AE85u;
+  }
+  return make_uint4(uint32_t(x), uint32_t(y), uint32_t(z), uint32_t(w));
+#else
+  SIMT_UNROLL
+  for (int round = 0; round < 10; round++) {
+    // High and low words as products of their own: g++ then moves fewer words between lanes.
+    const uint32_t high0 = uint32_t(uint64_t(0xD2511F53u) * c.x >> 32), low0 = 0xD2511F53u * c.x;
+    const uint32_t high1 = uint32_t(uint64_t(0xCD9E8D57u) * c.z >> 32), low1 = 0xCD9E8D57u * c.z;
+    c = make_uint4(high1 ^ c.y ^ k.lo, low1, high0 ^ c.w ^ k.hi, low0);
     k.lo += 0x9E3779B9u;
     k.hi += 0xBB67AE85u;
   }
   return c;
+#endif
 }
 
 // ln x for x in [2^-32, 1], about 1 ulp (Cephes logf). Only + * fma, so it vectorises and is the same everywhere.

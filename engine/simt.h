@@ -321,6 +321,24 @@ __device__ __forceinline__ float warp_max(float v) {
   __syncthreads();  // parts may be used again
   return v;
 }
+[[maybe_unused]] __device__ __forceinline__ float block_max(float v) {  // as block_sum
+  __shared__ float parts[32];
+  v = warp_max(v);
+  if (lane_id() == 0) parts[threadIdx.x / warp_size] = v;
+  __syncthreads();
+  if (threadIdx.x / warp_size == 0) {
+    v = lane_id() < int(blockDim.x) / warp_size ? parts[lane_id()] : parts[0];
+    v = warp_max(v);
+  }
+  __syncthreads();  // parts may be used again
+  return v;
+}
+// Adds to a counter in shared memory, which no other block sees: one thread a block needs no atomic.
+template <class T>
+__device__ __forceinline__ void add_shared(T* p, T v) {
+  if constexpr (warp_size == 1) *p += v;
+  else atomicAdd(p, v);
+}
 }  // namespace
 
 }  // namespace baton::simt
