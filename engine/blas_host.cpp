@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "engine/blas.h"
+#include "engine/blas_tiles_host.h"
 
 namespace baton {
 
@@ -18,7 +18,30 @@ struct SingleThreaded {
   SingleThreaded() { openblas_set_num_threads(1); }
 };
 
+constexpr size_t floats_a_tile = 64 * 1024;  // of what consumes a product by tiles: a tile and two more fit in L2
+
 }  // namespace
+
+void for_product_tiles(int m, int n, int k, Matrices a, Matrices b, int replicas,
+                       const std::function<void(int replica, int row, int rows, const float* c)>& tile) {
+  static const SingleThreaded once;
+  const int fits = int(floats_a_tile / size_t(n)) / 16 * 16;
+  const int even = (m / 8 + 15) / 16 * 16;  // enough tiles for a few threads
+  const int rows = std::max(16, std::min(fits, even)), tiles = (m + rows - 1) / rows;
+#pragma omp parallel if (tiles > 1)
+  {
+    std::vector<float> c(size_t(rows) * n);
+#pragma omp for schedule(dynamic)
+    for (int t = 0; t < tiles; t++) {
+      const int row = t * rows, count = std::min(rows, m - row);
+      for (int r = 0; r < replicas; r++) {
+        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, count, n, k, 1.f, a.data + a.stride * r + row, m,
+                    b.data + b.stride * r, n, 0.f, c.data(), n);
+        tile(r, row, count, c.data());
+      }
+    }
+  }
+}
 
 void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {

@@ -266,6 +266,27 @@ Images read_cifar10(const std::vector<fs::path>& batches) {
   return images;
 }
 
+Images read_cifar100(const fs::path& path) {
+  constexpr size_t record = kCifarPixels + 2;  // the coarse label, the fine one, the pixels
+  const std::vector<uint8_t> bytes = read_file(path);
+  if (bytes.empty() || bytes.size() % record != 0)
+    throw InputError(path.string() + " is not a CIFAR-100 file: " + std::to_string(bytes.size()) +
+                     " bytes, expected a whole number of records of " + std::to_string(record));
+  const size_t records = bytes.size() / record;
+  Images images{static_cast<int>(records), 3, 32, 32, 100, {}, {}};
+  images.pixels.reserve(records * kCifarPixels);
+  images.labels.reserve(records);
+  for (size_t at = 0; at < bytes.size(); at += record) {
+    if (bytes[at] >= 20 || bytes[at + 1] >= images.classes)
+      throw InputError(path.string() + ": labels " + std::to_string(bytes[at]) + " and " +
+                       std::to_string(bytes[at + 1]) + " of record " + std::to_string(at / record) +
+                       ", expected one below 20 and one below 100");
+    images.labels.push_back(bytes[at + 1]);
+    images.pixels.insert(images.pixels.end(), bytes.begin() + at + 2, bytes.begin() + at + record);
+  }
+  return images;
+}
+
 Images load_idx_test(const fs::path& folder) { return read_idx_part(folder, "t10k"); }
 
 Dataset load_mnist(const fs::path& folder, Limits limits) {
@@ -312,6 +333,22 @@ Dataset load_cifar10(const fs::path& folder, Limits limits) {
   set.test = read_cifar10({*files[kCifarBatches]});
   set.source = "CIFAR-10, binary batches, " + fingerprint(set.test);
   apply(limits, set);
+  return set;
+}
+
+Dataset load_cifar100(const fs::path& folder) {
+  const fs::path inner = folder / "cifar-100-binary";
+  std::error_code ignored;
+  const fs::path place = !find_packed(folder, "train.bin") && fs::is_directory(inner, ignored) ? inner : folder;
+  Dataset set;
+  set.name = "cifar100";
+  set.path = place.string();
+  for (const char* name : {"train.bin", "test.bin"}) {
+    const auto file = find_packed(place, name);
+    if (!file) throw_missing(place, name);
+    (std::string(name) == "train.bin" ? set.train : set.test) = read_cifar100(*file);
+  }
+  set.source = "CIFAR-100, binary files, " + fingerprint(set.test);
   return set;
 }
 

@@ -41,6 +41,10 @@ Images read_idx(const std::filesystem::path& images_path, const std::filesystem:
 // InputError: a file that is empty or is not a whole number of records, a label above 9.
 Images read_cifar10(const std::vector<std::filesystem::path>& batches);
 
+// A CIFAR-100 file: a record is the coarse label's byte, the fine label's and the pixels as in CIFAR-10. The labels kept
+// are the fine ones. InputError: not a whole number of records, a coarse label above 19 or a fine one above 99.
+Images read_cifar100(const std::filesystem::path& path);
+
 // The set in this folder: {train,t10k}-{images-idx3,labels-idx1}-ubyte, or with a dot ("train-images.idx3-ubyte"), each
 // with "", ".gz" or ".xz". InputError names the first missing file; train and test images must have one size.
 Dataset load_mnist(const std::filesystem::path& folder, Limits limits = {});
@@ -50,6 +54,9 @@ Images load_idx_test(const std::filesystem::path& folder);
 
 // data_batch_1..5.bin and test_batch.bin, each with "", ".gz" or ".xz", in the folder or its "cifar-10-batches-bin".
 Dataset load_cifar10(const std::filesystem::path& folder, Limits limits = {});
+
+// train.bin and test.bin, each with "", ".gz" or ".xz", in the folder or its "cifar-100-binary".
+Dataset load_cifar100(const std::filesystem::path& folder);
 
 // Looks in --data (data_option), $BATON_DATA, ./data and ../shared/data, in this order, each being the set's own folder
 // or holding a sub-folder "mnist" or "cifar10". A --data without the set is an InputError; the other places are passed
