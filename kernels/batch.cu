@@ -5,7 +5,10 @@
 // (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection of [0, n) for each
 // (key, epoch), two or three rounds of walking at most on average.
 //
-// Bytes a call: replicas * batch * image * (1 + 4 or 8). Writes =, deterministic.
+// Pixels in another order are read by index, within one image: the reads stay in L1 and the writes are contiguous.
+//
+// Bytes a call: replicas * batch * image * (1 + 4 or 8), and 4 a pixel for its place where there is an order (from a
+// cache: an order serves the whole batch). FLOPs a pixel: 2 or 3. Writes =, deterministic.
 #include "kernels/batch.h"
 
 namespace baton {
@@ -13,6 +16,7 @@ namespace baton {
 namespace {
 
 constexpr int augment_padding = 4;
+enum class Pixels { as_they_are, augmented, in_order };
 
 __host__ __device__ __forceinline__ uint32_t mix(uint32_t x) {
   x ^= x >> 16;
@@ -69,9 +73,44 @@ __device__ __forceinline__ void load_augmented(float* __restrict__ x, float* __r
   }
 }
 
-template <bool augment>
+// An image's pixels by their places in it. A place tells its channel, and with it its normalisation.
+__device__ __forceinline__ void load_ordered(float* __restrict__ x, float* __restrict__ x_squared,
+                                             const uint8_t* __restrict__ pixels,
+                                             const int32_t* __restrict__ pixel_order, const DeviceImages& set) {
+  const Normalisation& to = set.normalisation;
+  const int second = set.plane, third = 2 * set.plane, size = set.channels * set.plane;
+  if (set.channels == 1) {
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+      const float v = float(int(pixels[pixel_order[i]])) * to.scale[0] + to.shift[0];
+      x[i] = v;
+      if (x_squared) x_squared[i] = v * v;
+    }
+  } else {
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+      const int from = pixel_order[i];
+      const float scale = from < second ? to.scale[0] : from < third ? to.scale[1] : to.scale[2];
+      const float shift = from < second ? to.shift[0] : from < third ? to.shift[1] : to.shift[2];
+      const float v = float(int(pixels[from])) * scale + shift;
+      x[i] = v;
+      if (x_squared) x_squared[i] = v * v;
+    }
+  }
+}
+
+// The task of example b. Running sums only grow: the first above u is as far in as there are sums that are not.
+__device__ __forceinline__ int task_of(const TaskInputs& tasks, const StepState& s, int b) {
+  if (!tasks.cumulative) return s.stage % tasks.tasks;
+  const double u = philox(make_uint4(uint32_t(b), stream_tasks, s.step, 0), s.shuffle).w * 0x1p-32;  // exact
+  const float* __restrict__ sums = tasks.cumulative + size_t(min(s.stage_step, tasks.steps) - 1) * tasks.tasks;
+  int task = 0;
+  for (int t = 0; t < tasks.tasks - 1; t++) task += u >= double(sums[t]);
+  return task;
+}
+
+template <Pixels how>
 __global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set,
-                                       const int32_t* order, size_t order_stride, const StepState* states, int batch) {
+                                       const int32_t* order, size_t order_stride, const StepState* states, int batch,
+                                       TaskInputs tasks) {
   const int b = blockIdx.x, r = simt::row();
   const StepState& s = states[r];
   const uint32_t position = uint32_t(s.stage_step - 1) * uint32_t(batch) + uint32_t(b), n = uint32_t(s.part_size);
@@ -79,18 +118,24 @@ __global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labe
   const uint32_t place = shuffled(position % n, n, s.shuffle, (uint32_t(s.stage) << 20) + epoch);
   const int example = order[order_stride * r + s.part_offset + place];
   const size_t image = size_t(set.channels) * set.plane, to = (size_t(r) * batch + b) * image;
-  if constexpr (augment)
+  if constexpr (how == Pixels::augmented)
     load_augmented(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set,
                    philox(make_uint4(uint32_t(b), stream_augment, s.step, 0), s.shuffle));
+  else if constexpr (how == Pixels::in_order)
+    load_ordered(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image,
+                 tasks.pixel_order + task_of(tasks, s, b) * image, set);
   else load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
   if (threadIdx.x == 0) labels[size_t(r) * batch + b] = set.labels[example];
 }
 
+template <Pixels how>
 __global__ void gather_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set, const int32_t* index,
-                              int first) {
+                              int first, const int32_t* pixel_order) {
   const int b = blockIdx.x, example = index ? index[b] : first + b;
   const size_t image = size_t(set.channels) * set.plane, to = b * image;
-  load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
+  if constexpr (how == Pixels::in_order)
+    load_ordered(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, pixel_order, set);
+  else load_image(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, set);
   if (threadIdx.x == 0) labels[b] = set.labels[example];
 }
 
@@ -117,19 +162,27 @@ __host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t 
 
 void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* order,
                            size_t order_stride, const StepState* states, int replicas, int batch, Stream stream,
-                           bool augment) {
+                           bool augment, const TaskInputs* tasks) {
   BATON_RANGE("gather_training_batch");
   if (augment && (set.height < 1 || set.width < 1 || long(set.height) * set.width != set.plane))
     throw InputError("gather_training_batch: to augment, images of " + std::to_string(set.plane) +
                      " pixels a plane must have a height and a width, not " + std::to_string(set.height) + "x" +
                      std::to_string(set.width));
+  if (augment && tasks) throw InputError("gather_training_batch: images are augmented or of tasks, not both");
+  if (tasks && (tasks->tasks < 1 || !tasks->pixel_order))
+    throw InputError("gather_training_batch: pixel_order [" + std::to_string(tasks->tasks) + "][" +
+                     std::to_string(set.channels * set.plane) + "] must have at least one task");
+  if (tasks && tasks->cumulative && tasks->steps < 1)
+    throw InputError("gather_training_batch: cumulative [" + std::to_string(tasks->steps) + "][" +
+                     std::to_string(tasks->tasks) + "] must have at least one step");
   const auto shape = simt::blocks(batch, threads, 0, replicas);
-  if (augment)
-    simt::launch<gather_training_kernel<true>>(shape, stream, x, x_squared, labels, set, order, order_stride, states,
-                                               batch);
-  else
-    simt::launch<gather_training_kernel<false>>(shape, stream, x, x_squared, labels, set, order, order_stride, states,
-                                                batch);
+  const auto run = [&]<Pixels how>() {
+    simt::launch<gather_training_kernel<how>>(shape, stream, x, x_squared, labels, set, order, order_stride, states,
+                                              batch, tasks ? *tasks : TaskInputs{});
+  };
+  if (augment) run.operator()<Pixels::augmented>();
+  else if (tasks) run.operator()<Pixels::in_order>();
+  else run.operator()<Pixels::as_they_are>();
 }
 
 void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, int first, int batch,
@@ -138,14 +191,19 @@ void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImage
   if (first < 0 || first + batch > set.count)
     throw InputError("gather_range: images " + std::to_string(first) + " to " + std::to_string(first + batch) +
                      " of a set of " + std::to_string(set.count));
-  simt::launch<gather_kernel>(simt::blocks(batch, threads), stream, x, x_squared, labels, set,
-                              static_cast<const int32_t*>(nullptr), first);
+  const int32_t* const none = nullptr;
+  simt::launch<gather_kernel<Pixels::as_they_are>>(simt::blocks(batch, threads), stream, x, x_squared, labels, set,
+                                                   none, first, none);
 }
 
 void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* index,
-                    int batch, Stream stream) {
+                    int batch, Stream stream, const int32_t* pixel_order) {
   BATON_RANGE("gather_indexed");
-  simt::launch<gather_kernel>(simt::blocks(batch, threads), stream, x, x_squared, labels, set, index, 0);
+  const auto shape = simt::blocks(batch, threads);
+  if (pixel_order)
+    simt::launch<gather_kernel<Pixels::in_order>>(shape, stream, x, x_squared, labels, set, index, 0, pixel_order);
+  else
+    simt::launch<gather_kernel<Pixels::as_they_are>>(shape, stream, x, x_squared, labels, set, index, 0, pixel_order);
 }
 
 }  // namespace baton

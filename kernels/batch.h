@@ -30,14 +30,30 @@ __host__ __device__ uint32_t shuffled(uint32_t i, uint32_t n, Key key, uint32_t 
 // and cropped to its size at a random place: x(y, c) = image(y + p - 4, c' + q - 4), c' = c or width - 1 - c. Philox
 // with the key `shuffle`, element b, stream stream_augment, the step: words 0 to 2 are the mirror (top bit), p and q
 // (9 word / 2^32).
+//
+// tasks: see below.
+struct TaskInputs;
 void gather_training_batch(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* order,
                            size_t order_stride, const StepState* states, int replicas, int batch, Stream,
-                           bool augment = false);
+                           bool augment = false, const TaskInputs* tasks = nullptr);
+
+// Tasks that show the same images with their pixels in other orders (permuted MNIST), after normalisation: task t sees
+// x[i] = image[pixel_order[t][i]], i over channels * plane. The task of a step is its stage; or, where `cumulative` is
+// given, each example's own: the first t with u < cumulative[stage_step - 1][t] (the last where none is), u = word w of
+// Philox(key shuffle; b, stream_tasks, step, 0) / 2^32 (Zeno et al., continuous task-agnostic learning).
+// augment and tasks exclude each other (InputError). Device memory.
+struct TaskInputs {
+  const int32_t* pixel_order;         // [tasks][channels * plane]
+  int tasks;                          // stages beyond them wrap around
+  const float* cumulative = nullptr;  // [steps][tasks]: running sums of the tasks' probabilities at each step
+  int steps = 0;                      // steps beyond the last use the last row
+};
 
 // Images first, first + 1, ... (first + batch <= count) in the set's own order.
 void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages&, int first, int batch, Stream);
 // The images that `index` [batch] names.
+// pixel_order [channels * plane] of one task, or null: the pixels as they are.
 void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* index, int batch,
-                    Stream);
+                    Stream, const int32_t* pixel_order = nullptr);
 
 }  // namespace baton

@@ -76,6 +76,21 @@ void check_shape(const char* who, int samples, int batch, int classes) {
                      "], expected [samples][batch][classes] with at least one sample and one class");
 }
 
+__global__ void choose_kernel(uint8_t* __restrict__ chosen, size_t chosen_stride, const float* __restrict__ logits,
+                              int batch, int classes) {
+  const int b = simt::thread_item(), s = simt::row();
+  if (b >= batch) return;
+  const float* x = logits + (size_t(s) * batch + b) * classes;
+  int best = 0;
+  float most = x[0];
+  for (int c = 1; c < classes; c++) {
+    const bool wins = x[c] > most;
+    best = wins ? c : best;
+    most = wins ? x[c] : most;
+  }
+  chosen[chosen_stride * s + b] = uint8_t(best);
+}
+
 }  // namespace
 
 void accumulate_predictions(float* probability_sum, float* entropy_sum, const float* logits, int samples, int batch,
@@ -96,6 +111,14 @@ void finish_predictions(float* probability, float* entropy, float* mutual_inform
   check_shape("finish_predictions", samples, batch, classes);
   simt::launch<finish>(simt::warps(batch), stream, probability, entropy, mutual_information, probability_sum,
                        entropy_sum, samples, batch, classes);
+}
+
+void choose_classes(uint8_t* chosen, size_t chosen_stride, const float* logits, int samples, int batch, int classes,
+                    Stream stream) {
+  BATON_RANGE("choose_classes");
+  if (classes < 1 || classes > 256)
+    throw InputError("choose_classes: 1 to 256 classes, not " + std::to_string(classes));
+  simt::launch<choose_kernel>(simt::each(batch, samples), stream, chosen, chosen_stride, logits, batch, classes);
 }
 
 }  // namespace baton

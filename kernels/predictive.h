@@ -15,4 +15,9 @@ void accumulate_predictions(float* probability_sum, float* entropy_sum, const fl
 void finish_predictions(float* probability, float* entropy, float* mutual_information, const float* probability_sum,
                         const float* entropy_sum, int samples, int batch, int classes, Stream);
 
+// The class that every sample chooses, the first of equals: chosen[chosen_stride * s + b]. logits
+// [samples][batch][classes], at most 256 classes.
+void choose_classes(uint8_t* chosen, size_t chosen_stride, const float* logits, int samples, int batch, int classes,
+                    Stream);
+
 }  // namespace baton

@@ -24,14 +24,14 @@ namespace {
 template <int fixed, bool gradient>
 __global__ void softmax_xent(float* __restrict__ loss, float* __restrict__ hit, float* __restrict__ dlogits,
                              const float* __restrict__ logits, const int32_t* __restrict__ labels, int rows,
-                             int any_classes, float scale) {
+                             int labelled, int any_classes, float scale) {
   const int row = simt::warp_item(), lane = simt::lane_id();
   if (row >= rows) return;
   const int classes = fixed ? fixed : any_classes;
   const float* __restrict__ x = logits + size_t(row) * classes;
   float* __restrict__ dx = gradient ? dlogits + size_t(row) * classes : nullptr;
 
-  const int label = labels[row];
+  const int label = labels[row < labelled ? row : row % labelled];
   const bool known = label >= 0 && label < classes;
   const float own = known ? x[label] : NAN;
   float top = -INFINITY;
@@ -101,13 +101,13 @@ __global__ void __launch_bounds__(totals_threads)
 
 template <int fixed>
 void launch_rows(float* loss, float* hit, float* dlogits, const float* logits, const int32_t* labels, int rows,
-                 int classes, float scale, Stream stream) {
+                 int labelled, int classes, float scale, Stream stream) {
   if (dlogits)
     simt::launch<softmax_xent<fixed, true>>(simt::warps(rows), stream, loss, hit, dlogits, logits, labels, rows,
-                                            classes, scale);
+                                            labelled, classes, scale);
   else
     simt::launch<softmax_xent<fixed, false>>(simt::warps(rows), stream, loss, hit, dlogits, logits, labels, rows,
-                                             classes, scale);
+                                             labelled, classes, scale);
 }
 
 std::string dims(std::initializer_list<int> sizes) {
@@ -119,7 +119,7 @@ std::string dims(std::initializer_list<int> sizes) {
 }  // namespace
 
 void softmax_cross_entropy(float* loss, float* hit, float* dlogits, const float* logits, const int32_t* labels,
-                           int replicas, int batch, int classes, float scale, Stream stream) {
+                           int replicas, int batch, int classes, float scale, Stream stream, bool shared_labels) {
   BATON_RANGE("softmax_cross_entropy");
   if (replicas < 0 || batch < 0 || classes < 1 || int64_t(replicas) * batch > INT32_MAX)
     throw InputError("softmax_cross_entropy: logits has shape " + dims({replicas, batch, classes}) +
@@ -127,13 +127,13 @@ void softmax_cross_entropy(float* loss, float* hit, float* dlogits, const float*
   if (dlogits && dlogits == logits)
     throw InputError("softmax_cross_entropy: dlogits " + dims({replicas, batch, classes}) +
                      " is logits itself, expected memory of its own");
-  const int rows = replicas * batch;
-  if (classes == 10) launch_rows<10>(loss, hit, dlogits, logits, labels, rows, classes, scale, stream);
-  else launch_rows<0>(loss, hit, dlogits, logits, labels, rows, classes, scale, stream);
+  const int rows = replicas * batch, labelled = shared_labels ? batch : rows;
+  if (classes == 10) launch_rows<10>(loss, hit, dlogits, logits, labels, rows, labelled, classes, scale, stream);
+  else launch_rows<0>(loss, hit, dlogits, logits, labels, rows, labelled, classes, scale, stream);
 }
 
-void add_to_totals(Totals* totals, const float* loss, const float* hit, StepState* states, int replicas,
-                   int batch, Stream stream) {
+void add_to_totals(Totals* totals, const float* loss, const float* hit, StepState* states, int replicas, int batch,
+                   Stream stream) {
   BATON_RANGE("add_to_totals");
   if (replicas < 0 || batch < 1)
     throw InputError("add_to_totals: loss has shape " + dims({replicas, batch}) +

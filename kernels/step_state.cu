@@ -1,7 +1,7 @@
 // Moves every replica's StepState on by one step: one thread a replica, first node of a captured step.
 //
 //   t = steps of this stage, s = steps it will have, p = (t - 1) / s in [0, 1)
-//   step size = base * {1 | 1 - p | (1 + cos(pi p)) / 2}       constant, linear, cosine
+//   step size = base * {1 | 1 - p | (1 + cos(pi p)) / 2 | decay^floor((t - 1) / n)}       constant, linear, cosine, steps
 //   Adam's corrections 1 / (1 - beta^t), with t restarted at every stage (Kochurov et al., section 5: the optimizer's
 //   state is reset before each stage)
 #include "kernels/step_state.h"
@@ -28,6 +28,8 @@ __global__ void advance_step_kernel(StepState* __restrict__ states, int replicas
   float factor = 1.f;
   if (s.schedule == Schedule::linear) factor = 1.f - progress;
   if (s.schedule == Schedule::cosine) factor = half_cosine(progress);
+  if (s.schedule == Schedule::steps && s.decay_steps > 0)
+    for (int passed = (s.stage_step - 1) / s.decay_steps; passed > 0; passed--) factor *= s.decay;
   s.lr_mean = s.base_lr_mean * factor;
   s.lr_scale = s.base_lr_scale * factor;
   const float warm = s.warmup_steps > 0 ? fminf(1.f, float(s.stage_step) / float(s.warmup_steps)) : 1.f;

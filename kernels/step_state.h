@@ -5,7 +5,7 @@
 
 namespace baton {
 
-enum class Schedule : int { constant, linear, cosine };  // of the step sizes over a stage
+enum class Schedule : int { constant, linear, cosine, steps };  // of the step sizes over a stage
 
 struct StepState {
   Key noise;            // of the weights' and activations' noise
@@ -19,6 +19,8 @@ struct StepState {
   Schedule schedule;
   float base_lr_mean;    // step size of the means at the stage's start
   float base_lr_scale;   // step size of the log standard deviations
+  int32_t decay_steps;   // Schedule::steps: after each so many steps of the stage,
+  float decay;           // the step sizes are multiplied by this
   float kl_weight;       // beta / N_t: what multiplies the KL in the objective (mean cross-entropy + kl_weight KL)
   int32_t warmup_steps;  // the KL's weight grows linearly over so many steps (0: full from the start)
   // Computed by advance_step:
@@ -39,6 +41,8 @@ enum NoiseStream : uint32_t {
   stream_draws = 2500,    // of tensors whose draws a step uses: + the tensor's number
   stream_z = 2700,        // of the base of a tensor's multiplicative variables: + the tensor's number
   stream_augment = 3000,
+  stream_tasks = 3100,    // which task an example of a mixture belongs to
+  stream_dropout = 4000,  // + the layer's number
 };
 
 void advance_step(StepState* states, int replicas, Stream);

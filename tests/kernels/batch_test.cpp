@@ -271,8 +271,7 @@ std::vector<double> moved(const std::vector<double>& image, int channels, int h,
   for (int c = 0; c < channels; c++) {
     std::vector<double> padded(size_t(h + 8) * (w + 8));
     for (int y = 0; y < h; y++)
-      for (int x = 0; x < w; x++)
-        padded[size_t(y + 4) * (w + 8) + x + 4] = image[(size_t(c) * h + y) * w + x];
+      for (int x = 0; x < w; x++) padded[size_t(y + 4) * (w + 8) + x + 4] = image[(size_t(c) * h + y) * w + x];
     for (int y = 0; y < h; y++)
       for (int x = 0; x < w; x++)
         to.push_back(padded[size_t(y + m.down) * (w + 8) + (m.mirror ? w - 1 - x : x) + m.right]);
@@ -365,6 +364,191 @@ TEST(Batch, RefusesToAugmentWithoutASize) {
   EXPECT_THROW(call(), InputError);
   set.height = -3, set.width = -4;
   EXPECT_THROW(call(), InputError);
+}
+
+// ------------------------------------------------------------------------------------------------- tasks by pixel
+// order
+std::vector<int32_t> pixel_orders(int tasks, int size) {
+  std::vector<int32_t> orders;
+  std::mt19937 random(17);
+  for (int t = 0; t < tasks; t++) {
+    std::vector<int32_t> one(size);
+    std::iota(one.begin(), one.end(), 0);
+    std::shuffle(one.begin(), one.end(), random);
+    orders.insert(orders.end(), one.begin(), one.end());
+  }
+  return orders;
+}
+std::vector<double> in_order(const std::vector<double>& image, const std::vector<int32_t>& orders, int task) {
+  std::vector<double> x;
+  for (size_t i = 0; i < image.size(); i++) x.push_back(image[orders[task * image.size() + i]]);
+  return x;
+}
+// The first sum above u, or the last task.
+int task_of(const StepState& s, int b, const std::vector<float>& cumulative, int tasks) {
+  const double u = philox(make_uint4(uint32_t(b), stream_tasks, s.step, 0), s.shuffle).w / 4294967296.;
+  const size_t steps = cumulative.size() / tasks, row = std::min<size_t>(s.stage_step, steps) - 1;
+  for (int t = 0; t < tasks; t++)
+    if (u < cumulative[row * tasks + t]) return t;
+  return tasks - 1;
+}
+
+// Replica r of the states is in stage r; where there are probabilities (cumulative), they decide.
+void check_tasks(int channels, int plane, int batch, int replicas, int tasks, const std::vector<float>& cumulative = {},
+                 int stage_step = 1) {
+  SCOPED_TRACE(testing::Message() << channels << "x" << plane << ", step " << stage_step << " of the stage");
+  Memory memory;
+  Images images(memory, 9, channels, plane, in_binary);
+  const std::vector<int32_t> orders = pixel_orders(tasks, int(images.size()));
+  std::vector<int32_t> all(9);
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<StepState> states;
+  for (int r = 0; r < replicas; r++) {
+    states.push_back(state_of(r, r, 0, 9));
+    states[r].stage_step = stage_step, states[r].step = uint32_t(20 + stage_step);
+  }
+  Buffer device_orders(memory, orders), order(memory, all);
+  Buffer device_states(memory, states);
+  Buffer sums(memory, cumulative);
+  const int steps = int(cumulative.size()) / tasks;
+  const TaskInputs inputs{device_orders, tasks, steps ? sums.data() : nullptr, steps};
+  const size_t n = size_t(replicas) * batch;
+  for (bool squared : {true, false}) {
+    Buffer<float> x(memory, n * images.size(), NAN), x2(memory, n * images.size(), NAN);
+    Buffer<int32_t> labels(memory, n, -1);
+    gather_training_batch(x, squared ? x2.data() : nullptr, labels, images.set, order, 0, device_states, replicas,
+                          batch, memory.stream(), false, &inputs);
+    const std::vector<int32_t> seen = labels.host();
+    std::vector<double> want;
+    for (int r = 0; r < replicas; r++)
+      for (int b = 0; b < batch; b++) {
+        const uint32_t at = uint32_t((stage_step - 1) * batch + b);
+        const int32_t example = int32_t(shuffled(at % 9, 9, states[r].shuffle, (uint32_t(r) << 20) + at / 9));
+        ASSERT_EQ(seen[r * batch + b], example);
+        const int task = steps ? task_of(states[r], b, cumulative, tasks) : r % tasks;
+        const auto now = in_order(images.values({example}), orders, task);
+        want.insert(want.end(), now.begin(), now.end());
+      }
+    EXPECT_TRUE(exact(x.host(), want));
+    if (squared) {
+      EXPECT_TRUE(exact(x2.host(), squares(want)));
+      record("gather.tasks." + std::to_string(channels) + "x" + std::to_string(plane) +
+                 (steps ? ".mixture" : ".stage") + std::to_string(stage_step),
+             x.host(), 0);
+    }
+  }
+}
+
+TEST(Batch, SmallTasksByStage) {
+  BATON_NEEDS_DEVICE();
+  check_tasks(2, 5, 2, 2, 2);
+}
+
+TEST(Batch, TasksByStage) {
+  BATON_NEEDS_DEVICE();
+  check_tasks(1, 784, 5, 3, 4);
+  check_tasks(3, 131, 4, 2, 2);
+  check_tasks(1, 9, 4, 5, 2);  // more stages than tasks: they wrap around
+  check_tasks(2, 7, 3, 2, 1, {}, 4);
+}
+
+TEST(Batch, SmallTasksByMixture) {
+  BATON_NEEDS_DEVICE();
+  check_tasks(1, 6, 3, 2, 2, {0.5f, 1, 0, 1}, 1);
+}
+
+TEST(Batch, TasksByMixture) {
+  BATON_NEEDS_DEVICE();
+  // Three steps' rows: a task that cannot be, sums that stay below 1, and nothing but the last.
+  const std::vector<float> cumulative{0.25f, 0.25f, 0.75f, 1, 0.1f, 0.2f, 0.3f, 0.4f, 0, 0, 0, 0};
+  for (int step : {1, 2, 3, 4, 9}) check_tasks(1, 50, 40, 2, 4, cumulative, step);
+  check_tasks(3, 64, 20, 1, 3, {0.3f, 0.6f, 1}, 1);
+}
+
+// What is drawn has the probabilities that were asked for, and other steps and replicas draw others. The image is a
+// ramp, and task t shows its pixel t first.
+TEST(Batch, TasksHaveTheirProbabilities) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  const int tasks = 3, size = 4, batch = 1500, replicas = 6;
+  Images images(memory, 1, 1, size, {{1, 0, 0}, {0, 0, 0}});
+  images.pixels.set({0, 1, 2, 3});
+  const std::vector<float> cumulative{0.2f, 0.5f, 1};
+  Buffer orders(memory, std::vector<int32_t>{0, 1, 2, 3, 1, 0, 2, 3, 2, 1, 0, 3}),
+      order(memory, std::vector<int32_t>{0});
+  Buffer sums(memory, cumulative);
+  std::vector<StepState> states;
+  for (int r = 0; r < replicas; r++) {
+    states.push_back(state_of(r % 2, 0, 0, 1));
+    states[r].stage_step = 1, states[r].step = uint32_t(r / 2);
+  }
+  Buffer device_states(memory, states);
+  Buffer<float> x(memory, size_t(replicas) * batch * size, NAN);
+  Buffer<int32_t> labels(memory, size_t(replicas) * batch, -1);
+  const TaskInputs inputs{orders, tasks, sums, 1};
+  gather_training_batch(x, nullptr, labels, images.set, order, 0, device_states, replicas, batch, memory.stream(),
+                        false, &inputs);
+  const std::vector<float> seen = x.host();
+  std::vector<int> times(tasks), drawn;
+  for (int i = 0; i < replicas * batch; i++) {
+    drawn.push_back(int(seen[size_t(i) * size]));
+    ASSERT_LT(drawn.back(), tasks);
+    times[drawn.back()]++;
+  }
+  const double n = replicas * batch, p[] = {0.2, 0.3, 0.5};
+  for (int t = 0; t < tasks; t++) EXPECT_NEAR(times[t] / n, p[t], 4 * std::sqrt(p[t] * (1 - p[t]) / n)) << t;
+  for (int r = 1; r < replicas; r++) {  // independent: alike with probability 0.04 + 0.09 + 0.25
+    int same = 0;
+    for (int b = 0; b < batch; b++) same += drawn[b] == drawn[r * batch + b];
+    EXPECT_NEAR(same / double(batch), 0.38, 0.06) << r;
+  }
+}
+
+void check_indexed_order(int channels, int plane, const Normalisation& normalisation) {
+  Memory memory;
+  Images images(memory, 9, channels, plane, normalisation);
+  const std::vector<int32_t> index{8, 0, 3, 3, 7}, orders = pixel_orders(1, int(images.size()));
+  Buffer device_index(memory, index), pixel_order(memory, orders);
+  std::vector<double> want;
+  for (int32_t e : index) {
+    const auto now = in_order(images.values({e}), orders, 0);
+    want.insert(want.end(), now.begin(), now.end());
+  }
+  for (bool squared : {true, false}) {
+    Buffer<float> x(memory, 5 * images.size(), NAN), x2(memory, 5 * images.size(), NAN);
+    Buffer<int32_t> labels(memory, 5, -1);
+    gather_indexed(x, squared ? x2.data() : nullptr, labels, images.set, device_index, 5, memory.stream(), pixel_order);
+    EXPECT_TRUE(exact(labels.host(), index));
+    EXPECT_TRUE(close(x.host(), want, {.l2 = 1e-7}));
+    if (squared) {
+      EXPECT_TRUE(close(x2.host(), squares(want), {.l2 = 2e-7}));
+    }
+  }
+}
+
+TEST(Batch, SmallIndexedInOrder) {
+  BATON_NEEDS_DEVICE();
+  check_indexed_order(2, 5, in_binary);
+}
+
+TEST(Batch, IndexedInOrder) {
+  BATON_NEEDS_DEVICE();
+  check_indexed_order(1, 784, in_decimal);
+  check_indexed_order(3, 131, in_decimal);
+}
+
+TEST(Batch, RefusesTasks) {
+  const DeviceImages set{nullptr, nullptr, 10, 1, 12, in_binary, 3, 4};
+  const int32_t orders[12] = {};
+  const float sums[1] = {1};
+  auto call = [&](TaskInputs tasks, bool augment) {
+    gather_training_batch(nullptr, nullptr, nullptr, set, nullptr, 0, nullptr, 1, 0, {}, augment, &tasks);
+  };
+  call({orders, 1}, false);  // nothing to do
+  EXPECT_THROW(call({orders, 1}, true), InputError);
+  EXPECT_THROW(call({orders, 0}, false), InputError);
+  EXPECT_THROW(call({nullptr, 1}, false), InputError);
+  EXPECT_THROW(call({orders, 1, sums, 0}, false), InputError);
 }
 
 TEST(Batch, RefusesRanges) {

@@ -1,0 +1,77 @@
+// Scores for pruning, and pruning: elementwise over stretches of the flat store, one launch a stretch; not for every
+// step.
+//
+//   signal_to_noise: score = |mean| / sd, infinite where sd = 0;  magnitude: score = |mean|;  -1 where mean = sd = 0
+//
+// Scores: 12 bytes and 4 FLOPs a weight (8 bytes and 1 without sd); pruning: 1 byte read a weight, 8 written where it
+// is pruned. Writes =, deterministic.
+#include "kernels/prune.h"
+
+namespace baton {
+
+namespace {
+
+__global__ void signal_kernel(float* __restrict__ score, const float* __restrict__ mean, const float* __restrict__ sd,
+                              int n) {
+  const int i = simt::thread_item();
+  if (i >= n) return;
+  const float size = fabsf(mean[i]), noise = sd[i];
+  const float alone = size == 0.f ? -1.f : INFINITY;  // where there is no noise; not a NaN of 0 / 0
+  score[i] = noise == 0.f ? alone : size / noise;
+}
+
+__global__ void magnitude_kernel(float* __restrict__ score, const float* __restrict__ mean,
+                                 const float* __restrict__ sd, int n) {
+  const int i = simt::thread_item();
+  if (i >= n) return;
+  const float size = fabsf(mean[i]);
+  const int gone = sd ? (size == 0.f) & (sd[i] == 0.f) : 0;
+  score[i] = gone ? -1.f : size;
+}
+
+__global__ void prune_kernel(float* __restrict__ mean, float* __restrict__ sd, const uint8_t* __restrict__ pruned,
+                             int n) {
+  const int i = simt::thread_item();
+  if (i >= n || !pruned[i]) return;
+  mean[i] = 0;
+  if (sd) sd[i] = 0;
+}
+
+// f(place in the store, place in the scores, count) for every stretch.
+template <class F>
+void each_stretch(const char* who, const std::vector<Stretch>& stretches, F f) {
+  for (const Stretch& s : stretches)
+    if (s.first < 0 || s.count < 0)
+      throw InputError(std::string(who) + ": a stretch of " + std::to_string(s.count) + " weights from place " +
+                       std::to_string(s.first));
+  size_t j = 0;
+  for (const Stretch& s : stretches) {
+    if (s.count > 0) f(size_t(s.first), j, s.count);
+    j += size_t(s.count);
+  }
+}
+
+}  // namespace
+
+void prune_scores(float* score, const float* mean, const float* sd, const std::vector<Stretch>& stretches,
+                  Ranking ranking, Stream stream) {
+  BATON_RANGE("prune_scores");
+  if (ranking == Ranking::signal_to_noise && !sd)
+    throw InputError("prune_scores: signal to noise of weights without sd");
+  each_stretch("prune_scores", stretches, [=](size_t first, size_t j, int n) {
+    const float* noise = sd ? sd + first : nullptr;
+    if (ranking == Ranking::signal_to_noise)
+      simt::launch<signal_kernel>(simt::each(n), stream, score + j, mean + first, noise, n);
+    else simt::launch<magnitude_kernel>(simt::each(n), stream, score + j, mean + first, noise, n);
+  });
+}
+
+void prune_weights(float* mean, float* sd, const uint8_t* pruned, const std::vector<Stretch>& stretches,
+                   Stream stream) {
+  BATON_RANGE("prune_weights");
+  each_stretch("prune_weights", stretches, [=](size_t first, size_t j, int n) {
+    simt::launch<prune_kernel>(simt::each(n), stream, mean + first, sd ? sd + first : nullptr, pruned + j, n);
+  });
+}
+
+}  // namespace baton

@@ -1,0 +1,23 @@
+// Pruning a Gaussian posterior by its signal-to-noise ratio |mean| / sd (Graves 2011; Blundell et al. 2015), or weights
+// by their magnitude: the lowest of all weights, under one threshold, become exactly 0, mean and sd.
+#pragma once
+#include <vector>
+
+#include "engine/runtime.h"
+
+namespace baton {
+
+enum class Ranking : int { signal_to_noise, magnitude };
+
+// Tensors that may be pruned, in the flat store.
+struct Stretch {
+  int first, count;
+};
+
+// score[j] over the stretches' weights, one stretch after the other (j from 0): |mean| / sd, or |mean|. A weight that
+// is pruned already (mean = 0 and sd = 0) scores -1; sd = 0 alone scores infinity. sd null: magnitude only.
+void prune_scores(float* score, const float* mean, const float* sd, const std::vector<Stretch>&, Ranking, Stream);
+// mean = sd = 0 (sd may be null) where pruned[j] is set, j as above.
+void prune_weights(float* mean, float* sd, const uint8_t* pruned, const std::vector<Stretch>&, Stream);
+
+}  // namespace baton
