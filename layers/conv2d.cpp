@@ -47,7 +47,11 @@ void Conv2d::prepare(const LayerContext& c, bool feeds_sampled) {
   if (sampled_) v_ = c.arena.take<float>(pre);
   if (c.channel_moments) moments_.emplace(c.device, c.arena, geometry_, c.replicas);
   if (c.training) sums_ = c.arena.take<float>(size_t(2) * c.replicas * c.batch * planes_.channels);
-  if (c.training && !c.sampled && c.replicas == 1 && c.batch % examples_at_once == 0) {
+  if (c.moments) {
+    draw_product_.emplace(c.device, c.arena, geometry_, 1);
+    gradients_ = c.arena.take<float>(geometry_.weight_size());
+    bias_gradients_ = c.arena.take<float>(size_t(planes_.channels) * c.replicas);
+  } else if (c.training && !c.sampled && c.replicas == 1 && c.batch % examples_at_once == 0) {
     ConvShape one = geometry_;
     one.batch = 1;
     example_product_.emplace(c.device, c.arena, one, examples_at_once);
@@ -89,13 +93,15 @@ void Conv2d::backward(Device& device, WeightsView w, GradientsView g, const Acti
   }
   if (g.squares) {
     add_squares(device, g, x, dm);
+  } else if (g.moments.sum) {
+    add_moments(device, g, x, dm, states);
   } else if (drawn_ && !sampled_) {
     conv_bias_gradient(g.draw + bias_at_, nullptr, g.draw_stride, sums_, planes_, device.stream());
   } else {
     conv_bias_gradient(g.mean + bias_at_, sampled_ ? g.variance + bias_at_ : nullptr, g.stride, sums_, planes_,
                        device.stream());
   }
-  if (!g.squares)
+  if (!g.squares && !g.moments.sum)
     mean_product_->backward_weights(
         device, {x.signal.value, x.stride / cut}, {dm, pre_stride_ / cut},
         drawn_ ? MutableMatrices{g.draw + weight_at_, g.draw_stride} : MutableMatrices{g.mean + weight_at_, g.stride});
@@ -113,6 +119,21 @@ void Conv2d::backward(Device& device, WeightsView w, GradientsView g, const Acti
   if (x.signal.grad_square)
     product.backward_data(device, {dv, pre_stride_}, {w.variance + weight_at_, w.stride},
                           {x.signal.grad_square, x.stride});
+}
+
+// One draw's gradient at a time: it is folded into the moments before the next one takes its place.
+void Conv2d::add_moments(Device& device, GradientsView g, const Activation& x, const float* dm,
+                         const StepState* states) {
+  const size_t weights = geometry_.weight_size();
+  for (int k = 0; k < g.pass.draws; k++) {
+    draw_product_->backward_weights(device, {x.signal.value + x.stride * k, 0}, {dm + pre_stride_ * k, 0},
+                                    {gradients_, 0});
+    accumulate_moments(g.moments, gradients_, weights, int(weight_at_), int(weights),
+                       {g.pass.first_draw + k, 1, g.pass.add || k > 0}, states, device.stream());
+  }
+  conv_bias_gradient(bias_gradients_, nullptr, planes_.channels, sums_, planes_, device.stream());
+  accumulate_moments(g.moments, bias_gradients_, planes_.channels, int(bias_at_), planes_.channels, g.pass, states,
+                     device.stream());
 }
 
 // An example's gradient is a sum over positions, so it must exist before it is squared: a few examples at a time run as

@@ -30,6 +30,7 @@ class Conv2d {
   int out_width() const { return pooled() ? planes_.pooled_w() : planes_.w; }
 
  private:
+  void add_moments(Device&, GradientsView, const Activation& x, const float* dm, const StepState*);
   void add_squares(Device&, GradientsView, const Activation& x, const float* dm);
   bool pooled() const { return pooling_ != Pooling::none; }
   ConvShape geometry_;
@@ -41,7 +42,7 @@ class Conv2d {
   Rows rows_{};  // of the products with the means
   int replicas_ = 1;
   std::optional<CholeskyMoments> moments_;
-  std::optional<Convolution> mean_product_, variance_product_, example_product_;
+  std::optional<Convolution> mean_product_, variance_product_, example_product_, draw_product_;
   Activation y_;
   size_t pre_stride_ = 0;
   float* m_ = nullptr;  // pre-activations: means, then (pooled) their gradient
@@ -49,8 +50,9 @@ class Conv2d {
   uint8_t* which_ = nullptr;
   float* slope_ = nullptr;
   float* sums_ = nullptr;
-  float* dv_ = nullptr;         // not pooled: the gradient of v
-  float* gradients_ = nullptr;  // of single examples
+  float* dv_ = nullptr;              // not pooled: the gradient of v
+  float* gradients_ = nullptr;       // of single examples, or of one draw, for its moments
+  float* bias_gradients_ = nullptr;  // of every draw
 };
 
 }  // namespace baton

@@ -20,6 +20,7 @@ void Dense::prepare(const LayerContext& c, bool feeds_layer) {
   y_ = take_activation(c, out_, feeds_layer && c.sampled, c.training);
   if (c.sampled) v_ = c.arena.take<float>(y_.stride * c.replicas);
   if (c.sampled && c.training) dv_ = feeds_layer ? y_.signal.grad_square : c.arena.take<float>(y_.stride * c.replicas);
+  if (c.moments) bias_gradients_ = c.arena.take<float>(size_t(out_) * c.replicas);
   if (c.training && !c.sampled && c.replicas == 1) {
     squared_gradient_ = c.arena.take<float>(y_.stride);
     squared_input_ = c.arena.take<float>(size_t(in_) * c.batch);
@@ -57,6 +58,11 @@ void Dense::backward(Device& device, WeightsView w, GradientsView g, const Activ
     gemm(device, true, false, out_, in_, batch, {squared_gradient_, 0}, {squared_input_, 0}, 1.f,
          {g.squares + weight_at_, 0}, 1);
     accumulate_rows(g.squares + bias_at_, squared_gradient_, batch, out_, device.stream());
+  } else if (g.moments.sum) {
+    dense_bias_gradient(bias_gradients_, nullptr, out_, dm, nullptr, shape_, device.stream());
+    accumulate_moments(g.moments, bias_gradients_, out_, int(bias_at_), out_, g.pass, states, device.stream());
+    accumulate_product_moments(device, g.moments, int(weight_at_), out_, in_, batch, {dm, y_.stride},
+                               {x.signal.value, x.stride}, g.pass, states);
   } else {
     dense_bias_gradient(g.mean + bias_at_, sampled_ ? g.variance + bias_at_ : nullptr, g.stride, dm,
                         sampled_ ? dv_ : nullptr, shape_, device.stream());

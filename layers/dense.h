@@ -25,8 +25,9 @@ class Dense {
   DenseShape shape_{};
   Rows rows_{};  // of the products with the means
   Activation y_;
-  float* v_ = nullptr;   // variances of the pre-activations
-  float* dv_ = nullptr;  // their gradient: grad_square's place, or the logits' own
+  float* v_ = nullptr;               // variances of the pre-activations
+  float* dv_ = nullptr;              // their gradient: grad_square's place, or the logits' own
+  float* bias_gradients_ = nullptr;  // of every draw, for their moments
   float *squared_input_ = nullptr, *squared_gradient_ = nullptr;  // for the squares of single examples' gradients
 };
 

@@ -5,6 +5,7 @@
 
 #include "engine/blas.h"
 #include "engine/store.h"
+#include "kernels/bgd.h"
 #include "kernels/cholesky.h"
 #include "kernels/local_reparam.h"
 
@@ -20,6 +21,7 @@ struct WeightsView {
   size_t draw_stride = 0;
   const float* factor = nullptr;  // CFG: the Cholesky factors, where layers use their exact moments
   size_t factor_stride = 0;
+  int first_draw = 0;  // replica r is draw first_draw + r of the step: what else is random (dropout) goes by it
 };
 // Gradients of the mean cross-entropy, same layouts; written (=), not added to. variance null for a point posterior.
 // squares (a point posterior, one replica): the backward pass adds (+=) to it the squares of every *example's* gradient
@@ -32,6 +34,10 @@ struct GradientsView {
   size_t draw_stride = 0;
   float* squares = nullptr;
   float* factor = nullptr;  // added to (+=): zero it before the backward pass
+  // Where every replica is a draw of one posterior (LayerContext::moments): the backward pass writes the moments of the
+  // draws' gradients, and no gradients; `mean` may be null.
+  Moments moments{};
+  DrawnPass pass{};
 };
 
 // Which weights are drawn once a step (and group of examples) instead of through local reparameterization.
@@ -66,6 +72,7 @@ struct LayerContext {
   Draws draws = Draws::none;
   int groups = 1;                // of a replica's batch, each with draws of its own; divides the batch
   bool channel_moments = false;  // CFG by local reparameterization with the exact marginal moments, nothing drawn
+  bool moments = false;          // replicas are draws, whose gradients' moments are wanted (GradientsView::moments)
   bool convolutions_sampled() const { return sampled && draws != Draws::convolutions; }
 };
 
