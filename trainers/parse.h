@@ -7,14 +7,19 @@
 
 namespace baton {
 
-inline Schedule schedule_of(const std::string& name) {
+// steps: the caller says how long the schedule's steps are, so that "steps" is one of the names.
+inline Schedule schedule_of(const std::string& name, bool steps = false) {
   if (name == "constant") return Schedule::constant;
   if (name == "linear") return Schedule::linear;
   if (name == "cosine") return Schedule::cosine;
-  throw InputError("unknown schedule '" + name + "': constant, linear or cosine");
+  if (steps && name == "steps") return Schedule::steps;
+  throw InputError("unknown schedule '" + name + "': constant, linear" + (steps ? ", cosine or steps" : " or cosine"));
 }
 inline const char* name_of(Schedule s) {
-  return s == Schedule::constant ? "constant" : s == Schedule::linear ? "linear" : "cosine";
+  return s == Schedule::constant ? "constant"
+         : s == Schedule::linear ? "linear"
+         : s == Schedule::cosine ? "cosine"
+                                 : "steps";
 }
 inline ScaleRule scale_rule_of(const std::string& name) {
   if (name == "adam") return ScaleRule::adam;

@@ -29,45 +29,78 @@ Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, c
   upload(device, index_, index);
   labels_ = arena.take<int32_t>(batch_);
   weights_ = arena.take<float>(single_->layout().stride() * at_once_);
+  chosen_ = arena.take<uint8_t>(size_t(padded) * at_once_);
   sums_ = arena.take<float>(size_t(padded) * classes);
   entropies_ = arena.take<float>(padded);
   information_ = arena.take<float>(padded);
 }
 
-void Predictor::accumulate(Network& network, WeightsView weights, int draws) {
+void Predictor::look_as(int head, const int32_t* pixel_order) {
+  single_->use_head(head);
+  if (many_) many_->use_head(head);
+  pixel_order_ = pixel_order;
+}
+
+void Predictor::accumulate(Network& network, WeightsView weights, int draws, uint8_t* chosen) {
   const int classes = network.classes();
   for (int b = 0; b < batches_; b++) {
     gather_indexed(network.input().signal.value, nullptr, labels_, set_, index_ + size_t(b) * batch_, batch_,
-                   device_.stream());
+                   device_.stream(), pixel_order_);
     network.forward(device_, weights, nullptr);
     accumulate_predictions(sums_ + size_t(b) * batch_ * classes, entropies_ + size_t(b) * batch_, network.logits(),
                            draws, batch_, classes, device_.stream());
+    if (chosen)
+      choose_classes(chosen + size_t(b) * batch_, size_t(batches_) * batch_, network.logits(), draws, batch_, classes,
+                     device_.stream());
   }
 }
 
 Predictions Predictor::predict(Posterior& posterior, int replica, int samples, uint64_t seed) {
+  return predict(
+      posterior.family() == Family::point ? 0 : samples, seed, posterior.store().layout().stride(),
+      [&](float* w, int first, int count, Key key) { posterior.sample(w, replica, first, count, key); },
+      [&](float* w) { posterior.mean_weights(w, replica); }, false);
+}
+
+Predictions Predictor::predict(Learner& learner, int samples, uint64_t seed) {
+  return predict(
+      learner.uncertain() ? samples : 0, seed, learner.store().layout().stride(),
+      [&](float* w, int first, int count, Key key) { learner.sample(w, first, count, key); },
+      [&](float* w) { learner.mean_weights(w); }, true);
+}
+
+Predictions Predictor::predict(int samples, uint64_t seed, size_t stride, const Sample& sample,
+                               const std::function<void(float* w)>& mean, bool choices) {
   BATON_RANGE("predict");
   const int classes = single_->classes(), padded = batches_ * batch_;
-  const size_t stride = posterior.store().layout().stride();
   fill_zero(device_, sums_, size_t(padded) * classes * sizeof(float));
   fill_zero(device_, entropies_, size_t(padded) * sizeof(float));
-  const bool at_mean = samples == 0 || posterior.family() == Family::point;
-  if (at_mean) {
-    posterior.mean_weights(weights_, replica);
-    accumulate(*single_, {weights_, nullptr, stride}, 1);
+  Predictions p;
+  const auto pass = [&](int draws) {
+    accumulate(draws > 1 ? *many_ : *single_, {weights_, nullptr, stride}, draws, choices ? chosen_ : nullptr);
+    for (int k = 0; choices && k < draws; k++) {
+      const std::vector<uint8_t> row = download(device_, chosen_ + size_t(padded) * k, set_.count);
+      p.chosen.insert(p.chosen.end(), row.begin(), row.end());
+    }
+  };
+  if (samples == 0) {
+    mean(weights_);
+    pass(1);
   } else {
     const Key key = key_of(seed, 7);
     for (int first = 0; first < samples;) {
       const int draws = samples - first >= at_once_ ? at_once_ : 1;
-      posterior.sample(weights_, replica, first, draws, key);
-      accumulate(draws > 1 ? *many_ : *single_, {weights_, nullptr, stride}, draws);
+      sample(weights_, first, draws, key);
+      pass(draws);
       first += draws;
     }
   }
-  finish_predictions(sums_, entropies_, information_, sums_, entropies_, at_mean ? 1 : samples, padded, classes,
+  finish_predictions(sums_, entropies_, information_, sums_, entropies_, std::max(samples, 1), padded, classes,
                      device_.stream());
-  return {download(device_, sums_, size_t(set_.count) * classes), download(device_, entropies_, set_.count),
-          download(device_, information_, set_.count)};
+  p.probability = download(device_, sums_, size_t(set_.count) * classes);
+  p.entropy = download(device_, entropies_, set_.count);
+  p.mutual_information = download(device_, information_, set_.count);
+  return p;
 }
 
 }  // namespace baton

@@ -4,6 +4,7 @@
 
 #include "kernels/batch.h"
 #include "kernels/predictive.h"
+#include "layers/learner.h"
 #include "layers/network.h"
 #include "layers/posterior.h"
 
@@ -15,6 +16,7 @@ struct Predictions {
   std::vector<float> probability;         // [images][classes]
   std::vector<float> entropy;             // [images], of the averaged prediction, nats
   std::vector<float> mutual_information;  // [images], nats; 0 at the mean
+  std::vector<uint8_t> chosen;            // [draws][images]: the class that each draw chooses (of a Learner)
 };
 
 class Predictor {
@@ -26,16 +28,25 @@ class Predictor {
   // samples = 0, or a point posterior: one pass at the mean. Otherwise the average over `samples` draws (Kochurov et
   // al.: 100), each draw of all weights serving the whole set. seed: of the draws.
   Predictions predict(Posterior&, int replica, int samples, uint64_t seed);
+  Predictions predict(Learner&, int samples, uint64_t seed);
   int images() const { return set_.count; }
+  // What the next predictions see: an output layer of the network, and an order of the pixels ([channels * plane] in
+  // device memory; null: as they are).
+  void look_as(int head, const int32_t* pixel_order);
 
  private:
-  void accumulate(Network&, WeightsView, int draws);
+  using Sample = std::function<void(float* w, int first, int count, Key)>;
+  Predictions predict(int samples, uint64_t seed, size_t stride, const Sample&,
+                      const std::function<void(float* w)>& mean, bool choices);
+  void accumulate(Network&, WeightsView, int draws, uint8_t* chosen);
   Device& device_;
   DeviceImages set_;
   int at_once_, batch_, batches_;
   std::unique_ptr<Network> single_, many_;
   int32_t* index_;
   int32_t* labels_;
+  const int32_t* pixel_order_ = nullptr;
+  uint8_t* chosen_;  // [draws at once][images, padded]
   float *weights_, *sums_, *entropies_, *information_;
 };
 

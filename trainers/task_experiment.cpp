@@ -1,0 +1,589 @@
+#include "trainers/task_experiment.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <map>
+#include <numeric>
+
+#include "engine/files.h"
+#include "engine/progress.h"
+#include "engine/select.h"
+#include "trainers/laplace.h"
+#include "trainers/metrics.h"
+
+namespace baton {
+
+Inference inference_of(const std::string& name) {
+  for (Inference i : {Inference::map, Inference::sampled, Inference::softmax, Inference::committee})
+    if (name == name_of(i)) return i;
+  throw InputError("unknown inference '" + name + "': map, sampled, softmax or committee");
+}
+
+const char* name_of(Inference i) {
+  switch (i) {
+    case Inference::map:
+      return "map";
+    case Inference::sampled:
+      return "sampled";
+    case Inference::softmax:
+      return "softmax";
+    case Inference::committee:
+      return "committee";
+  }
+  return "";
+}
+
+double InferenceAccuracies::of(Inference i) const {
+  return i == Inference::map ? map : i == Inference::sampled ? sampled : i == Inference::softmax ? softmax : committee;
+}
+
+double sampled_accuracy(const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels) {
+  if (labels.empty() || chosen.empty() || chosen.size() % labels.size() != 0)
+    throw InputError("sampled_accuracy: choices of whole draws over the labelled images are expected");
+  size_t hits = 0;
+  for (size_t i = 0; i < chosen.size(); i++) hits += chosen[i] == labels[i % labels.size()];
+  return double(hits) / double(chosen.size());
+}
+
+double committee_accuracy(const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels, int classes) {
+  if (labels.empty() || chosen.empty() || chosen.size() % labels.size() != 0)
+    throw InputError("committee_accuracy: choices of whole draws over the labelled images are expected");
+  size_t hits = 0;
+  std::vector<int> votes(classes);
+  for (size_t n = 0; n < labels.size(); n++) {
+    std::fill(votes.begin(), votes.end(), 0);
+    for (size_t i = n; i < chosen.size(); i += labels.size()) {
+      if (chosen[i] >= classes) throw InputError("committee_accuracy: a draw chose a class that is not there");
+      votes[chosen[i]]++;
+    }
+    hits += std::max_element(votes.begin(), votes.end()) - votes.begin() == labels[n];
+  }
+  return double(hits) / double(labels.size());
+}
+
+namespace {
+
+namespace fs = std::filesystem;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+struct Judgement {
+  InferenceAccuracies accuracies;
+  Metrics metrics;
+};
+
+class TaskRunner {
+ public:
+  TaskRunner(const TaskExperimentOptions& options, const TaskData& data, const std::vector<TaskRun>& runs)
+      : options_(options),
+        data_(data),
+        runs_(runs),
+        log_(options.out, options.resume),
+        folder_(options.out / "checkpoint") {
+    make_directories(folder_);
+    if (options.resume) load();
+    else
+      for (const char* name : {"experiment.json", "run.safetensors"}) fs::remove(folder_ / name);
+    // A line of an epoch that the checkpoint does not hold will be written again.
+    const size_t run = run_;
+    const int64_t step = resume_step_;
+    log_.truncate_after([&](const json& line) {
+      const size_t of = line.value("run", size_t(0));
+      return of < run || (of == run && line.value("step", int64_t(0)) <= step);
+    });
+  }
+
+  json run() {
+    long total = 0;
+    for (size_t j = 0; j < runs_.size(); j++) {
+      if (j == run_) done_ = total;
+      total += images_of(runs_[j]);
+    }
+    if (run_ == runs_.size()) done_ = total;
+    if (resuming_) done_ += long(resume_step_) * runs_[run_].plan.batch;
+    ProgressOptions progress_options;
+    progress_options.images_before = done_;
+    Progress progress(options_.experiment, total, stderr, progress_options);
+    for (; run_ < runs_.size(); run_++) {
+      run_one(runs_[run_], progress);
+      finished_.push_back(current_);
+      current_ = json::object();
+      save_state(run_ + 1);
+      log_.result(result());
+    }
+    progress.finish();
+    const json final_result = result();
+    log_.result(final_result);
+    fs::remove_all(folder_);
+    return final_result;
+  }
+
+ private:
+  static int steps_of(const TaskRun& r, size_t stage) {
+    if (!r.sequence.probabilities.empty()) return int(r.sequence.probabilities.size());
+    return std::max(1, int(std::ceil(r.plan.epochs * double(r.sequence.examples[stage].size()) / r.plan.batch - 1e-9)));
+  }
+  static long images_of(const TaskRun& r) {
+    long steps = 0;
+    for (size_t s = 0; s < r.sequence.examples.size(); s++) steps += steps_of(r, s);
+    return steps * r.plan.batch;
+  }
+
+  json identity() const {
+    json j;
+    j["experiment"] = options_.experiment;
+    j["dataset"] = {data_.set.name, data_.set.source, data_.set.train.count, data_.test[0].count};
+    for (const TaskRun& r : runs_) j["runs"].push_back({r.method, r.label, r.seed, r.settings, images_of(r)});
+    return j;
+  }
+  void save_state(size_t next) {
+    json j;
+    j["identity"] = identity();
+    j["run"] = next;
+    j["runs"] = finished_;
+    write_file_atomically(folder_ / "experiment.json", j.dump());
+  }
+  void load() {
+    const fs::path path = folder_ / "experiment.json", of_run = folder_ / "run.safetensors";
+    if (fs::exists(path)) {
+      const std::vector<uint8_t> bytes = read_file(path);
+      const json j = json::parse(bytes.begin(), bytes.end(), nullptr, false);
+      if (j.is_discarded() || !j.contains("identity")) throw InputError(path.string() + ": not a checkpoint of Baton");
+      check_identity(j["identity"], path);
+      run_ = j["run"];
+      finished_ = j["runs"];
+    }
+    if (!fs::exists(of_run)) return;
+    const TensorFile file = load_safetensors(of_run);
+    const auto extra = file.metadata.find("extra");
+    const json j = extra == file.metadata.end() ? json() : json::parse(extra->second, nullptr, false);
+    if (!j.is_object() || !j.contains("run")) throw InputError(of_run.string() + ": not a checkpoint of an experiment");
+    check_identity(j["identity"], of_run);
+    resuming_ = j["run"] == run_;  // else it is of a run that has ended since
+    if (resuming_) resume_step_ = std::stoll(file.metadata.at("step"));
+  }
+  void check_identity(const json& found, const fs::path& path) const {
+    if (found != identity())
+      throw InputError(path.string() + ": --resume finds another experiment here; use its options, or another --out");
+  }
+  void save_run(TaskTrainer& trainer) {
+    json j;
+    j["identity"] = identity();
+    j["run"] = run_;
+    j["current"] = current_;
+    j["seconds"] = seconds_;
+    trainer.save(folder_ / "run.safetensors", identity().dump(), j.dump());
+    last_save_ = now();
+  }
+
+  void run_one(const TaskRun& run, Progress& progress) {
+    Arena arena;
+    const DeviceImages train = upload_images(device_, arena, data_.set.train, options_.normalisation);
+    TaskTrainer trainer(device_, arena, run.network, train, run.sequence, run.plan, run.learner);
+    predictors_.clear();
+    for (const Images& test : data_.test)
+      predictors_.push_back(std::make_unique<Predictor>(device_, arena, run.network,
+                                                        upload_images(device_, arena, test, options_.normalisation)));
+    arena.freeze();
+
+    int stage = 0;
+    if (resuming_) {
+      resuming_ = false;
+      const json j = json::parse(trainer.restore(folder_ / "run.safetensors", identity().dump()));
+      current_ = j["current"];
+      seconds_ = j["seconds"];
+      stage = trainer.stage();
+    } else {
+      current_ = json::object();
+      current_["method"] = run.method;
+      current_["label"] = run.label;
+      current_["parts"] = run.sequence.tasks();
+      current_["seed"] = run.seed;
+      current_["settings"] = run.settings;
+      current_["parameters"] = trainer.network().layout().parameters();
+      current_["inference"] = name_of(run.inference);
+      current_["stages"] = json::array();
+      seconds_ = 0;
+    }
+    last_save_ = now();
+    for (; stage < trainer.stages(); stage++) {
+      if (trainer.stage() != stage) {
+        if (stage > 0 && run.restart_optimizer) trainer.learner().restart_optimizer();
+        trainer.begin_stage(stage);
+        seconds_ = 0;
+      }
+      std::string name = run.label + " seed " + std::to_string(run.seed);
+      if (trainer.stages() > 1) name += ", task " + std::to_string(stage + 1) + "/" + std::to_string(trainer.stages());
+      progress.stage(name);
+      train_stage(run, trainer, progress);
+    }
+    current_["final_test_accuracy"] = current_["stages"].back()["test_accuracy"];
+    if (auto* bgd = dynamic_cast<BgdLearner*>(&trainer.learner())) note_sigma(run, *bgd);
+    if (options_.save_models) save_model(run, trainer);
+    if (!run.pruned.empty()) prune(run, trainer);
+  }
+
+  // At which steps of a stage it is judged.
+  static bool judged_at(const TaskRun& run, const TaskTrainer& trainer, int step) {
+    const int steps = trainer.steps_of(trainer.stage());
+    if (step == steps) return true;
+    if (run.judge_every > 0) {
+      const int every = std::max(1, int(std::lround(run.judge_every * trainer.steps_an_epoch(trainer.stage()))));
+      return step % every == 0 && steps - step >= every / 2;
+    }
+    for (int c = 1; c < run.checks; c++)
+      if (step == int(int64_t(steps) * c / run.checks)) return true;
+    return false;
+  }
+
+  void train_stage(const TaskRun& run, TaskTrainer& trainer, Progress& progress) {
+    BATON_RANGE("stage");
+    const int stage = trainer.stage(), steps = trainer.steps_of(stage), an_epoch = trainer.steps_an_epoch(stage);
+    while (trainer.stage_step() < steps) {
+      const int first = trainer.stage_step();
+      int last = first + 1;  // to the end of the epoch, or to a judgement
+      while (last < steps && last % an_epoch != 0 && !judged_at(run, trainer, last)) last++;
+      const double start = now();
+      const EpochTotals totals = trainer.run(last - first);
+      device_.synchronize();
+      const double seconds = now() - start;
+      seconds_ += seconds;
+      json line;
+      line["run"] = run_;
+      line["method"] = run.method;
+      line["label"] = run.label;
+      line["seed"] = run.seed;
+      line["stage"] = stage + 1;
+      line["epoch"] = double(last) / an_epoch;
+      line["step"] = trainer.step();
+      line["train_loss"] = totals.loss;
+      line["train_accuracy"] = totals.accuracy;
+      for (const auto& [name, value] : trainer.learner().figures()) line[name] = value;
+      line["seconds"] = seconds;
+      const std::string warning = trainer.warning();
+      if (!warning.empty()) {
+        line["warning"] = warning;
+        current_["warnings"].push_back(warning);
+        fprintf(stderr, "\n%s: warning: %s, seed %s: %s\n", options_.experiment.c_str(), run.label.c_str(),
+                std::to_string(run.seed).c_str(), warning.c_str());
+      }
+      log_.epoch(line);
+      done_ += totals.examples;
+      progress.update(done_, totals.loss, totals.accuracy);
+      if (last == steps) end_task(run, trainer);
+      const bool judged = judged_at(run, trainer, last);
+      if (judged) judge(run, trainer);
+      if (judged || now() - last_save_ > options_.checkpoint_seconds) save_run(trainer);
+    }
+  }
+
+  void end_task(const TaskRun& run, TaskTrainer& trainer) {
+    auto* point = dynamic_cast<PointLearner*>(&trainer.learner());
+    if (!point) return;
+    if (point->setup().anchor == Anchor::path) point->consolidate_path();
+    if (point->setup().anchor == Anchor::fisher) point->consolidate_fisher(fisher(run, trainer, *point));
+  }
+
+  // The mean diagonal Fisher information of the first examples of the task just learned, exact over the labels.
+  std::vector<float> fisher(const TaskRun& run, TaskTrainer& trainer, PointLearner& point) {
+    const int stage = trainer.stage();
+    const auto& examples = trainer.sequence().examples[stage];
+    const size_t some = std::min(examples.size(), size_t(std::max(run.fisher_examples, 1)));
+    Images images = subset(data_.set.train, std::span(examples).first(some));
+    if (!trainer.sequence().pixel_order.empty()) {
+      const std::vector<int32_t>& order = trainer.sequence().pixel_order[stage];
+      const std::vector<uint8_t> before = images.pixels;
+      for (int n = 0; n < images.count; n++)
+        for (size_t i = 0; i < order.size(); i++)
+          images.pixels[n * order.size() + i] = before[n * order.size() + order[i]];
+    }
+    NamedWeights weights;
+    const ParameterLayout& layout = point.store().layout();
+    for (const TensorSpec& t : layout.tensors()) weights[t.name] = point.store().read(device_, "mean", 0, t);
+    const int head = trainer.sequence().heads[stage];
+    const NetworkFactory make = [&] {
+      auto network = run.network();
+      network->use_head(head);
+      return network;
+    };
+    const NamedWeights sums =
+        curvature_diagonal(device_, make, images, options_.normalisation, weights, Curvature::ggn);
+    std::vector<float> flat(layout.stride(), 0.f);
+    for (const TensorSpec& t : layout.tensors())
+      for (size_t i = 0; i < t.size; i++) flat[t.offset + i] = sums.at(t.name)[i] / float(images.count);
+    return flat;
+  }
+
+  Judgement judge_task(const TaskRun& run, TaskTrainer& trainer, int task, bool all_ways) {
+    Predictor& predictor = *predictors_[predictors_.size() == 1 ? 0 : task];
+    const std::vector<uint8_t>& labels = data_.test[data_.test.size() == 1 ? 0 : task].labels;
+    const bool continuous = !run.sequence.probabilities.empty();
+    predictor.look_as(continuous ? trainer.sequence().heads[0] : trainer.sequence().heads[task],
+                      trainer.pixel_order(task));
+    Learner& learner = trainer.learner();
+    const int classes = trainer.network().classes();
+    Judgement j;
+    const bool sampled = learner.uncertain() && (all_ways || run.inference != Inference::map);
+    const Predictions p =
+        predictor.predict(learner, sampled ? run.samples : 0, run.seed * 1000003 + uint64_t(trainer.step()));
+    j.metrics = evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
+    j.accuracies.softmax = j.metrics.accuracy;
+    j.accuracies.sampled = sampled_accuracy(p.chosen, labels);
+    j.accuracies.committee = committee_accuracy(p.chosen, labels, classes);
+    j.accuracies.map = j.accuracies.softmax;
+    if (sampled && (all_ways || run.inference == Inference::map))
+      j.accuracies.map = evaluate(predictor.predict(learner, 0, 0).probability, labels, classes, {}, {}).accuracy;
+    return j;
+  }
+
+  void judge(const TaskRun& run, TaskTrainer& trainer) {
+    const double start = now();
+    const int stage = trainer.stage();
+    const bool continuous = !run.sequence.probabilities.empty();
+    const int tasks = continuous ? trainer.sequence().tasks() : stage + 1;
+    json s, by_task = json::array(), ways = json::object();
+    InferenceAccuracies mean;
+    double nll = 0, ece = 0;
+    for (int t = 0; t < tasks; t++) {
+      const Judgement j = judge_task(run, trainer, t, tasks == 1 || stage + 1 == trainer.stages());
+      by_task.push_back(j.accuracies.of(run.inference));
+      mean.map += j.accuracies.map / tasks;
+      mean.sampled += j.accuracies.sampled / tasks;
+      mean.softmax += j.accuracies.softmax / tasks;
+      mean.committee += j.accuracies.committee / tasks;
+      nll += j.metrics.nll / tasks;
+      ece += j.metrics.ece / tasks;
+    }
+    for (Inference i : {Inference::map, Inference::sampled, Inference::softmax, Inference::committee})
+      ways[name_of(i)] = mean.of(i);
+    s["stage"] = stage + 1;
+    s["epoch"] = double(trainer.stage_step()) / trainer.steps_an_epoch(stage);
+    s["train_examples"] = trainer.sequence().examples[stage].size();
+    s["test_accuracy"] = mean.of(run.inference);
+    s["test_nll"] = nll;
+    s["test_ece"] = ece;
+    s["by_inference"] = ways;
+    s["by_task"] = by_task;
+    for (const auto& [name, value] : trainer.learner().figures()) s[name] = value;
+    s["seconds"] = seconds_;
+    s["examples_per_second"] = double(trainer.stage_step()) * run.plan.batch / std::max(seconds_, 1e-9);
+    s["test_seconds"] = now() - start;
+    current_["stages"].push_back(s);
+  }
+
+  void note_sigma(const TaskRun& run, BgdLearner& bgd) {
+    const SigmaStatistics s = bgd.statistics();
+    json& to = current_["sigma"];
+    to = {{"initial", bgd.settings().sigma}, {"smallest", s.smallest}, {"median", s.median}, {"largest", s.largest}};
+    if (!run.histogram) return;
+    int first = 0, last = sd_bins;
+    while (first < last && s.histogram[first] == 0) first++;
+    while (last > first && s.histogram[last - 1] == 0) last--;
+    for (int b = first; b <= last; b++) to["edges"].push_back(sd_bin_edge(b));
+    for (int b = first; b < last; b++) to["counts"].push_back(s.histogram[b]);
+  }
+
+  static std::vector<Stretch> prunable(const ParameterLayout& layout) {
+    std::vector<Stretch> stretches;  // weights, not biases: under one threshold
+    for (const TensorSpec& t : layout.tensors())
+      if (!t.bias) stretches.push_back({int(t.offset), int(t.size)});
+    return stretches;
+  }
+
+  void prune(const TaskRun& run, TaskTrainer& trainer) {
+    Learner& learner = trainer.learner();
+    const ParameterLayout& layout = learner.store().layout();
+    const std::vector<Stretch> stretches = prunable(layout);
+    int weights = 0;
+    for (const Stretch& s : stretches) weights += s.count;
+    const size_t stride = layout.stride();
+    const std::vector<float> mean = download(device_, learner.means(), stride);
+    const std::vector<float> sd =
+        learner.deviations() ? download(device_, learner.deviations(), stride) : std::vector<float>();
+    Arena arena;
+    float* score = arena.take<float>(weights);
+    uint8_t* marked = arena.take<uint8_t>(weights);
+    const int task = trainer.sequence().tasks() - 1;
+    const double whole = 1 - judge_task(run, trainer, task, true).accuracies.of(run.inference);
+    std::vector<Ranking> rankings{Ranking::magnitude};
+    if (learner.deviations()) rankings.insert(rankings.begin(), Ranking::signal_to_noise);
+    json list = json::array();
+    for (Ranking ranking : rankings)
+      for (double fraction : run.pruned) {
+        prune_scores(score, learner.means(), learner.deviations(), stretches, ranking, device_.stream());
+        const int lowest = int(std::lround(fraction * weights));
+        const Selection selection = mark_lowest(device_, marked, score, weights, lowest);
+        prune_weights(learner.means(), learner.deviations(), marked, stretches, device_.stream());
+        const Judgement j = judge_task(run, trainer, task, true);
+        const double error = 1 - j.accuracies.of(run.inference);
+        json one;
+        one["ranking"] = ranking == Ranking::magnitude ? "magnitude" : "signal-to-noise";
+        one["fraction"] = fraction;
+        one["threshold"] = selection.threshold;
+        one["weights_left"] = weights - selection.count;
+        one["error"] = error;
+        one["error_ratio"] = error / std::max(whole, 1e-12);
+        one["layers"] = layers_left(learner, layout);
+        const int64_t values = learner.deviations() ? 2 : 1;
+        one["bytes_dense"] = 4 * values * weights;
+        one["bytes_sparse"] = (4 * values + 4) * int64_t(weights - selection.count);  // and an index each
+        list.push_back(one);
+        if (options_.save_models && ranking == rankings[0])
+          save_pruned(run, learner, options_.out / (file_name(run) + "_pruned" + percent(fraction) + ".safetensors"));
+        upload(device_, learner.means(), mean);
+        if (learner.deviations()) upload(device_, learner.deviations(), sd);
+      }
+    current_["pruning"] = {{"error", whole}, {"weights", weights}, {"results", list}};
+  }
+
+  static std::string percent(double fraction) {
+    char text[16];
+    snprintf(text, sizeof text, "%g", 100 * fraction);
+    return text;
+  }
+  static std::string file_name(const TaskRun& run) {
+    std::string name = run.label + "_seed" + std::to_string(run.seed);
+    for (char& c : name)
+      if (!isalnum(static_cast<unsigned char>(c))) c = '_';
+    return name;
+  }
+
+  json layers_left(Learner& learner, const ParameterLayout& layout) {
+    json layers = json::object();
+    for (const TensorSpec& t : layout.tensors()) {
+      if (t.bias) continue;
+      const std::vector<float> w = learner.store().read(device_, "mean", 0, t);
+      layers[t.name] = double(w.size() - std::count(w.begin(), w.end(), 0.f)) / double(w.size());
+    }
+    return layers;
+  }
+
+  TensorFile model_file(const TaskRun& run) const {
+    TensorFile file;
+    file.metadata["format"] = "baton-posterior-1";
+    file.metadata["architecture"] = run.network()->architecture();
+    file.metadata["method"] = run.method;
+    file.metadata["seed"] = std::to_string(run.seed);
+    return file;
+  }
+  void save_model(const TaskRun& run, TaskTrainer& trainer) {
+    TensorFile file = model_file(run);
+    Learner& learner = trainer.learner();
+    for (const TensorSpec& t : learner.store().layout().tensors()) {
+      file.tensors[t.name + ".mean"] = Tensor::of<float>(learner.store().read(device_, "mean", 0, t), t.shape);
+      if (!learner.deviations()) continue;
+      std::vector<float> sd = learner.store().read(device_, "std", 0, t);
+      for (float& s : sd) s = std::log(s);
+      file.tensors[t.name + ".log_std"] = Tensor::of<float>(sd, t.shape);
+    }
+    save_safetensors(options_.out / (file_name(run) + ".safetensors"), file);
+  }
+  // Of every weight tensor only what is left: indices into the flattened tensor, means and standard deviations. A
+  // weight that is not named is 0 exactly. Biases are whole.
+  void save_pruned(const TaskRun& run, Learner& learner, const fs::path& path) {
+    TensorFile file = model_file(run);
+    for (const TensorSpec& t : learner.store().layout().tensors()) {
+      const std::vector<float> mean = learner.store().read(device_, "mean", 0, t);
+      const std::vector<float> sd =
+          learner.deviations() ? learner.store().read(device_, "std", 0, t) : std::vector<float>();
+      std::vector<int32_t> index;
+      std::vector<float> left_mean, left_sd;
+      for (size_t i = 0; i < mean.size(); i++)
+        if (t.bias || mean[i] != 0 || (!sd.empty() && sd[i] != 0)) {
+          index.push_back(int32_t(i));
+          left_mean.push_back(mean[i]);
+          if (!sd.empty()) left_sd.push_back(sd[i]);
+        }
+      const int64_t n = int64_t(index.size());
+      file.tensors[t.name + ".index"] = Tensor::of<int32_t>(index, {n});
+      file.tensors[t.name + ".mean"] = Tensor::of<float>(left_mean, {n});
+      if (!sd.empty()) file.tensors[t.name + ".std"] = Tensor::of<float>(left_sd, {n});
+      file.metadata[t.name + ".shape"] = shape_text(t.shape);
+    }
+    save_safetensors(path, file);
+  }
+
+  json result() const {
+    json j;
+    j["experiment"] = options_.experiment;
+    j["preset"] = options_.preset;
+    j["dataset"] = {{"name", data_.set.name},
+                    {"source", data_.set.source},
+                    {"generated", data_.set.generated},
+                    {"train", data_.set.train.count},
+                    {"test", data_.test[0].count}};
+    j["device"] = device_.description();
+    j["peak_device_bytes"] = device_.peak_bytes();
+    j["settings"] = options_.extra;
+    j["runs"] = finished_;
+    return j;
+  }
+
+  const TaskExperimentOptions& options_;
+  const TaskData& data_;
+  const std::vector<TaskRun>& runs_;
+  RunLog log_;
+  fs::path folder_;
+  Device device_;
+  std::vector<std::unique_ptr<Predictor>> predictors_;
+  size_t run_ = 0;
+  json finished_ = json::array(), current_ = json::object();
+  double seconds_ = 0, last_save_ = 0;
+  bool resuming_ = false;
+  int64_t resume_step_ = 0;
+  long done_ = 0;
+};
+
+}  // namespace
+
+json run_task_experiment(const TaskExperimentOptions& options, const TaskData& data, const std::vector<TaskRun>& runs) {
+  if (runs.empty()) throw InputError("nothing to run");
+  if (data.test.empty()) throw InputError("there are no test images");
+  for (const TaskRun& r : runs)
+    if (data.test.size() != 1 && data.test.size() != size_t(r.sequence.tasks()))
+      throw InputError("there are " + std::to_string(data.test.size()) + " test sets for " +
+                       std::to_string(r.sequence.tasks()) + " tasks");
+  return TaskRunner(options, data, runs).run();
+}
+
+std::string task_table_of(const json& result) {
+  struct Row {
+    std::vector<double> accuracy, map, softmax, committee, nll;
+    double seconds = 0;
+  };
+  std::vector<std::string> order;
+  std::map<std::string, Row> rows;
+  for (const json& run : result["runs"]) {
+    const std::string key = run["label"];
+    if (!rows.count(key)) order.push_back(key);
+    Row& row = rows[key];
+    const json& last = run["stages"].back();
+    row.accuracy.push_back(last["test_accuracy"]);
+    row.map.push_back(last["by_inference"]["map"]);
+    row.softmax.push_back(last["by_inference"]["softmax"]);
+    row.committee.push_back(last["by_inference"]["committee"]);
+    row.nll.push_back(last["test_nll"]);
+    for (const json& s : run["stages"]) row.seconds += double(s["test_seconds"]);
+    for (size_t i = 0; i < run["stages"].size(); i++)  // a stage's seconds grow from judgement to judgement
+      if (i + 1 == run["stages"].size() || run["stages"][i + 1]["stage"] != run["stages"][i]["stage"])
+        row.seconds += double(run["stages"][i]["seconds"]);
+  }
+  std::string text =
+      "run                     seeds  test error %      MAP   mean softmax  committee     NLL      time\n"
+      "-------------------------------------------------------------------------------------------------\n";
+  for (const std::string& key : order) {
+    const Row& row = rows[key];
+    const auto error = [](const std::vector<double>& accuracy) { return 100 * (1 - mean_and_spread(accuracy).mean); };
+    const MeanAndSpread a = mean_and_spread(row.accuracy);
+    char line[200], spread[24] = "";
+    if (a.n > 1) snprintf(spread, sizeof spread, "+- %.2f", 100 * a.sd);
+    snprintf(line, sizeof line, "%-22s %6zu  %6.2f %-8s %7.2f %14.2f %10.2f %7.4f %8.1fs\n", key.c_str(), a.n,
+             error(row.accuracy), spread, error(row.map), error(row.softmax), error(row.committee),
+             mean_and_spread(row.nll).mean, row.seconds);
+    text += line;
+  }
+  return text;
+}
+
+}  // namespace baton
