@@ -235,6 +235,10 @@ std::string sentence_of(const json& result, const std::vector<int>& parts) {
 
 void report(const json& result, const std::string& sentence, const Dataset& set, const std::filesystem::path& out) {
   printf("\n%s\n%s\n", table_of(result).c_str(), sentence.c_str());
+  print_files(set, out);
+}
+
+void print_files(const Dataset& set, const std::filesystem::path& out) {
   if (set.generated)
     printf("These are GENERATED images, not %s: the figures do not compare with published ones.\n",
            set.name == "mnist" ? "MNIST" : "CIFAR-10");

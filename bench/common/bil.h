@@ -71,6 +71,8 @@ struct HelpShown {};
 
 // Table, sentences, files and plot.
 void report(const json& result, const std::string& sentence, const Dataset&, const std::filesystem::path& out);
+// What every paper program ends with: a word on generated data, the files' names, and the plot.
+void print_files(const Dataset&, const std::filesystem::path& out);
 // Mean final accuracy of a method at T parts, or NaN.
 double final_accuracy(const json& result, const std::string& method, int parts);
 

@@ -213,6 +213,9 @@ int run(int argc, char** argv) {
   add_reparam_benchmarks();
   add_kernel_benchmarks();
   add_family_benchmarks();
+  add_bgd_benchmarks();
+  add_baseline_benchmarks();
+  add_task_benchmarks();
   add_seam_benchmarks();
   add_step_benchmarks();
   if (benchmark::RunSpecifiedBenchmarks() == 0) throw InputError("no benchmark matches --benchmark_filter");
