@@ -295,16 +295,25 @@ __global__ void draw_gaussian_backward_kernel(GaussianArrays a, const float* __r
   a.grad_variance[at] = 0.5f * with_noise / sqrtf(a.variance[at]);
 }
 
-__global__ void point_step_kernel(GaussianArrays a, const StepState* states) {
-  const int i = simt::thread_item(), r = simt::row();
-  if (i >= a.count) return;
+// A chunk a block: a return within a loop over threads would mask every store on the host.
+__global__ void point_step_kernel(GaussianArrays a, const StepState* __restrict__ states) {
+  const int r = simt::row(), first = int(blockIdx.x) * chunk, n = min(chunk, a.count - first);
   const StepState& s = states[r];
-  const size_t at = a.stride * r + i;
-  if (s.halted) return;
-  float m = a.mean_m[at], v = a.mean_v[at];
-  a.mean[at] -= Adam{s.lr_mean, s.correction1, s.correction2}.step(m, v, a.grad_mean[at]);
-  a.mean_m[at] = m;
-  a.mean_v[at] = v;
+  const size_t at = a.stride * r + first;
+  const Adam adam{s.lr_mean, s.correction1, s.correction2};
+  float* __restrict__ mean = a.mean + at;
+  float* __restrict__ mean_m = a.mean_m + at;
+  float* __restrict__ mean_v = a.mean_v + at;
+  const float* __restrict__ grad = a.grad_mean + at;
+  if (!s.halted) {
+    SIMT_SIMD()
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      float m = mean_m[i], v = mean_v[i];
+      mean[i] -= adam.step(m, v, grad[i]);
+      mean_m[i] = m;
+      mean_v[i] = v;
+    }
+  }
 }
 
 __global__ void sample_weights_kernel(float* w, const float* mean, size_t mean_stride,
@@ -443,7 +452,8 @@ void draw_gaussian_backward(const GaussianArrays& a, const float* grad_w, size_t
 void point_step(const GaussianArrays& a, const StepState* states, Stream stream) {
   BATON_RANGE("point_step");
   check_arrays("point_step", a);
-  simt::launch<point_step_kernel>(simt::each(a.count, a.replicas), stream, a, states);
+  simt::launch<point_step_kernel>(simt::blocks((a.count + chunk - 1) / chunk, threads, 0, a.replicas), stream, a,
+                                  states);
 }
 
 void sample_weights(float* w, const float* mean, size_t mean_stride, const float* variance, int count, size_t stride,

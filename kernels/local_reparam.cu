@@ -58,16 +58,20 @@ __global__ void dense_sample_kernel(Signal out, const float* m, float* v, Bias b
   const float* bias_variance = noisy ? bias.variance + bias.stride * r : nullptr;
   const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
   const uint32_t step = noisy ? states[r].step : 0;
-  SIMT_SIMD()
-  for (int i = threadIdx.x; i < q; i += blockDim.x) {
-    float4 e{};
-    if constexpr (noisy) e = normal4(key, uint32_t(b) * q + i, stream_id, step);
-    const float lane[4] = {e.x, e.y, e.z, e.w};
-    SIMT_UNROLL
-    for (int k = 0; k < 4; k++) {
-      const int j = i + k * q;
-      if (j < s.units)
-        sample_one<noisy, relu>(out, m, v, bias_mean[j], noisy ? bias_variance[j] : 0.f, first + j, lane[k]);
+  if constexpr (!noisy) {  // unit after unit: quarters matter to the noise alone
+    SIMT_SIMD()
+    for (int j = threadIdx.x; j < s.units; j += blockDim.x)
+      sample_one<false, relu>(out, m, v, bias_mean[j], 0.f, first + j, 0.f);
+  } else {
+    SIMT_SIMD()
+    for (int i = threadIdx.x; i < q; i += blockDim.x) {
+      const float4 e = normal4(key, uint32_t(b) * q + i, stream_id, step);
+      const float lane[4] = {e.x, e.y, e.z, e.w};
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        const int j = i + k * q;
+        if (j < s.units) sample_one<true, relu>(out, m, v, bias_mean[j], bias_variance[j], first + j, lane[k]);
+      }
     }
   }
 }
@@ -79,18 +83,22 @@ __global__ void dense_sample_backward_kernel(float* dm, float* dv, Signal out, c
   const size_t first = (size_t(r) * s.batch + b) * s.units;
   const Key key = noisy ? states[r].noise : Key{};  // a point posterior may come without states
   const uint32_t step = noisy ? states[r].step : 0;
-  SIMT_SIMD()
-  for (int i = threadIdx.x; i < q; i += blockDim.x) {
-    float4 e{};
-    if constexpr (noisy) e = normal4(key, uint32_t(b) * q + i, stream_id, step);
-    const float lane[4] = {e.x, e.y, e.z, e.w};
-    SIMT_UNROLL
-    for (int k = 0; k < 4; k++) {
-      const int j = i + k * q;
-      if (j < s.units) {
-        const float g = output_gradient<relu>(out, first + j);
-        dm[first + j] = g;
-        if constexpr (noisy) dv[first + j] = g * slope_of(v[first + j], lane[k]);
+  if constexpr (!noisy) {
+    SIMT_SIMD()
+    for (int j = threadIdx.x; j < s.units; j += blockDim.x) dm[first + j] = output_gradient<relu>(out, first + j);
+  } else {
+    SIMT_SIMD()
+    for (int i = threadIdx.x; i < q; i += blockDim.x) {
+      const float4 e = normal4(key, uint32_t(b) * q + i, stream_id, step);
+      const float lane[4] = {e.x, e.y, e.z, e.w};
+      SIMT_UNROLL
+      for (int k = 0; k < 4; k++) {
+        const int j = i + k * q;
+        if (j < s.units) {
+          const float g = output_gradient<relu>(out, first + j);
+          dm[first + j] = g;
+          dv[first + j] = g * slope_of(v[first + j], lane[k]);
+        }
       }
     }
   }
@@ -448,13 +456,11 @@ __global__ void conv_sample_pool3_backward_kernel(float* __restrict__ dm, float*
       const int pairs = y + 1 < h ? qw : w / 2, qy = y / 2;
       if (y % 2 == 0) {
         SIMT_SIMD()
-        for (int qx = 0; qx < pairs; qx++)
-          gather.template operator()<0>(qy, qx), gather.template operator()<1>(qy, qx);
+        for (int qx = 0; qx < pairs; qx++) gather.template operator()<0>(qy, qx), gather.template operator()<1>(qy, qx);
         if (2 * pairs < w) gather.template operator()<0>(qy, pairs);
       } else {
         SIMT_SIMD()
-        for (int qx = 0; qx < pairs; qx++)
-          gather.template operator()<2>(qy, qx), gather.template operator()<3>(qy, qx);
+        for (int qx = 0; qx < pairs; qx++) gather.template operator()<2>(qy, qx), gather.template operator()<3>(qy, qx);
         if (2 * pairs < w) gather.template operator()<2>(qy, pairs);
       }
     }
@@ -610,8 +616,8 @@ void conv_sample_pool_backward(float* dm, float* dv, float* sums, Signal out, co
           simt::blocks(planes, plane_threads, Quads(s).backward_bytes(), s.replicas), stream, dm, dv, sums, out, which,
           slope, s);
     else
-      simt::launch<conv_sample_pool_backward_kernel<noisy, squared>>(
-          simt::blocks(planes, plane_threads, 0, s.replicas), stream, dm, dv, sums, out, which, slope, s);
+      simt::launch<conv_sample_pool_backward_kernel<noisy, squared>>(simt::blocks(planes, plane_threads, 0, s.replicas),
+                                                                     stream, dm, dv, sums, out, which, slope, s);
   });
 }
 

@@ -119,7 +119,7 @@ int run(int argc, char** argv) {
         sequence.probabilities = continuous_schedule(p.tasks, steps, beta);
       }
       TaskRun r = task_run(p, options, method, label_of(method), seed, p.sigma, network, sequence);
-      r.checks = p.tasks;
+      if (continuous) r.checks = p.tasks;
       r.settings["width"] = w;
       r.settings["tasks"] = p.tasks;
       r.settings["continuous"] = continuous;

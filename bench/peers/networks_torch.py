@@ -1,5 +1,5 @@
-"""LeNet-5-Caffe and 3Conv3FC in PyTorch under the posteriors of Bayesian incremental learning, as a good PyTorch user
-would write them: the peers of Baton's training step and prediction.
+"""LeNet-5-Caffe and 3Conv3FC in PyTorch under the posteriors of Bayesian incremental learning, and a perceptron under
+Bayesian gradient descent, as a good PyTorch user would write them: the peers of Baton's training step and prediction.
 
     ft   the plain network                                       Plain
     ffg  fully factorised Gaussian, local reparameterization     GaussianLayer
@@ -9,6 +9,9 @@ would write them: the peers of Baton's training step and prediction.
          bound joint in w and z
 
 The prior of every posterior is a posterior of the same form that was handed on.
+
+    bgd  a plain network whose weights and biases are drawn anew for   BayesianGradientDescent
+         each of K backward passes a step (Zeno et al. 2018)
 """
 import copy
 import math
@@ -41,6 +44,7 @@ ARCHITECTURES = {
     "lenet5": Architecture((1, 28, 28), [(20, 1, 5, 0), (50, 20, 5, 0)], 2, [(500, 800), (10, 500)], 6000, 1.0),
     "3conv3fc": Architecture((3, 32, 32), [(32, 3, 5, 2), (64, 32, 5, 2), (128, 64, 5, 2)], 3,
                              [(1000, 1152), (1000, 1000), (10, 1000)], 5000, 0.05),
+    "mlp1200": Architecture((1, 28, 28), [], 0, [(1200, 784), (1200, 1200), (10, 1200)], 5000, 1.0),
 }
 
 
@@ -76,6 +80,60 @@ class Plain(nn.Module):
 
     def loss(self, x, labels):
         return F.cross_entropy(self(x), labels)
+
+
+class BayesianGradientDescent:
+    """The posterior N(mu, sigma^2) of every weight and bias of a network, and its closed-form step: with e ~ N(0, 1),
+    theta = mu + sigma e and g the gradient of the batch's summed loss,
+
+        mu <- mu - eta sigma^2 E[g],   sigma <- sigma (sqrt(1 + x^2) - x),   x = sigma E[g e] / 2
+
+    where E is the mean over K draws. The gradients are of the mean loss, so they count once an example."""
+
+    def __init__(self, network, draws=10, sigma=0.04, eta=1.0):
+        self.network, self.draws, self.eta = network, draws, eta
+        for layer in network.dense:
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=math.sqrt(2 / (1 + layer.out_features)))
+        self.parameters = list(network.parameters())
+        self.means = [p.detach().clone() for p in self.parameters]
+        self.stds = [torch.full_like(mean, sigma) for mean in self.means]
+        self.noises, self.grad_sums, self.grad_noise_sums = (
+            [torch.zeros_like(mean) for mean in self.means] for _ in range(3))
+
+    @torch.no_grad()
+    def draw(self):
+        for parameter, mean, std, noise in zip(self.parameters, self.means, self.stds, self.noises):
+            torch.addcmul(mean, std, noise.normal_(), out=parameter.data)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def accumulate(self, examples):
+        for parameter, noise, grad_sum, grad_noise_sum in zip(self.parameters, self.noises, self.grad_sums,
+                                                              self.grad_noise_sums):
+            grad_sum.add_(parameter.grad, alpha=examples)
+            grad_noise_sum.addcmul_(parameter.grad, noise, value=examples)
+
+    @torch.no_grad()
+    def update(self):
+        for mean, std, grad_sum, grad_noise_sum in zip(self.means, self.stds, self.grad_sums, self.grad_noise_sums):
+            mean.addcmul_(std * std, grad_sum, value=-self.eta / self.draws)
+            x = grad_noise_sum.mul_(std).mul_(0.5 / self.draws)
+            std.mul_((x * x).add_(1).sqrt_().sub_(x))
+            grad_sum.zero_()
+            grad_noise_sum.zero_()
+
+    def step(self, images, labels, loss_of):
+        """The mean loss over the draws; loss_of is the network's loss, compiled or not."""
+        total = torch.zeros((), device=images.device)
+        for _ in range(self.draws):
+            self.draw()
+            loss = loss_of(images, labels)
+            loss.backward()
+            self.accumulate(images.shape[0])
+            total += loss.detach()
+        self.update()
+        return total / self.draws
 
 
 class GaussianLayer(nn.Module):

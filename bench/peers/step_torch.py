@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Times PyTorch on the steps that bench/step_timing times: a training step of LeNet-5-Caffe or 3Conv3FC, plain or
-under a posterior (networks_torch.py), with Adam over everything; or the prediction of a batch by posterior samples,
-with one draw of all weights a sample or by local reparameterization. Prints one JSON line. Needs PyTorch 1.13 or newer.
+under a posterior (networks_torch.py), with Adam over everything; the prediction of a batch by posterior samples, with
+one draw of all weights a sample or by local reparameterization; or a step of the perceptron 784-1200-1200-10 by
+Bayesian gradient descent (K = 10) or by SGD with momentum. Prints one JSON line. Needs PyTorch 1.13 or newer.
 """
 import argparse
 import json
@@ -12,12 +13,13 @@ import time
 
 STEPS = ["ft_step", "ffg_step", "cfg_step", "mnf_step"]
 PREDICTIONS = ["predict_weight", "predict_lrt"]
+MLP_STEPS = ["bgd_step", "sgd_step"]
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=["lenet5", "3conv3fc"], default="lenet5")
-    parser.add_argument("--case", required=True, choices=STEPS + PREDICTIONS)
+    parser.add_argument("--network", choices=["lenet5", "3conv3fc", "mlp1200"], default="lenet5")
+    parser.add_argument("--case", required=True, choices=STEPS + PREDICTIONS + MLP_STEPS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default 12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
@@ -26,7 +28,10 @@ def parse_arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tf32", action="store_true", help="let the GPU's tensor cores round to tf32")
     parser.add_argument("--compile", action="store_true", help="torch.compile (on cuda with CUDA graphs)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.case in MLP_STEPS) != (args.network == "mlp1200"):
+        parser.error(f"--case {args.case} is not of --network {args.network}: mlp1200 has {' and '.join(MLP_STEPS)}")
+    return args
 
 
 ARGS = parse_arguments()
@@ -38,7 +43,7 @@ except ImportError:  # a virtual environment without PyTorch: Debian's own Pytho
         os.execv("/usr/bin/python3", ["/usr/bin/python3", *sys.argv])
     sys.exit("step_torch: needs PyTorch; tools/setup --peers installs Debian's")
 
-from networks_torch import ARCHITECTURES, Bayesian, Plain, Predictor  # noqa: E402
+from networks_torch import ARCHITECTURES, Bayesian, BayesianGradientDescent, Plain, Predictor  # noqa: E402
 
 
 def maybe_compiled(function):
@@ -49,24 +54,33 @@ def maybe_compiled(function):
     return torch.compile(function, mode="reduce-overhead" if ARGS.device == "cuda" else "default")
 
 
-def adam(model):
-    # On a GPU the fused form is the fastest; on a CPU the plain one is.
+def optimizer_of(model):
+    # On a GPU the fused form is the fastest, and of SGD, which PyTorch 1.13 has not fused, the form over lists of
+    # tensors; on a CPU the plain one is.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(parameters, lr=1e-3, **({"fused": True} if ARGS.device == "cuda" else {}))
+    on_gpu = ARGS.device == "cuda"
+    if ARGS.case == "sgd_step":
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, **({"foreach": True} if on_gpu else {}))
+    return torch.optim.Adam(parameters, lr=1e-3, **({"fused": True} if on_gpu else {}))
 
 
 def make_step(device):
     """A function of images and labels; a training step returns its loss."""
     architecture = ARCHITECTURES[ARGS.network]
-    family = ARGS.case.split("_")[0] if ARGS.case in STEPS else "ffg"
-    model = (Plain(architecture) if family == "ft" else Bayesian(architecture, family)).to(device)
+    family = "ffg" if ARGS.case in PREDICTIONS else ARGS.case.split("_")[0]
+    plain = family in ("ft", "bgd", "sgd")
+    model = (Plain(architecture) if plain else Bayesian(architecture, family)).to(device)
     if ARGS.case in PREDICTIONS:
         predictor = Predictor(model, ARGS.samples, maybe_compiled)
         predict = predictor.by_weights if ARGS.case == "predict_weight" else predictor.by_lrt
         return lambda images, labels: predict(images)
 
-    optimizer = adam(model)
     loss_of = maybe_compiled(model.loss)
+    if family == "bgd":
+        descent = BayesianGradientDescent(model)
+        return lambda images, labels: descent.step(images, labels, loss_of)
+
+    optimizer = optimizer_of(model)
 
     def step(images, labels):
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +110,7 @@ def time_on_cuda(step, batches):
     for i in range(ARGS.steps):
         # A compiled step's results lie in its graph's memory, which the next replay writes over: keep a copy.
         result = step(*batches[i % len(batches)])
-        results.append(result.clone() if ARGS.compile and ARGS.case in STEPS else result)
+        results.append(result.clone() if ARGS.compile and ARGS.case not in PREDICTIONS else result)
         events[i + 1].record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in zip(events, events[1:])], results
@@ -133,7 +147,7 @@ def main():
         "torch": torch.__version__, "threads": ARGS.threads,
         "device": torch.cuda.get_device_name() if ARGS.device == "cuda" else "cpu",
         "compiled": ARGS.compile, "tf32": ARGS.tf32}
-    if ARGS.case in STEPS:
+    if ARGS.case not in PREDICTIONS:
         line["losses"] = [round(float(loss), 5) for loss in results]
     print(json.dumps(line))
 

@@ -128,6 +128,17 @@ void write_cifar10(const fs::path& folder) {
   write(folder / "test_batch.bin.xz", xz(cifar_batch(2, 9)));
 }
 
+// Records of the fine labels first, first + 1, ..., under coarse labels that are others.
+Bytes cifar100_file(int count, int first = 0) {
+  Bytes bytes;
+  for (int i = first; i < first + count; ++i) {
+    bytes.push_back(static_cast<uint8_t>((7 * i + 3) % 20));
+    bytes.push_back(static_cast<uint8_t>(i % 100));
+    for (int k = 0; k < 3072; ++k) bytes.push_back(static_cast<uint8_t>(i + k));
+  }
+  return bytes;
+}
+
 // The message of the InputError, so that tests can see that it names what is wrong.
 template <class Work>
 std::string input_error(Work work) {
@@ -305,6 +316,91 @@ TEST(Cifar, ReadsRecordsAndRefusesDamage) {
   EXPECT_TRUE(has(input_error([&] { read_cifar10({folder / "a"}); }), "label 10 of record 1"));
   write(folder / "a", {});
   EXPECT_THROW(read_cifar10({folder / "a"}), InputError);
+}
+
+TEST(Cifar100, KeepsPixelsAndFineLabels) {
+  const Folder folder;
+  const Bytes bytes = cifar100_file(3, 98);
+  Bytes pixels;
+  for (int i = 98; i < 101; ++i) {
+    for (int k = 0; k < 3072; ++k) pixels.push_back(static_cast<uint8_t>(i + k));
+  }
+  for (const Bytes& packed : {bytes, gzip(bytes), xz(bytes)}) {
+    write(folder / "a", packed);
+    const Images images = read_cifar100(folder / "a");
+    EXPECT_EQ(images.count, 3);
+    EXPECT_EQ(images.channels, 3);
+    EXPECT_EQ(images.height, 32);
+    EXPECT_EQ(images.width, 32);
+    EXPECT_EQ(images.classes, 100);
+    EXPECT_EQ(images.labels, (Bytes{98, 99, 0}));
+    EXPECT_EQ(images.pixels, pixels);
+  }
+}
+
+TEST(Cifar100, RefusesDamage) {
+  const Folder folder;
+  const auto message = [&](const Bytes& bytes) {
+    write(folder / "file", bytes);
+    return input_error([&] { read_cifar100(folder / "file"); });
+  };
+  const Bytes whole = cifar100_file(2);
+  Bytes bytes = whole;
+  bytes.pop_back();
+  for (const Bytes& packed : {bytes, gzip(bytes)}) {
+    const std::string text = message(packed);
+    EXPECT_TRUE(has(text, "file") && has(text, "6147 bytes") && has(text, "3074")) << text;
+  }
+  bytes = whole;
+  bytes.push_back(0);
+  EXPECT_TRUE(has(message(bytes), "6149 bytes"));
+  EXPECT_TRUE(has(message(cifar_batch(2)), "6146 bytes"));  // of CIFAR-10
+  EXPECT_TRUE(has(message({}), "0 bytes"));
+  EXPECT_TRUE(has(input_error([&] { read_cifar100(folder / "none"); }), "none"));
+
+  bytes = whole;
+  bytes[3074] = 19, bytes[3075] = 99;  // the greatest that there are
+  write(folder / "file", bytes);
+  EXPECT_EQ(read_cifar100(folder / "file").labels, (Bytes{0, 99}));
+  bytes[3075] = 100;
+  std::string text = message(bytes);
+  EXPECT_TRUE(has(text, "file") && has(text, "labels 19 and 100 of record 1")) << text;
+  bytes[3074] = 20, bytes[3075] = 99;
+  text = message(bytes);
+  EXPECT_TRUE(has(text, "labels 20 and 99 of record 1")) << text;
+}
+
+TEST(LoadSets, FindCifar100InItsFolders) {
+  const Folder folder;
+  const fs::path place = folder / "c", nested = place / "cifar-100-binary";
+  write(nested / "train.bin.gz", gzip(cifar100_file(4, 10)));
+  write(nested / "test.bin", cifar100_file(2, 50));
+  const Dataset inner = load_cifar100(place);
+  EXPECT_EQ(inner.name, "cifar100");
+  EXPECT_EQ(inner.path, nested.string());
+  EXPECT_FALSE(inner.generated);
+  EXPECT_EQ(inner.train.labels, (Bytes{10, 11, 12, 13}));
+  EXPECT_EQ(inner.test.labels, (Bytes{50, 51}));
+  EXPECT_EQ(inner.test.classes, 100);
+  EXPECT_FALSE(has(inner.source, folder.path().string()));
+  EXPECT_EQ(load_cifar100(nested).train.labels, inner.train.labels);
+
+  // Files in the folder itself come first, and the source tells test sets apart.
+  write(place / "train.bin.xz", xz(cifar100_file(1, 7)));
+  EXPECT_TRUE(has(input_error([&] { load_cifar100(place); }), "test.bin"));
+  write(place / "test.bin.gz", gzip(cifar100_file(3, 8)));
+  const Dataset outer = load_cifar100(place);
+  EXPECT_EQ(outer.train.labels, (Bytes{7}));
+  EXPECT_EQ(outer.test.labels, (Bytes{8, 9, 10}));
+  EXPECT_EQ(outer.path, place.string());
+  EXPECT_NE(outer.source, inner.source);
+
+  fs::remove(nested / "train.bin.gz");
+  const std::string text = input_error([&] { load_cifar100(nested); });
+  EXPECT_TRUE(has(text, nested.string()) && has(text, "train.bin")) << text;
+  EXPECT_TRUE(has(input_error([&] { load_cifar100(folder / "none"); }), "not a folder"));
+  write(place / "test.bin.gz", gzip({1, 2, 3}));
+  EXPECT_TRUE(has(input_error([&] { load_cifar100(place); }), "test.bin.gz"));
 }
 
 TEST(LoadSets, FindBothSpellingsAndPackings) {

@@ -22,11 +22,11 @@ StepState state_of(uint32_t step, uint64_t seed = 5) {
 
 // x after dropout. A second state, of another key and step, must not be read.
 std::vector<float> drop(const std::vector<float>& values, int replicas, float rate, uint32_t step = 3,
-                        uint32_t stream_id = layer, uint64_t seed = 5) {
+                        uint32_t stream_id = layer, uint64_t seed = 5, int first_replica = 0) {
   Memory memory;
   Buffer x(memory, values);
   Buffer states(memory, std::vector<StepState>{state_of(step, seed), state_of(step + 1, seed + 1)});
-  dropout(x, values.size() / replicas, replicas, rate, states, stream_id, memory.stream());
+  dropout(x, values.size() / replicas, replicas, rate, states, stream_id, memory.stream(), first_replica);
   return x.host();
 }
 
@@ -103,6 +103,33 @@ TEST(Dropout, BackwardDrawsTheSameMask) {
   const std::vector<float> mask = x.host();
   EXPECT_EQ(mask, grad.host());
   EXPECT_NE(std::count(mask.begin(), mask.end(), 0.f), 0);
+}
+
+// Replicas that come in several calls have the masks that they would have in one.
+void check_first_replica(size_t count, int replicas, int first, float rate) {
+  SCOPED_TRACE(testing::Message() << replicas << "x" << count << " from " << first << " at " << rate);
+  const std::vector<float> values = integers(count * replicas, 4);
+  const std::vector<float> whole = drop(values, replicas, rate);
+  const auto from = std::ptrdiff_t(count) * first;
+  const std::vector<float> rest(values.begin() + from, values.end()), want(whole.begin() + from, whole.end());
+  const std::vector<float> got = drop(rest, replicas - first, rate, 3, layer, 5, first);
+  EXPECT_TRUE(exact(got, want));
+  for (size_t i = 0; i < got.size(); i++)
+    EXPECT_EQ(got[i] == 0, word_of(i % count, count, uint32_t(first + i / count), 3, layer) < rate * 4294967296.) << i;
+  record("dropout.from" + std::to_string(first) + "." + std::to_string(count), got, 0);
+}
+
+TEST(Dropout, SmallFirstReplica) {
+  BATON_NEEDS_DEVICE();
+  check_first_replica(9, 4, 2, 0.5f);
+}
+
+TEST(Dropout, FirstReplica) {
+  BATON_NEEDS_DEVICE();
+  check_first_replica(1001, 4, 2, 0.25f);
+  check_first_replica(514, 5, 4, 0.5f);
+  const std::vector<float> ones(500, 1.f);
+  EXPECT_NE(drop(ones, 1, 0.5f, 3, layer, 5, 1), drop(ones, 1, 0.5f));
 }
 
 TEST(Dropout, KeepsTheMeanAndHasItsVariance) {

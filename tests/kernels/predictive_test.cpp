@@ -1,5 +1,7 @@
 #include "kernels/predictive.h"
 
+#include <algorithm>
+#include <array>
 #include <random>
 
 #include "tests/support/buffers.h"
@@ -172,6 +174,80 @@ TEST(Predictive, SmallNaNStaysInItsRow) {
   EXPECT_TRUE(std::isnan(m.entropy[0]) && std::isnan(m.information[0]));
   EXPECT_EQ(m.probability[2], .5f);
   EXPECT_FLOAT_EQ(m.entropy[1], std::log(2.f));
+}
+
+constexpr uint8_t untouched = 0xEE;
+
+// [samples][stride], as choose_classes leaves it.
+std::vector<uint8_t> choose(const std::vector<float>& logits, int samples, int batch, int classes, size_t stride) {
+  Memory memory;
+  Buffer x(memory, logits);
+  Buffer<uint8_t> chosen(memory, stride * samples, untouched);
+  choose_classes(chosen, stride, x, samples, batch, classes, memory.stream());
+  return chosen.host();
+}
+
+std::vector<uint8_t> chosen_reference(const std::vector<float>& logits, int samples, int batch, int classes,
+                                      size_t stride) {
+  std::vector<uint8_t> chosen(stride * samples, untouched);
+  for (int s = 0; s < samples; s++)
+    for (int b = 0; b < batch; b++) {
+      const float* x = &logits[(size_t(s) * batch + b) * classes];
+      chosen[stride * s + b] = uint8_t(std::max_element(x, x + classes) - x);  // the first of equals
+    }
+  return chosen;
+}
+
+TEST(ChooseClasses, SmallExact) {
+  BATON_NEEDS_DEVICE();
+  const float inf = INFINITY;
+  // The first of equals, wherever they stand; infinities; zeros of both signs.
+  EXPECT_TRUE(
+      exact(choose({1, 2, 0, 2, 2, 1, 5, 5, 5, 0, 1, 1, -inf, -inf, -inf, -inf, -9, inf, -0.f, 0, -0.f}, 1, 7, 3, 7),
+            std::vector<int>{1, 0, 0, 1, 0, 2, 0}));
+  // A NaN wins over nothing, and as the first class nothing wins over it: a class that there is, always.
+  EXPECT_TRUE(exact(choose({0, NAN, 1, 3, NAN, 1, 0, 1, NAN, NAN, 1, 2, NAN, NAN, NAN}, 1, 5, 3, 5),
+                    std::vector<int>{2, 0, 1, 0, 0}));
+  // Two samples, which a stride of 4 sets apart.
+  EXPECT_TRUE(exact(choose({0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1}, 2, 3, 2, 4),
+                    std::vector<int>{1, 0, 1, untouched, 0, 0, 1, untouched}));
+}
+
+TEST(ChooseClasses, SmallAgainstReference) {
+  BATON_NEEDS_DEVICE();
+  const std::vector<float> logits = normals(2 * 3 * 10, 2, 6);
+  EXPECT_TRUE(exact(choose(logits, 2, 3, 10, 5), chosen_reference(logits, 2, 3, 10, 5)));
+}
+
+TEST(ChooseClasses, AgainstReference) {
+  BATON_NEEDS_DEVICE();
+  for (const auto [samples, batch, classes, padding] :
+       {std::array{1, 1, 1, 0}, {3, 7, 2, 0}, {10, 129, 10, 127}, {2, 65, 33, 1}, {4, 31, 100, 3}, {2, 300, 256, 0}}) {
+    SCOPED_TRACE(testing::Message() << "[" << samples << "][" << batch << "][" << classes << "]");
+    std::vector<float> logits = normals(size_t(samples) * batch * classes, 1.5f, classes + batch);
+    for (float& x : logits) x = std::round(x);  // ties
+    logits.back() = 100;                        // the last class can be chosen
+    const size_t stride = size_t(batch) + padding;
+    const std::vector<uint8_t> got = choose(logits, samples, batch, classes, stride);
+    EXPECT_TRUE(exact(got, chosen_reference(logits, samples, batch, classes, stride)));
+    EXPECT_EQ(got[stride * (samples - 1) + batch - 1], classes - 1);
+    record("choose_classes." + std::to_string(samples) + "x" + std::to_string(batch) + "x" + std::to_string(classes),
+           std::vector<float>(got.begin(), got.end()), 0);
+  }
+}
+
+TEST(ChooseClasses, RefusesClasses) {
+  uint8_t chosen = 0;
+  const float x = 0;
+  for (int classes : {-1, 0, 257}) {
+    try {
+      choose_classes(&chosen, 1, &x, 1, 1, classes, {});
+      ADD_FAILURE() << "no error";
+    } catch (const InputError& e) {
+      EXPECT_NE(std::string(e.what()).find("256 classes, not " + std::to_string(classes)), std::string::npos)
+          << e.what();
+    }
+  }
 }
 
 TEST(Predictive, RefusesShapes) {

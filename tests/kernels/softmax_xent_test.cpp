@@ -15,13 +15,14 @@ struct Result {
 };
 
 Result run(const std::vector<float>& logits, const std::vector<int32_t>& labels, int replicas, int batch, int classes,
-           float scale, bool gradient = true) {
+           float scale, bool gradient = true, bool shared_labels = false) {
   Memory memory;
   Buffer x(memory, logits);
   Buffer label(memory, labels);
-  Buffer<float> loss(memory, labels.size(), NAN), hit(memory, labels.size(), NAN), dx(memory, logits.size(), NAN);
+  const size_t rows = size_t(replicas) * batch;
+  Buffer<float> loss(memory, rows, NAN), hit(memory, rows, NAN), dx(memory, logits.size(), NAN);
   softmax_cross_entropy(loss, hit, gradient ? dx.data() : nullptr, x, label, replicas, batch, classes, scale,
-                        memory.stream());
+                        memory.stream(), shared_labels);
   return {loss.host(), hit.host(), dx.host()};
 }
 
@@ -132,6 +133,40 @@ TEST(SoftmaxXent, LossWithoutGradientIsTheSame) {
     EXPECT_TRUE(exact(without.hit, with.hit));
     for (float untouched : without.dlogits) EXPECT_TRUE(std::isnan(untouched));
   }
+}
+
+// The same rows whether every replica brings the labels or one copy serves them all.
+void check_shared_labels(int replicas, int batch, int classes) {
+  SCOPED_TRACE(testing::Message() << "[" << replicas << "][" << batch << "][" << classes << "]");
+  std::mt19937 random(classes + batch);
+  std::normal_distribution<float> normal(0, 2);
+  std::vector<float> logits(size_t(replicas) * batch * classes);
+  for (float& x : logits) x = normal(random);
+  std::vector<int32_t> labels(batch), repeated;
+  for (int32_t& l : labels) l = int32_t(random() % classes);
+  for (int r = 0; r < replicas; r++) repeated.insert(repeated.end(), labels.begin(), labels.end());
+  for (bool gradient : {true, false}) {
+    const Result want = run(logits, repeated, replicas, batch, classes, 0.25f, gradient);
+    const Result got = run(logits, labels, replicas, batch, classes, 0.25f, gradient, true);
+    EXPECT_TRUE(exact(got.loss, want.loss));
+    EXPECT_TRUE(exact(got.hit, want.hit));
+    EXPECT_TRUE(exact(got.dlogits, want.dlogits));
+    for (float loss : got.loss) EXPECT_TRUE(std::isfinite(loss));
+  }
+}
+
+TEST(SoftmaxXent, SmallSharedLabels) {
+  BATON_NEEDS_DEVICE();
+  check_shared_labels(3, 2, 10);
+}
+
+TEST(SoftmaxXent, SharedLabels) {
+  BATON_NEEDS_DEVICE();
+  check_shared_labels(1, 5, 10);
+  check_shared_labels(10, 128, 10);
+  check_shared_labels(3, 7, 2);
+  check_shared_labels(4, 33, 100);
+  check_shared_labels(5, 1, 33);
 }
 
 TEST(SoftmaxXent, SmallExtremes) {

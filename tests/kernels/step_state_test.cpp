@@ -92,6 +92,49 @@ TEST(StepState, CosineToTheEnd) {
   }
 }
 
+// decay^floor((t - 1) / n): the first n steps of the stage have the whole step size.
+TEST(StepState, SmallScheduleOfSteps) {
+  BATON_NEEDS_DEVICE();
+  const int steps = 23;
+  auto of = [](int decay_steps, float decay, int stage_step) {
+    StepState s = fresh(Schedule::steps, 23);
+    s.decay_steps = decay_steps, s.decay = decay, s.stage_step = stage_step;
+    return s;
+  };
+  const std::vector<StepState> first{of(4, 0.5f, 0),  of(4, 0.5f, 6), of(1, 0.5f, 0),
+                                     of(30, 0.5f, 0), of(0, 0.5f, 0), of(5, 0.1f, 0)};
+  const auto seen = run(first, steps);
+  for (int t = 0; t < steps; t++) {
+    const double halvings[] = {double(t / 4), double((t + 6) / 4), double(t), 0, 0};
+    for (int r = 0; r < 5; r++) {
+      EXPECT_EQ(seen[t][r].lr_mean, 0.5 * std::pow(0.5, halvings[r])) << t << " " << r;
+      EXPECT_EQ(seen[t][r].lr_scale, 0.25 * std::pow(0.5, halvings[r])) << t << " " << r;
+    }
+    const double tenths = std::pow(0.1, t / 5);
+    EXPECT_NEAR(seen[t][5].lr_mean / (0.5 * tenths), 1, 1e-6) << t;
+    EXPECT_NEAR(seen[t][5].lr_scale / (0.25 * tenths), 1, 1e-6) << t;
+    for (int r = 0; r < 6; r++) {
+      EXPECT_EQ(seen[t][r].decay_steps, first[r].decay_steps);
+      EXPECT_EQ(seen[t][r].decay, first[r].decay);
+      EXPECT_EQ(seen[t][r].base_lr_mean, 0.5f);
+    }
+  }
+}
+
+// The other schedules do not look at it.
+TEST(StepState, DecayBelongsToOneSchedule) {
+  BATON_NEEDS_DEVICE();
+  std::vector<StepState> with, without;
+  for (Schedule schedule : {Schedule::constant, Schedule::linear, Schedule::cosine}) {
+    with.push_back(fresh(schedule, 9));
+    without.push_back(fresh(schedule, 9));
+    with.back().decay_steps = 2, with.back().decay = 0.5f;
+  }
+  const auto a = run(with, 9), b = run(without, 9);
+  for (int t = 0; t < 9; t++)
+    for (int r = 0; r < 3; r++) EXPECT_EQ(a[t][r].lr_mean, b[t][r].lr_mean) << t << " " << r;
+}
+
 TEST(StepState, WarmUp) {
   BATON_NEEDS_DEVICE();
   const auto seen = run({fresh(Schedule::constant, 10, 0), fresh(Schedule::constant, 10, 4)}, 8);

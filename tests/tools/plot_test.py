@@ -10,6 +10,7 @@ import tempfile
 import unittest
 
 PLOT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "plot"
+COMMON = PLOT.parent / "plot_forms" / "common.py"
 
 
 def run(method, parts, seed, accuracies, **more):
@@ -59,7 +60,7 @@ def line_names(svg):
     return {text: float(y) for y, text in names}
 
 
-class Plot(unittest.TestCase):
+class PlotCase(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -77,6 +78,8 @@ class Plot(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         return (self.folder / "figure.svg").read_text()
 
+
+class Plot(PlotCase):
     def test_writes_png_and_svg_and_names_them(self):
         done = self.plot(result())
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -153,8 +156,8 @@ class Plot(unittest.TestCase):
 
     def test_colours_of_methods_can_be_told_apart(self):
         colours = {name: tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5)) for name, colour in
-                   re.findall(r'"(\w+)": \("[^"]+", "(#\w{6})", "\S"\)', PLOT.read_text())}
-        self.assertGreaterEqual(len(colours), 12)
+                   re.findall(r'"(\w+)": \("[^"]+", "(#\w{6})", "\S"\)', COMMON.read_text())}
+        self.assertGreaterEqual(len(colours), 21)
         for (a, one), (b, other) in itertools.combinations(colours.items(), 2):
             self.assertGreater(sum(abs(x - y) for x, y in zip(one, other)), 50, (a, b))
 
@@ -179,6 +182,240 @@ class Plot(unittest.TestCase):
                 self.assertEqual(done.returncode, 2)
                 self.assertRegex(done.stderr, r"\Aplot: [^\n]+\n\Z")
                 self.assertFalse(list(self.folder.glob("bil_mnist*")))
+
+
+def bgd_run(method, label, seed, stages, **more):
+    """stages: (stage, epoch, accuracies on the tasks so far)."""
+    listed = []
+    for stage, epoch, by_task in stages:
+        mean = sum(by_task) / len(by_task)
+        ways = {"map": mean - 0.01, "sampled": mean, "softmax": mean + 0.02, "committee": mean + 0.01}
+        listed.append({"stage": stage, "epoch": epoch, "test_accuracy": mean, "by_inference": ways, "by_task": by_task})
+    return {"method": method, "label": label, "parts": 1, "seed": seed, "settings": {}, "stages": listed,
+            "inference": "sampled", "final_test_accuracy": sum(stages[-1][2]) / len(stages[-1][2]), **more}
+
+
+def bgd_result(experiment, name, train, runs, test=10000, generated=False):
+    return {"experiment": experiment, "preset": "quick", "device": "cpu", "settings": {}, "runs": runs,
+            "dataset": {"name": name, "source": "here", "generated": generated, "train": train, "test": test}}
+
+
+def pruning(*rows):
+    return {"error": 0.02, "weights": 100, "results": [
+        {"ranking": ranking, "fraction": fraction, "error": 0.02 * ratio, "error_ratio": ratio}
+        for ranking, fraction, ratio in rows]}
+
+
+def pruned_of(method, pruned):
+    """A point estimate has no signal-to-noise ratio."""
+    return {"pruning": {**pruned, "results": [row for row in pruned["results"]
+                                              if method != "sgd" or row["ranking"] == "magnitude"]}} if pruned else {}
+
+
+RATIOS = pruning(("magnitude", 0.9, 3.0), ("magnitude", 0.95, 4.5), ("signal-to-noise", 0.9, 1.25),
+                 ("signal-to-noise", 0.95, 1.5))
+
+
+def bgd_mnist_result(widths=(400,), methods=("bgd", "sgd"), train=50000, pruned=None, settings=(), **more):
+    runs = []
+    for width in widths:
+        for i, method in enumerate(methods):
+            for seed in (0, 1):
+                stages = [(1, e, [0.9 + 0.01 * e + 0.001 * seed - 0.002 * i]) for e in range(1, 9)]
+                run = bgd_run(method, f"{method.upper()} 2x{width}", seed, stages,
+                              settings={"width": width, **dict(settings)})
+                runs.append({**run, **pruned_of(method, pruned)})
+    return bgd_result("bgd_mnist", "mnist", train, runs, **more)
+
+
+def permuted_result(methods=("bgd", "si"), tasks=10, width=2000, train=60000, **more):
+    runs = []
+    for i, method in enumerate(methods):
+        continuous = method.endswith("continuous")
+        stages = []
+        for t in range(1, tasks + 1):
+            if continuous:
+                stages.append((1, t, [0.95] * t + [0.15] * (tasks - t)))
+            else:
+                stages += [(t, 1, [0.5] * t), (t, 2, [0.99 - 0.01 * i - 0.01 * (t - k) for k in range(1, t + 1)])]
+        runs.append(bgd_run(method, method.upper().replace("_", ", "), 0, stages,
+                            settings={"width": width, "tasks": tasks, "continuous": continuous}))
+    return bgd_result("bgd_permuted_mnist", "mnist", train, runs, **more)
+
+
+SIGMAS = [{"initial": 0.015, "smallest": 0.011, "median": 0.0149, "largest": 0.0312, "edges": [0.01, 0.014, 0.016],
+           "counts": [5, 90]},
+          {"initial": 0.015, "smallest": 0.014, "median": 0.0149, "largest": 0.0444,
+           "edges": [0.014, 0.016, 0.03, 0.05], "counts": [90, 0, 5]}]
+
+
+def bgd_cifar10_result(pruned=RATIOS, sigmas=SIGMAS, train=50000, **more):
+    stages = [(1, e, [0.2 + 0.05 * e]) for e in range(1, 13)]
+    runs = [{**bgd_run("bgd", "BGD", seed, stages), **({"sigma": sigmas[seed]} if sigmas else {})} for seed in (0, 1)]
+    runs.append(bgd_run("sgd", "SGD", 0, stages))
+    for run in runs:
+        run.update(pruned_of(run["method"], pruned))
+    return bgd_result("bgd_cifar10", "cifar10", train, runs, **more)
+
+
+def cifar_tasks_result(methods=("bgd", "sgd", "si"), tasks=6, name="cifar10+cifar100", train=75000, **more):
+    names = [f"classes {10 * t} to {10 * t + 9}" for t in range(tasks)]
+    runs = [bgd_run(method, method.upper(), seed, [(1, 5, [0.8])] + [
+        (tasks, 5, [0.6 + 0.02 * t + 0.01 * i + 0.002 * seed for t in range(tasks)])], settings={"tasks": names})
+        for i, method in enumerate(methods) for seed in (0, 1)]
+    return bgd_result("bgd_cifar_tasks", name, train, runs, **more)
+
+
+def texts(svg):
+    """[(text, x, y)] of the texts that stand at a place of their own."""
+    return [(text, float(x), float(y)) for x, y, text in
+            re.findall(r'<text [^>]*x="(\S+)" y="(\S+)"[^>]*>([^<]+)</text>', svg)]
+
+
+class PlotBgd(PlotCase):
+    def test_writes_files_named_after_the_experiment(self):
+        for content in (bgd_mnist_result(), permuted_result(), bgd_cifar10_result(), cifar_tasks_result()):
+            name = content["experiment"]
+            done = self.plot(content)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(done.stdout, f"Plot: {self.folder / name}.png\nPlot: {self.folder / name}.svg\n")
+            self.assertIn("preset quick", (self.folder / f"{name}.svg").read_text())
+
+    def test_titles_say_generated(self):
+        for content, words in ((bgd_mnist_result(generated=True), "generated digits (not MNIST)"),
+                               (permuted_result(generated=True), "Permuted generated digits (not MNIST)"),
+                               (bgd_cifar10_result(generated=True), "generated images (not CIFAR-10)"),
+                               (cifar_tasks_result(generated=True), "Generated images (not CIFAR-10 and CIFAR-100)")):
+            with self.subTest(words=words):
+                svg = self.svg(content)
+                self.assertIn(words, svg)
+                self.assertEqual(marks(svg), 0)
+                self.assertNotIn("diamonds", svg)
+
+    def test_mnist_names_labels_with_their_last_error(self):
+        svg = self.svg(bgd_mnist_result(widths=(400, 800)))
+        for words in ("BGD 2x400:  1.95", "SGD 2x800:  2.15", "Bayesian gradient descent on MNIST, preset quick",
+                      "Mean over seeds 0, 1; band: least to greatest.", "test error, %"):
+            self.assertIn(words, svg)
+        self.assertNotIn("weights pruned", svg)
+        colours = dict(re.findall(r'<text style="fill: (#\w+)[^>]*>(\w+ 2x\d+):', svg))
+        self.assertEqual(len(colours), 4)
+
+    def test_mnist_pruning(self):
+        svg = self.svg(bgd_mnist_result(pruned=RATIOS))
+        self.assertIn("BGD 2x400, |µ|:  4.50", svg)
+        self.assertIn("BGD 2x400, |µ|/σ:  1.50", svg)
+        self.assertIn("weights pruned, %", svg)
+        everything = pruning(("magnitude", 0.0, 1.0), ("magnitude", 0.5, 1.1), ("magnitude", 1.0, 45.0))
+        self.assertIn("SGD 2x400, |µ|:  45.00", self.svg(bgd_mnist_result(pruned=everything)))
+
+    def test_mnist_published_values(self):
+        for content, count in ((bgd_mnist_result(), 2), (bgd_mnist_result(widths=(400, 800, 1200)), 6),
+                               (bgd_mnist_result(widths=(300,)), 0), (bgd_mnist_result(methods=("bbb",)), 1),
+                               (bgd_mnist_result(methods=("bbb",), settings={"prior": {"mixture": 0.5}}), 0),
+                               (bgd_mnist_result(methods=("bbb_mixture",)), 0), (bgd_mnist_result(train=10000), 0),
+                               (bgd_mnist_result(train=60000), 0), (bgd_mnist_result(test=1000), 0),
+                               (bgd_mnist_result(pruned=RATIOS), 2),
+                               (bgd_mnist_result(widths=(1200,), pruned=RATIOS), 4)):
+            svg = self.svg(content)
+            self.assertEqual(marks(svg), count)
+            self.assertEqual("Faint diamonds" in svg, count > 0)
+        self.assertIn("10,000 and judged on 10,000 images, not 50,000", self.svg(bgd_mnist_result(train=10000)))
+
+    def test_mnist_an_error_of_zero(self):
+        content = bgd_mnist_result(pruned=pruning(("magnitude", 0.5, 0.0), ("magnitude", 0.9, 2.0)))
+        for run in content["runs"]:
+            run["stages"][-1]["test_accuracy"] = 1
+        self.assertIn("BGD 2x400:  0.00", self.svg(content))
+
+    def test_names_at_the_ends_of_lines_do_not_overlap(self):
+        content = bgd_mnist_result(widths=(400, 800, 1200), methods=("bgd", "sgd", "bbb"), pruned=RATIOS)
+        columns = {}
+        for text, x, y in texts(self.svg(content)):
+            if re.search(r"2x\d+.*:  ", text):
+                columns.setdefault(x, []).append(y)
+        self.assertEqual(sorted(map(len, columns.values())), [9, 15])
+        for heights in columns.values():
+            self.assertGreater(min(b - a for a, b in itertools.pairwise(sorted(heights))), 12)
+
+    def test_permuted_is_the_mean_over_the_tasks_at_their_ends(self):
+        svg = self.svg(permuted_result())
+        self.assertIn("Permuted MNIST, preset quick", svg)
+        self.assertIn("10 tasks, hidden layers of 2,000 units", svg)
+        self.assertIn("BGD:  94.50", svg)  # 0.99 - the mean of 0 to 0.09
+        self.assertIn("SI:  93.50", svg)
+        self.assertNotIn("no task borders", svg)
+
+    def test_permuted_continuous_runs_are_over_all_tasks(self):
+        content = permuted_result(("bgd", "bgd_continuous"), tasks=4)
+        svg = self.svg(content)
+        self.assertIn("BGD, CONTINUOUS:  95.00", svg)
+        self.assertIn("no task borders: average over all tasks", svg)
+        self.assertIn("share of the training", svg)
+        self.assertIn("stroke-dasharray", svg)
+        self.assertNotIn("stroke-dasharray", self.svg(permuted_result(tasks=4)))
+
+    def test_permuted_reference_values(self):
+        for content, count in ((permuted_result(), 10), (permuted_result(("bgd",), tasks=5), 5),
+                               (permuted_result(width=200), 0), (permuted_result(train=6000), 0)):
+            self.assertEqual(marks(self.svg(content)), count)
+
+    def test_cifar10_ways_of_predicting_sigma_and_pruning(self):
+        svg = self.svg(bgd_cifar10_result())
+        for words in ("BGD, MAP:  79.00", "BGD, sampled:  80.00", "BGD, committee:  81.00", "BGD, mean softmax:  82.00",
+                      "SGD:  80.00", "σ: initial 0.015, median 0.0149, largest 0.0444", "BGD, |µ|/σ:  1.50",
+                      "share of the parameters, %", "table 3"):
+            self.assertIn(words, svg)
+        self.assertEqual(marks(svg), 2)
+        self.assertEqual(marks(self.svg(bgd_cifar10_result(train=1000))), 0)
+
+    def test_cifar10_adds_up_the_histograms_of_seeds(self):
+        both = {**SIGMAS[1], "edges": [0.01, 0.014, 0.016, 0.03, 0.05], "counts": [5, 180, 0, 5]}
+        self.assertEqual(self.svg(bgd_cifar10_result()), self.svg(bgd_cifar10_result(sigmas=[both, both])))
+
+    def test_cifar10_leaves_out_panels_without_data(self):
+        svg = self.svg(bgd_cifar10_result(pruned=None))
+        self.assertIn("share of the parameters, %", svg)
+        self.assertNotIn("weights pruned, %", svg)
+        svg = self.svg(bgd_cifar10_result(sigmas=None))
+        self.assertNotIn("share of the parameters, %", svg)
+        self.assertIn("weights pruned, %", svg)
+        svg = self.svg(bgd_cifar10_result(pruned=None, sigmas=None))
+        self.assertIn("BGD, MAP:  79.00", svg)
+        self.assertNotIn("share of the parameters, %", svg)
+
+    def test_cifar_tasks_bars(self):
+        svg = self.svg(cifar_tasks_result())
+        shown = re.findall(r">(\d\d\.\d)</text>", svg)
+        want = [f"{60.1 + 2 * t + i:.1f}" for i in range(3) for t in (0, 1, 2, 3, 4, 5, 2.5)]
+        self.assertEqual(sorted(shown), sorted(want))
+        for words in ("task 6", ">mean<", "classes 50", "CIFAR-10 and five parts of CIFAR-100", "thin lines: least"):
+            self.assertIn(words, svg)
+        self.assertEqual(marks(svg), 7)
+        self.assertEqual(marks(self.svg(cifar_tasks_result(("bgd",)))), 7)
+        for content in (cifar_tasks_result(name="cifar10"), cifar_tasks_result(train=6000),
+                        cifar_tasks_result(tasks=5)):
+            self.assertEqual(marks(self.svg(content)), 0)
+
+    def test_a_run_without_stages_and_an_unknown_method(self):
+        for content in (bgd_mnist_result(methods=("bgd", "new")), permuted_result(("bgd", "new")),
+                        cifar_tasks_result(("bgd", "new"))):
+            content["runs"][0]["stages"] = []
+            self.assertIn("NEW", self.svg(content))
+
+    def test_the_same_result_gives_the_same_svg(self):
+        self.assertEqual(self.svg(bgd_cifar10_result()), self.svg(bgd_cifar10_result()))
+
+    def test_refuses_in_one_line(self):
+        contents = []
+        for content in (bgd_mnist_result(), permuted_result(), bgd_cifar10_result(), cifar_tasks_result()):
+            contents += [{**content, "runs": []}, {**content, "runs": [{}]}, {**content, "dataset": {}}]
+        contents.append(bgd_cifar10_result(sigmas=[{**SIGMAS[0], "edges": [0.01]}, SIGMAS[1]]))
+        for content in contents:
+            with self.subTest(content=str(content)[:200]):
+                done = self.plot(content)
+                self.assertEqual(done.returncode, 2)
+                self.assertRegex(done.stderr, r"\Aplot: [^\n]+\n\Z")
 
 
 if __name__ == "__main__":
