@@ -414,7 +414,7 @@ __global__ void finish_update_kernel(SigmaStatistics* statistics, TripWire* wire
       if (here && 2 * below < uint32_t(counted) && 2 * (below + here) >= uint32_t(counted)) {
         const int bits = (b + (127 + sd_first_octave) * sd_bins_an_octave) << 20;
         const float low = __builtin_bit_cast(float, bits), high = __builtin_bit_cast(float, bits + (1 << 20));
-        median = 0.5f * (low + high);
+        median = fminf(fmaxf(0.5f * (low + high), smallest), largest);  // of the values that there are
       }
       below += here;
     }

@@ -1,9 +1,9 @@
 // Moves every replica's StepState on by one step: one thread a replica, first node of a captured step.
 //
 //   t = steps of this stage, s = steps it will have, p = (t - 1) / s in [0, 1)
-//   step size = base * {1 | 1 - p | (1 + cos(pi p)) / 2 | decay^floor((t - 1) / n)}       constant, linear, cosine, steps
-//   Adam's corrections 1 / (1 - beta^t), with t restarted at every stage (Kochurov et al., section 5: the optimizer's
-//   state is reset before each stage)
+//   step size = base * {1 | 1 - p | (1 + cos(pi p)) / 2 | decay^floor((t - 1) / n)}       constant, linear, cosine,
+//   steps Adam's corrections 1 / (1 - beta^t), with t restarted at every stage (Kochurov et al., section 5: the
+//   optimizer's state is reset before each stage) unless steps_before says that the optimizer goes on
 #include "kernels/step_state.h"
 
 namespace baton {
@@ -34,8 +34,9 @@ __global__ void advance_step_kernel(StepState* __restrict__ states, int replicas
   s.lr_scale = s.base_lr_scale * factor;
   const float warm = s.warmup_steps > 0 ? fminf(1.f, float(s.stage_step) / float(s.warmup_steps)) : 1.f;
   s.kl_now = s.kl_weight * warm;
-  s.correction1 = 1.f / (1.f - powf(adam_beta1, float(s.stage_step)));
-  s.correction2 = 1.f / (1.f - powf(adam_beta2, float(s.stage_step)));
+  const float t = float(s.steps_before + s.stage_step);
+  s.correction1 = 1.f / (1.f - powf(adam_beta1, t));
+  s.correction2 = 1.f / (1.f - powf(adam_beta2, t));
   states[r] = s;
 }
 

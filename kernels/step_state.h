@@ -8,14 +8,15 @@ namespace baton {
 enum class Schedule : int { constant, linear, cosine, steps };  // of the step sizes over a stage
 
 struct StepState {
-  Key noise;            // of the weights' and activations' noise
-  Key shuffle;          // of the order of the examples
-  uint32_t step;        // steps of the whole run so far: the noise counter, never reset
-  int32_t stage;        // 0-based
-  int32_t stage_step;   // steps of this stage so far (1 during the first)
-  int32_t stage_steps;  // steps that this stage will have
-  int32_t part_offset;  // this stage's part: where it starts in the replica's order of the training set,
-  int32_t part_size;    // and how many examples it has (N_t)
+  Key noise;             // of the weights' and activations' noise
+  Key shuffle;           // of the order of the examples
+  uint32_t step;         // steps of the whole run so far: the noise counter, never reset
+  int32_t stage;         // 0-based
+  int32_t stage_step;    // steps of this stage so far (1 during the first)
+  int32_t stage_steps;   // steps that this stage will have
+  int32_t steps_before;  // of the optimizer, before this stage: 0 where its state starts anew
+  int32_t part_offset;   // this stage's part: where it starts in the replica's order of the training set,
+  int32_t part_size;     // and how many examples it has (N_t)
   Schedule schedule;
   float base_lr_mean;    // step size of the means at the stage's start
   float base_lr_scale;   // step size of the log standard deviations

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "kernels/gaussian.h"
 
@@ -139,6 +140,20 @@ Figures BgdLearner::figures() {
           {"sigma_smallest", s.smallest},
           {"largest_x", s.largest_x},
           {"nonfinite", s.nonfinite}};
+}
+
+std::vector<uint8_t> BgdLearner::noted() {
+  const TripWire wire = trip_wire();
+  std::vector<uint8_t> bytes(sizeof wire + 1, uint8_t(warned_));
+  std::memcpy(bytes.data(), &wire, sizeof wire);
+  return bytes;
+}
+
+void BgdLearner::note(const std::vector<uint8_t>& bytes) {
+  std::vector<TripWire> wire(1);
+  std::memcpy(wire.data(), bytes.data(), sizeof(TripWire));
+  upload(device_, wire_, wire);
+  warned_ = bytes.back() != 0;
 }
 
 void BgdLearner::sample(float* w, int first, int draws, Key key) {

@@ -41,6 +41,9 @@ class Learner {
   virtual std::string warning(int /*batch*/) { return {}; }
   virtual std::string failure(int /*batch*/) { return {}; }
   virtual Figures figures() { return {}; }  // of the newest step
+  // What warning() and failure() have to remember, for a checkpoint; empty: nothing.
+  virtual std::vector<uint8_t> noted() { return {}; }
+  virtual void note(const std::vector<uint8_t>&) {}
 
   // For predictions: draws of the weights, numbered from `first`, and the weights at the mean. [count][stride]
   virtual bool uncertain() const { return draws_are_made(); }
@@ -102,6 +105,8 @@ class BgdLearner : public Learner {
   std::string warning(int batch) override;
   std::string failure(int batch) override;
   Figures figures() override;
+  std::vector<uint8_t> noted() override;
+  void note(const std::vector<uint8_t>&) override;
   void sample(float* w, int first, int count, Key) override;
   void mean_weights(float* w) override;
   float* means() override { return mean_; }

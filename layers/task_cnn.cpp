@@ -52,7 +52,7 @@ void TaskCnn::prepare(const LayerContext& c, bool shared_input) {
 // where an output was dropped the gradient is 0 already, and elsewhere the answer is the same.
 void TaskCnn::drop(Device& device, float* x, const Activation& a, float rate, int layer, const StepState* states,
                    int first_draw) {
-  if (dropout_ && training_)
+  if (dropout_ && training_ && states)  // without states: curvature at the weights, where nothing is random
     dropout(x, a.stride, replicas_, rate, states, uint32_t(stream_dropout + layer), device.stream(), first_draw);
 }
 

@@ -6,7 +6,7 @@
 //            fc1 2304 -> 512, ReLU   dropout .5   head0 .. head{n-1}: 512 -> classes
 //
 // 1,276,508 parameters (1,275,744 weights) with six heads of ten classes. Dropout is active where a backward pass will
-// follow (LayerContext::training), with a mask of its own for every replica. Forward and backward are written out;
+// follow (LayerContext::training) and the passes get StepStates, with a mask of its own for every replica. Forward and backward are written out;
 // there is no autograd.
 #pragma once
 #include "kernels/dropout.h"

@@ -209,7 +209,7 @@ class TaskRunner {
     last_save_ = now();
     for (; stage < trainer.stages(); stage++) {
       if (trainer.stage() != stage) {
-        if (stage > 0 && run.restart_optimizer) trainer.learner().restart_optimizer();
+        if (stage > 0 && run.restart_optimizer) trainer.restart_optimizer();
         trainer.begin_stage(stage);
         seconds_ = 0;
       }
@@ -342,11 +342,12 @@ class TaskRunner {
     const int stage = trainer.stage();
     const bool continuous = !run.sequence.probabilities.empty();
     const int tasks = continuous ? trainer.sequence().tasks() : stage + 1;
+    const bool all_ways = tasks == 1 || stage + 1 == trainer.stages();  // else those that the run's own inference takes
     json s, by_task = json::array(), ways = json::object();
     InferenceAccuracies mean;
     double nll = 0, ece = 0;
     for (int t = 0; t < tasks; t++) {
-      const Judgement j = judge_task(run, trainer, t, tasks == 1 || stage + 1 == trainer.stages());
+      const Judgement j = judge_task(run, trainer, t, all_ways);
       by_task.push_back(j.accuracies.of(run.inference));
       mean.map += j.accuracies.map / tasks;
       mean.sampled += j.accuracies.sampled / tasks;
@@ -356,7 +357,7 @@ class TaskRunner {
       ece += j.metrics.ece / tasks;
     }
     for (Inference i : {Inference::map, Inference::sampled, Inference::softmax, Inference::committee})
-      ways[name_of(i)] = mean.of(i);
+      if (all_ways || (i == Inference::map) == (run.inference == Inference::map)) ways[name_of(i)] = mean.of(i);
     s["stage"] = stage + 1;
     s["epoch"] = double(trainer.stage_step()) / trainer.steps_an_epoch(stage);
     s["train_examples"] = trainer.sequence().examples[stage].size();
@@ -504,6 +505,12 @@ class TaskRunner {
     save_safetensors(path, file);
   }
 
+  int test_images() const {
+    int sum = 0;
+    for (const Images& test : data_.test) sum += test.count;
+    return sum;
+  }
+
   json result() const {
     json j;
     j["experiment"] = options_.experiment;
@@ -512,7 +519,7 @@ class TaskRunner {
                     {"source", data_.set.source},
                     {"generated", data_.set.generated},
                     {"train", data_.set.train.count},
-                    {"test", data_.test[0].count}};
+                    {"test", test_images()}};
     j["device"] = device_.description();
     j["peak_device_bytes"] = device_.peak_bytes();
     j["settings"] = options_.extra;
@@ -540,6 +547,10 @@ class TaskRunner {
 json run_task_experiment(const TaskExperimentOptions& options, const TaskData& data, const std::vector<TaskRun>& runs) {
   if (runs.empty()) throw InputError("nothing to run");
   if (data.test.empty()) throw InputError("there are no test images");
+  // What the trainers would find out when their turn comes: before anything in `out` is touched.
+  for (const TaskRun& r : runs)
+    for (const auto& examples : r.sequence.examples)
+      if (examples.empty()) throw InputError("a task has no examples");
   for (const TaskRun& r : runs)
     if (data.test.size() != 1 && data.test.size() != size_t(r.sequence.tasks()))
       throw InputError("there are " + std::to_string(data.test.size()) + " test sets for " +

@@ -58,6 +58,9 @@ TaskTrainer::TaskTrainer(Device& device, Arena& arena, const NetworkFactory& mak
     throw InputError("a task sequence needs a head and an augmentation for each of its " + text(stages) + " tasks");
   if (!sequence.probabilities.empty() && (stages != 1 || sequence.pixel_order.empty()))
     throw InputError("continuous tasks are orders of the pixels of one set of examples");
+  if (!sequence.pixel_order.empty() &&
+      std::find(sequence_.augment.begin(), sequence_.augment.end(), true) != sequence_.augment.end())
+    throw InputError("images whose pixels are in another order cannot be augmented");
   if (sequence.probabilities.empty() && !sequence.pixel_order.empty() && sequence.pixel_order.size() != stages)
     throw InputError("a task sequence has " + text(stages) + " tasks and " + text(sequence.pixel_order.size()) +
                      " orders of the pixels");
@@ -139,6 +142,8 @@ void TaskTrainer::begin_stage(int stage) {
   stage_step_ = 0;
   state_ = download(device_, states_, 1)[0];
   StepState& s = state_;
+  s.steps_before = restarted_ ? 0 : s.steps_before + s.stage_step;
+  restarted_ = false;
   s.stage = stage;
   s.stage_step = 0;
   s.stage_steps = steps_of(stage);
@@ -154,6 +159,11 @@ void TaskTrainer::begin_stage(int stage) {
   network_->use_head(sequence_.heads[stage]);
   learner_->head_changed();
   graph_.emplace();  // the head, its buffers and the augmentation are recorded in it
+}
+
+void TaskTrainer::restart_optimizer() {
+  learner_->restart_optimizer();
+  restarted_ = true;
 }
 
 // One step, every shape fixed and every changing number in device memory: what the graph captures.
@@ -221,6 +231,8 @@ void TaskTrainer::save(const std::filesystem::path& path, const std::string& ide
   state_ = download(device_, states_, 1)[0];
   const auto* raw = reinterpret_cast<const uint8_t*>(&state_);
   file.tensors["step_state"] = Tensor::of<uint8_t>(std::span<const uint8_t>(raw, sizeof state_), {sizeof state_});
+  const std::vector<uint8_t> noted = learner_->noted();
+  if (!noted.empty()) file.tensors["noted"] = Tensor::of<uint8_t>(noted, {int64_t(noted.size())});
   file.metadata["format"] = "baton-tasks-1";
   file.metadata["architecture"] = network_->architecture();
   file.metadata["method"] = learner_->method();
@@ -257,12 +269,15 @@ std::string TaskTrainer::restore(const std::filesystem::path& path, const std::s
     for (const TensorSpec& t : learner_->store().layout().tensors())
       values.push_back(file.at(t.name + "." + array, t.shape).as<float>());
   const std::vector<uint8_t> raw = file.at("step_state", {sizeof state_}).as<uint8_t>();
+  std::vector<uint8_t> noted = learner_->noted();
+  if (!noted.empty()) noted = file.at("noted", {int64_t(noted.size())}).as<uint8_t>();
   const std::string extra = meta("extra");
 
   size_t next = 0;
   for (const std::string& array : learner_->state_arrays())
     for (const TensorSpec& t : learner_->store().layout().tensors())
       learner_->store().write(device_, array, 0, t, values[next++]);
+  if (!noted.empty()) learner_->note(noted);
   std::memcpy(&state_, raw.data(), sizeof state_);
   const StepState kept = state_;
   upload_states();

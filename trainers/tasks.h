@@ -56,6 +56,7 @@ class TaskTrainer {
   int steps_an_epoch(int stage) const;
   int stage_step() const { return stage_step_; }
   void begin_stage(int stage);
+  void restart_optimizer();  // its moments and step count start anew with the next stage; else they go on
   // Runs `count` steps: a captured graph, replayed. Throws RunError when a loss is not finite or sigma diverged.
   EpochTotals run(int count);
   std::string warning() { return learner_->warning(plan_.batch); }
@@ -89,6 +90,7 @@ class TaskTrainer {
   float *cumulative_ = nullptr, *loss_, *hit_;
   TaskInputs inputs_{};
   std::optional<Graph> graph_;
+  bool restarted_ = false;
   int stage_ = -1, stage_step_ = 0;
   int64_t steps_done_ = 0;
 };

@@ -119,10 +119,14 @@ void BgdOptions::apply(BgdPreset& p) const {
     if (*given_.decay_epochs) m->decay_epochs = given_method_.decay_epochs;
     if (*given_.strength) m->strength = given_method_.strength;
     if (*given_.xi) m->xi = given_method_.xi;
-    if (!(m->lr > 0)) throw InputError("--lr must be positive");
-    if (!(m->decay_epochs > 0)) throw InputError("--decay-epochs must be positive");
-    if (!(m->xi > 0)) throw InputError("--xi must be positive");
-    if (m->strength < 0) throw InputError("--strength cannot be negative");
+    if (!(m->lr > 0) || !std::isfinite(m->lr)) throw InputError("--lr must be positive");
+    if (!(m->momentum >= 0 && m->momentum < 1)) throw InputError("--momentum is at least 0 and below 1");
+    if (!(m->weight_decay >= 0) || !std::isfinite(m->weight_decay))
+      throw InputError("--weight-decay cannot be negative");
+    if (!(m->decay > 0 && m->decay <= 1)) throw InputError("--decay is above 0 and at most 1");
+    if (!(m->decay_epochs > 0) || !std::isfinite(m->decay_epochs)) throw InputError("--decay-epochs must be positive");
+    if (!(m->xi > 0) || !std::isfinite(m->xi)) throw InputError("--xi must be positive");
+    if (!(m->strength >= 0) || !std::isfinite(m->strength)) throw InputError("--strength cannot be negative");
   }
   if (*given_.prior) {
     if (prior_ != "gaussian" && prior_ != "mixture")
@@ -132,18 +136,22 @@ void BgdOptions::apply(BgdPreset& p) const {
   if (*given_.sd1) p.bbb_rule.sd1 = bbb_.sd1;
   if (*given_.sd2) p.bbb_rule.sd2 = bbb_.sd2;
   if (*given_.weight1) p.bbb_rule.weight1 = bbb_.weight1;
-  if (!(p.sigma > 0)) throw InputError("--sigma must be positive");
-  if (!(p.bgd.lr > 0)) throw InputError("--eta must be positive");
-  if (!(p.epochs > 0)) throw InputError("--epochs must be positive");
+  if (!(p.bbb_rule.sd1 > 0) || !(p.bbb_rule.sd2 > 0) || !std::isfinite(p.bbb_rule.sd1) ||
+      !std::isfinite(p.bbb_rule.sd2))
+    throw InputError("--prior-sd and --prior-sd2 must be positive");
+  if (!(p.bbb_rule.weight1 > 0 && p.bbb_rule.weight1 < 1)) throw InputError("--prior-weight is between 0 and 1");
+  if (!(p.sigma > 0) || !std::isfinite(p.sigma)) throw InputError("--sigma must be positive");
+  if (!(p.bgd.lr > 0) || !std::isfinite(p.bgd.lr)) throw InputError("--eta must be positive");
+  if (!(p.epochs > 0 && p.epochs <= 1e6)) throw InputError("--epochs must be positive, and at most a million");
   if (p.batch < 1) throw InputError("--batch must be at least 1");
   if (p.draws < 1 || p.bbb_draws < 1) throw InputError("--draws and --bbb-draws must be at least 1");
   if (p.at_once < 0 || (p.at_once > 0 && p.draws % p.at_once != 0))
     throw InputError("--at-once: " + std::to_string(p.draws) + " draws do not divide into passes of " +
                      std::to_string(p.at_once));
   if (p.samples < 1) throw InputError("--samples must be at least 1");
-  if (p.judge_every < 0 || train_limit_ < 0 || test_limit_ < 0 || p.fisher_examples < 1)
+  if (!(p.judge_every >= 0) || train_limit_ < 0 || test_limit_ < 0 || p.fisher_examples < 1)
     throw InputError("--judge-every, --train-limit, --test-limit and --fisher-examples cannot be negative");
-  if (bounds.clamp < 0 || bounds.least_ratio < 0 || bounds.largest_ratio < 0 ||
+  if (!(bounds.clamp >= 0) || !(bounds.least_ratio >= 0) || !(bounds.largest_ratio >= 0) ||
       (bounds.largest_ratio > 0 && bounds.largest_ratio < bounds.least_ratio))
     throw InputError("--clamp, --least-sigma and --largest-sigma cannot be negative, nor the bounds exchanged");
   if (!(bounds.warn_ratio > 1) || !(bounds.halt_ratio >= bounds.warn_ratio))

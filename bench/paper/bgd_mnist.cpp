@@ -121,7 +121,7 @@ int run(int argc, char** argv) {
 
   std::vector<TaskRun> runs;
   for (uint64_t width : hidden) {
-    if (width < 1) throw InputError("--widths: a hidden layer has at least one unit");
+    if (width < 1 || width > 100000) throw InputError("--widths: 1 to 100,000 units, not " + std::to_string(width));
     for (const std::string& method : methods)
       for (uint64_t seed : seeds) {
         const int w = int(width);

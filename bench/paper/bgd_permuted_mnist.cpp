@@ -78,8 +78,8 @@ int run(int argc, char** argv) {
   options.add_to(app, known, "quick (2x200, 2 epochs a task) or paper (2x2000, 20 epochs): sets what is not given");
   int tasks = 0, width = 0;
   double beta = 4;
-  app.add_option("--tasks", tasks, "orders of the pixels, the first being MNIST's own [10]");
-  app.add_option("--width", width, "of the two hidden layers [quick: 200, paper: 2000]");
+  CLI::Option* given_tasks = app.add_option("--tasks", tasks, "orders of the pixels, the first being MNIST's own [10]");
+  CLI::Option* given_width = app.add_option("--width", width, "of the two hidden layers [quick: 200, paper: 2000]");
   app.add_option("--overlap-beta", beta, "of continuous tasks: neighbours overlap for 2 / beta of a task's length")
       ->capture_default_str();
   try {
@@ -89,8 +89,8 @@ int run(int argc, char** argv) {
   }
   Preset p = preset_of(options.preset);
   options.apply(p);
-  if (tasks) p.tasks = tasks;
-  if (width) p.width = width;
+  if (*given_tasks) p.tasks = tasks;
+  if (*given_width) p.width = width;
   if (p.tasks < 1 || p.width < 1) throw InputError("--tasks and --width must be at least 1");
   const std::vector<uint64_t> seeds = options.seed_numbers();
 

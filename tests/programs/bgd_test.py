@@ -136,7 +136,10 @@ class BgdTest(ProgramTest):
             for key in STAGE_KEYS:
                 self.assertIn(key, stage)
             ways = stage["by_inference"]
-            self.assertEqual(sorted(ways), sorted(INFERENCES))
+            # Every way at the end; before it, those that the run's own inference takes.
+            if stage is run["stages"][-1]:
+                self.assertEqual(sorted(ways), sorted(INFERENCES))
+            self.assertTrue(set(ways) <= set(INFERENCES), ways)
             self.check_fraction(stage["test_accuracy"], stage["test_ece"], *ways.values(), *stage["by_task"])
             self.assertGreater(stage["test_nll"], 0)
             self.assertAlmostEqual(stage["test_accuracy"], ways[run["inference"]], places=12)
@@ -162,7 +165,9 @@ class BgdTest(ProgramTest):
     def check_sigma(self, run):
         sigma = run["sigma"]
         self.assertEqual(sigma["initial"], run["settings"]["sigma"])
-        self.assertTrue(0 < sigma["smallest"] <= sigma["median"] <= sigma["largest"], sigma)
+        self.assertTrue(0 < sigma["smallest"] <= sigma["largest"], sigma)
+        # The median is the middle of a bin of the histogram, a sixteenth of its value wide to either side.
+        self.assertTrue(sigma["smallest"] * 15 / 16 <= sigma["median"] <= sigma["largest"] * 17 / 16, sigma)
         self.assertGreater(sigma["largest"] - sigma["smallest"], 0)  # it has learned
         for stage in run["stages"]:
             for key in ("sigma_smallest", "sigma_median", "sigma_largest"):
@@ -495,8 +500,9 @@ class BgdCifar10(BgdTest):
             self.assertEqual(run["parameters"], bgd["parameters"])
             self.assertEqual([one["fraction"] for one in run["pruning"]["results"]],
                              [0.9] * (2 if run is bgd else 1))
+            weights = run["pruning"]["weights"]
             for one in run["pruning"]["results"]:
-                self.assertEqual(one["weights_left"], run["pruning"]["weights"] - round(0.9 * run["pruning"]["weights"]))
+                self.assertEqual(one["weights_left"], weights - round(0.9 * weights))
                 self.check_fraction(one["error"], *one["layers"].values())
         ways, sigma = bgd["stages"][-1]["by_inference"], bgd["sigma"]
         self.assertIn(f"BGD, seed 0: MAP {100 * ways['map']:.2f} %, mean of sampled networks "
