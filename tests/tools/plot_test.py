@@ -263,7 +263,7 @@ def cifar_tasks_result(methods=("bgd", "sgd", "si"), tasks=6, name="cifar10+cifa
     runs = [bgd_run(method, method.upper(), seed, [(1, 5, [0.8])] + [
         (tasks, 5, [0.6 + 0.02 * t + 0.01 * i + 0.002 * seed for t in range(tasks)])], settings={"tasks": names})
         for i, method in enumerate(methods) for seed in (0, 1)]
-    return bgd_result("bgd_cifar_tasks", name, train, runs, **more)
+    return bgd_result("bgd_cifar_tasks", name, train, runs, **{"test": 15000, **more})
 
 
 def texts(svg):

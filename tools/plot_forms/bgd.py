@@ -229,7 +229,7 @@ def draw_cifar_tasks(result, lines):
     tasks = len(lines[0].x) - 1
     data_set, names = result["dataset"], lines[0].settings.get("tasks")
     hundred = data_set["name"] == "cifar10+cifar100"
-    shown = hundred and tasks == 6 and is_whole(result, 75000, 10000)
+    shown = hundred and tasks == 6 and is_whole(result, 75000, 15000)
     values = [100 * v for _, _, _, v in published("cifar_tasks")] if shown else []
     if values:
         values.append(sum(values) / len(values))
@@ -237,7 +237,7 @@ def draw_cifar_tasks(result, lines):
     columns = {line.label: (i - (len(lines) - 1) / 2) * bar for i, line in enumerate(lines)}
     si = next((columns[line.label] for line in lines if line.method == "si"), 0)
     notes = ["Faint diamonds: SI by its authors, c = 0.01 (their result files; 60 epochs a task)." if shown
-             else left_out(result, 75000, 10000) if hundred else ""]
+             else left_out(result, 75000, 15000) if hundred else ""]
     title = "CIFAR-10 and five parts of CIFAR-100" if hundred else "CIFAR-10 in tasks"
     if data_set.get("generated"):
         title = f"{data_of(result)[0].upper()}{data_of(result)[1:]} in tasks"
