@@ -255,7 +255,8 @@ class BgdMnist(BgdTest):
     DATASET = {"name": "mnist", "generated": True, "train": 600, "test": 100}
 
     def test_files(self):
-        arguments = options(self.SMALL, {"methods": "bgd,sgd,bbb", "prune": "0.5,0.95", "inference": "committee"})
+        arguments = options(self.SMALL, {"methods": "bgd,sgd,bbb", "prune": "0.5,0.95", "inference": "committee",
+                                        "judge_every": 1})
         done = self.finish(*arguments, "--save-models", out="whole", plot=True)
         result, log = self.check_contract("whole", "bgd_mnist", self.DATASET)
         self.assertEqual([(run["method"], run["label"]) for run in result["runs"]],
