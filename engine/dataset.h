@@ -41,8 +41,8 @@ Images read_idx(const std::filesystem::path& images_path, const std::filesystem:
 // InputError: a file that is empty or is not a whole number of records, a label above 9.
 Images read_cifar10(const std::vector<std::filesystem::path>& batches);
 
-// A CIFAR-100 file: a record is the coarse label's byte, the fine label's and the pixels as in CIFAR-10. The labels kept
-// are the fine ones. InputError: not a whole number of records, a coarse label above 19 or a fine one above 99.
+// A CIFAR-100 file: a record is the coarse label's byte, the fine label's and the pixels as in CIFAR-10. The labels
+// kept are the fine ones. InputError: not a whole number of records, a coarse label above 19 or a fine one above 99.
 Images read_cifar100(const std::filesystem::path& path);
 
 // The set in this folder: {train,t10k}-{images-idx3,labels-idx1}-ubyte, or with a dot ("train-images.idx3-ubyte"), each
@@ -73,8 +73,8 @@ void limit(Images& images, int n);
 
 // The images that `indices` name, in that order. An index outside the set is an InputError.
 Images subset(const Images& images, std::span<const int32_t> indices);
-// The images of these classes, in their order, with labels 0, 1, ... in the order of `classes`. A class that the set does
-// not have, or a class named twice, is an InputError.
+// The images of these classes, in their order, with labels 0, 1, ... in the order of `classes`. A class that the set
+// does not have, or a class named twice, is an InputError.
 Images of_classes(const Images& images, std::span<const int> classes);
 
 // The numbers of one seeded permutation of [0, count), cut into `parts` runs of equal length (the last ones shorter by

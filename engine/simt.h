@@ -233,8 +233,9 @@ void launch(Blocks shape, Stream stream, A... args) {
 template <auto kernel, class... A>
 void launch(Blocks shape, Stream, A... args) {
   auto call = [=] { kernel(args...); };
-  emu::run({unsigned(shape.n), unsigned(shape.rows), 1}, {unsigned(shape.threads), 1, 1}, shape.smem,
-           [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call, __PRETTY_FUNCTION__);
+  emu::run(
+      {unsigned(shape.n), unsigned(shape.rows), 1}, {unsigned(shape.threads), 1, 1}, shape.smem,
+      [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call, __PRETTY_FUNCTION__);
 }
 #else  // SERIAL
 constexpr int parallel_grain = 4096;  // do not wake OpenMP's threads for fewer items
@@ -290,9 +291,8 @@ void launch(Each shape, Stream stream, A... args) {
 }
 template <auto kernel, class... A>
 void launch(Warps shape, Stream stream, A... args) {
-  launch<kernel>(
-      Blocks{(shape.n + warps_per_block - 1) / warps_per_block, warps_per_block * warp_size, 0, shape.rows}, stream,
-      args...);
+  launch<kernel>(Blocks{(shape.n + warps_per_block - 1) / warps_per_block, warps_per_block * warp_size, 0, shape.rows},
+                 stream, args...);
 }
 #endif
 

@@ -23,7 +23,8 @@ struct PointSettings {
   float weight_decay = 0;  // added to the gradient: weight_decay w (L2)
   float strength = 0;      // of the anchor: its gradient is 2 strength importance (w - centre)
 };
-// One step with the step size states[0].lr_mean; Adam's beta and corrections are StepState's. Then, where path is given,
+// One step with the step size states[0].lr_mean; Adam's beta and corrections are StepState's. Then, where path is
+// given,
 //   path_i -= g_i (change of w_i), g the gradient of the loss without penalty or decay (Zenke et al. 2017).
 // A halted state: nothing is done.
 void point_update(const PointArrays&, int count, const PointSettings&, const StepState* states, Stream);

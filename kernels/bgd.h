@@ -47,10 +47,10 @@ void product_moments_fused(Device&, Moments, int first, int out, int in, int bat
 
 // ---- the update. Deviations from the paper are off by default.
 struct BgdRule {
-  float gradient_scale = 1;  // turns the sums into E: 1 / K
-  float clamp = 0;           // of |E[g]| and |E[g e]|; 0: none
-  float least_sd = 0, largest_sd = 0;  // bounds of sigma; 0: none
-  float initial_sd = 0;                // what the trip-wire measures sigma by
+  float gradient_scale = 1;                 // turns the sums into E: 1 / K
+  float clamp = 0;                          // of |E[g]| and |E[g e]|; 0: none
+  float least_sd = 0, largest_sd = 0;       // bounds of sigma; 0: none
+  float initial_sd = 0;                     // what the trip-wire measures sigma by
   float warn_ratio = 10, halt_ratio = 100;  // of the largest sigma to initial_sd
 };
 
@@ -71,7 +71,8 @@ struct TripWire {
   int32_t nonfinite;                 // at halted_step
 };
 
-// With E1 = sum gradient_scale, E2 = noise gradient_scale, x = sd E2 / 2, both from the old sd, eta = states[0].lr_mean:
+// With E1 = sum gradient_scale, E2 = noise gradient_scale, x = sd E2 / 2, both from the old sd, eta =
+// states[0].lr_mean:
 //   mean -= eta sd^2 E1,   sd = sd exp(-asinh x)
 // which is Algorithm 1's sd sqrt(1 + x^2) - sd x without its cancellation. An element whose result is not finite keeps
 // its old values. `statistics` describes the step; the trip-wire keeps what happened first. Any of the `replicas`

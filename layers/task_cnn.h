@@ -6,8 +6,8 @@
 //            fc1 2304 -> 512, ReLU   dropout .5   head0 .. head{n-1}: 512 -> classes
 //
 // 1,276,508 parameters (1,275,744 weights) with six heads of ten classes. Dropout is active where a backward pass will
-// follow (LayerContext::training) and the passes get StepStates, with a mask of its own for every replica. Forward and backward are written out;
-// there is no autograd.
+// follow (LayerContext::training) and the passes get StepStates, with a mask of its own for every replica. Forward and
+// backward are written out; there is no autograd.
 #pragma once
 #include "kernels/dropout.h"
 #include "layers/conv2d.h"
