@@ -1,5 +1,5 @@
-// What runtime_cuda.cu and blas_cuda.cu share: the handles of cuBLAS and cuDNN, bound to the device's stream. Nothing
-// outside these two files includes this.
+// What runtime_cuda.cu, blas_cuda.cu and select_cuda.cu share: checked calls, and the handles of cuBLAS and cuDNN, bound
+// to the device's stream. Nothing outside these three files includes this.
 #pragma once
 #include <cublas_v2.h>
 #include <cudnn.h>

@@ -128,6 +128,7 @@ __global__ void accumulate_each_kernel(float* __restrict__ sum, float* __restric
 
 #if !defined(BATON_CUDA)
 // A tile's gradients of one draw, g [count], onto the sums of the weights [from, from + count) of a tensor at `first`.
+// Host code between two BLAS calls and not a kernel, so it makes its noise itself: draw_stretch() belongs to a block.
 void fold_run(float* __restrict__ sum, float* __restrict__ noise, const float* __restrict__ g, int from, int count,
               int first, uint32_t draw, bool add, const Counter& c) {
   float e[stretch];

@@ -1,8 +1,7 @@
 // Dropout from a counter: one thread a Philox call, whose four words serve the elements j, q + j, 2q + j and 3q + j, so
 // that all reads and writes are contiguous.
 //
-//   x[i] *= m / (1 - p),  m = [word >= p 2^32]                                                                (in
-//   place)
+//   x[i] *= m / (1 - p),  m = [word >= p 2^32]   (in place)
 //
 // A product, not a select: what is not finite shows, dropped or not. 8 bytes an element, one product and a quarter of a
 // Philox call (about 25 integer operations). Deterministic.
