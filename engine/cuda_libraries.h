@@ -1,8 +1,9 @@
-// What runtime_cuda.cu, blas_cuda.cu and select_cuda.cu share: checked calls, and the handles of cuBLAS and cuDNN, bound
-// to the device's stream. Nothing outside these three files includes this.
+// What runtime_cuda.cu, blas_cuda.cu, linalg_cuda.cu and select_cuda.cu share: checked calls, and the handles of cuBLAS
+// and cuDNN, bound to the device's stream. Nothing outside these four files includes this.
 #pragma once
 #include <cublas_v2.h>
 #include <cudnn.h>
+#include <cusolverDn.h>
 
 #include "engine/runtime.h"
 
@@ -11,9 +12,10 @@ namespace baton {
 // Throw RunError with the failing call and the library's words.
 void check(cublasStatus_t status, const char* call);
 void check(cudnnStatus_t status, const char* call);
+void check(cusolverStatus_t status, const char* call);
 inline void check(cudaError_t status, const char* call) { simt::check(status, call); }
 
-// Calls a CUDA, cuBLAS or cuDNN function and throws when it fails: BATON_CALL(cudaFree, pointer).
+// Calls a CUDA, cuBLAS, cuDNN or cuSOLVER function and throws when it fails: BATON_CALL(cudaFree, pointer).
 #define BATON_CALL(function, ...) ::baton::check(function(__VA_ARGS__), #function)
 
 struct LibraryHandles {

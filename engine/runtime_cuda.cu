@@ -36,6 +36,18 @@ void check(cudnnStatus_t status, const char* call) {
   throw RunError(std::string(call) + ": " + cudnnGetErrorString(status) + (*detail ? std::string(", ") + detail : ""));
 }
 
+void check(cusolverStatus_t status, const char* call) {  // cuSOLVER has no words for its codes
+  if (status == CUSOLVER_STATUS_SUCCESS) return;
+  const char* words = status == CUSOLVER_STATUS_NOT_INITIALIZED    ? " (not initialised)"
+                      : status == CUSOLVER_STATUS_ALLOC_FAILED     ? " (out of memory)"
+                      : status == CUSOLVER_STATUS_INVALID_VALUE    ? " (an argument is not valid)"
+                      : status == CUSOLVER_STATUS_ARCH_MISMATCH    ? " (this GPU is not supported)"
+                      : status == CUSOLVER_STATUS_EXECUTION_FAILED ? " (a kernel failed)"
+                      : status == CUSOLVER_STATUS_INTERNAL_ERROR   ? " (an internal error)"
+                                                                   : "";
+  throw RunError(std::string(call) + ": cuSOLVER status " + std::to_string(int(status)) + words);
+}
+
 // --------------------------------------------------------------------------------------------------------- device
 LibraryHandles::LibraryHandles(Stream stream) {
   try {
