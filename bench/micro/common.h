@@ -76,12 +76,13 @@ void add(const std::string& name, Work, Make, Sets = Sets::by_size);
 // Work that brings its own graphs or waits for the host: one invocation of the call makes `units` of the work.
 void add_direct(const std::string& name, Work, int units, Make);
 
-// In baselines_bench.cpp, bgd_bench.cpp, families_bench.cpp, kernels_bench.cpp, reparam_bench.cpp, seam_bench.cpp,
-// step_bench.cpp and tasks_bench.cpp.
+// In baselines_bench.cpp, bgd_bench.cpp, families_bench.cpp, kernels_bench.cpp, last_layer_bench.cpp,
+// reparam_bench.cpp, seam_bench.cpp, step_bench.cpp and tasks_bench.cpp.
 void add_baseline_benchmarks();
 void add_bgd_benchmarks();
 void add_kernel_benchmarks();
 void add_family_benchmarks();
+void add_last_layer_benchmarks();
 void add_reparam_benchmarks();
 void add_seam_benchmarks();
 void add_step_benchmarks();

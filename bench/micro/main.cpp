@@ -216,6 +216,7 @@ int run(int argc, char** argv) {
   add_bgd_benchmarks();
   add_baseline_benchmarks();
   add_task_benchmarks();
+  add_last_layer_benchmarks();
   add_seam_benchmarks();
   add_step_benchmarks();
   if (benchmark::RunSpecifiedBenchmarks() == 0) throw InputError("no benchmark matches --benchmark_filter");

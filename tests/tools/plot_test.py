@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Tests tools/plot: which files it writes, what the figure says, and what it refuses."""
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -416,6 +417,160 @@ class PlotBgd(PlotCase):
                 done = self.plot(content)
                 self.assertEqual(done.returncode, 2)
                 self.assertRegex(done.stderr, r"\Aplot: [^\n]+\n\Z")
+
+
+def moments(mean, sd=0.001, n=10):
+    return {"mean": mean, "sd": sd, "n": n}
+
+
+def laplace_updates(name="pixels", taus=(1.0, 0.1), bases=(10, 100, 1000), news=(1, 10, 50)):
+    lines = []
+    for tau, base, new in itertools.product(taus, bases, news):
+        for i, method in enumerate(("base", "first_order", "monte_carlo", "gaussian", "implicit", "one_by_one",
+                                    "lbfgs_warm", "newton_warm", "retrained", "adam")):
+            line = {"set": name, "tau": tau, "base": base, "new": new, "method": method, "label": method,
+                    "gain": moments(1e-4 * i * new * tau + 1e-6 * base if i else 0)}
+            if i:
+                seconds = 1e-5 * base / 1000 * 3 ** i
+                line["seconds"] = {"median": seconds, "least": 0.9 * seconds, "greatest": 1.2 * seconds}
+            lines.append(line)
+    return lines
+
+
+def laplace_active(name="pixels", acquisitions=("margin", "entropy", "bald", "badge", "bait"), seeds=(0, 1, 2),
+                   gains=(0.01, 0.02, 0.03)):
+    """gains: of updating between the picks, by seed, twice as large at the end as in the middle."""
+    ways = [(a, mode) for a in acquisitions for mode in ("top", "sequential")]
+    return [{"set": name, "acquisition": acquisition, "mode": mode, "label": acquisition, "labelled": [20, 30, 40],
+             "seeds": list(seeds), "selection_seconds": 0.2,
+             "accuracy": [[0.7, 0.8 + gain * sequential * 2 / 3, 0.9 + 0.001 * seed + gain * sequential * 4 / 3]
+                          for seed, gain in zip(seeds, gains)]}
+            for acquisition, mode in ways + [("random", "random"), ("look_ahead", "look_ahead")]
+            for sequential in [mode == "sequential"]]
+
+
+def laplace_result(updates=None, active=None, sets=(("pixels", "MNIST, pixels"),), generated=False):
+    return {"experiment": "laplace_update", "preset": "quick", "settings": {},
+            "sets": [{"name": name, "title": title, "dim": 785, "classes": 10, "generated": generated}
+                     for name, title in sets],
+            "updates": laplace_updates() if updates is None else updates,
+            "active": laplace_active() if active is None else active}
+
+
+class PlotLaplace(PlotCase):
+    PANELS = {"gain in accuracy, points", "seconds an update", "test accuracy, %", "sequential − top-b, points"}
+
+    def python(self, code, *inputs):
+        """What code prints in a Python that has matplotlib; `plot` is what tools/plot defines."""
+        python = sys.executable if importlib.util.find_spec("matplotlib") else "/usr/bin/python3"
+        head = (f"import io, json, pathlib, runpy, sys; sys.path.insert(0, {str(PLOT.parent)!r}); "
+                f"plot = runpy.run_path({str(PLOT)!r}); from plot_forms import laplace\n")
+        done = subprocess.run([python, "-c", head + code, *inputs], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def test_writes_files_and_names_everything(self):
+        done = self.plot(laplace_result())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        files = [self.folder / f"laplace_update{suffix}" for suffix in (".png", ".svg")]
+        self.assertEqual(done.stdout, "".join(f"Plot: {file}\n" for file in files))
+        svg = files[1].read_text()
+        for words in ("Closed-form updates of a Bayesian last layer, preset quick", "MNIST, pixels",
+                      "785 features, 10 classes", "100 base samples, prior precision 1",
+                      "1,000 base samples, prior precision 1", "means over 10 seeds", "means over 3 seeds",
+                      *self.PANELS, "implicit:  +2.01", "first-order:  +0.51", "retrained:  +4.01",
+                      "first-order:  30 µs", "implicit:  810 µs", "Newton, warm:  22 ms", "Adam:  197 ms",
+                      "margin:  92.77", "random:  90.10", "look-ahead:  90.10"):
+            self.assertIn(words, svg)
+        self.assertNotIn("GENERATED", svg)
+        self.assertEqual(svg, self.svg(laplace_result(  # the order of the lines says nothing, but for the first tau
+            updates=laplace_updates()[::-1][90:] + laplace_updates(taus=(0.1,)))))
+
+    def test_intervals(self):
+        """Against numbers by hand: t = 12.706, 4.303, 2.262, 2.042 and 2.000 with 1, 2, 9, 30 and 60 degrees of
+        freedom."""
+        content = laplace_result()
+        widths, gains, pairs = self.python(
+            "content = json.loads(sys.argv[1]); column, = laplace.read(content)\n"
+            "implicit, = (c for c in column.gains if c.name == 'implicit')\n"
+            "margin, = (c for c in column.pairs if c.name == 'margin')\n"
+            "print(json.dumps([[laplace.half_width(1, n) for n in (2, 3, 10, 31, 61)], implicit, margin]))",
+            json.dumps(content))
+        for width, expected in zip(widths, (8.9845, 2.4843, 0.7153, 0.36675, 0.2561)):
+            self.assertAlmostEqual(width, expected, delta=2e-4)
+        _, _, x, mean, low, high, seeds, _ = gains
+        self.assertEqual((x, seeds), ([1, 10, 50], 10))
+        self.assertAlmostEqual(mean[2], 2.01)
+        self.assertAlmostEqual(low[2], 2.01 - 0.07153, delta=1e-5)  # sd 0.1 points
+        self.assertAlmostEqual(high[2], 2.01 + 0.07153, delta=1e-5)
+        _, _, x, mean, low, high, seeds, whole = pairs
+        self.assertEqual((x, seeds), ([20, 30, 40], 3))
+        for values, expected in ((mean, (0, 1.3333, 2.6667)), (low, (0, -0.3229, -0.6457)), (high, (0, 2.9895, 5.9791)),
+                                 (whole, (2, 2.4843))):
+            self.assertEqual(len(values), len(expected))
+            for value, wanted in zip(values, expected):
+                self.assertAlmostEqual(value, wanted, delta=2e-4)
+        self.assertIn("margin:  +2.00 ± 2.48", self.svg({**content, "updates": []}))
+
+    def test_leaves_out_what_is_missing(self):
+        sets = (("pixels", "MNIST, pixels"), ("lenet5", "MNIST, LeNet-5 features"), ("fourier", "random features"))
+        only_top = [line for line in laplace_active() if line["mode"] != "sequential"]
+        for content, left_out in (
+                (laplace_result(updates=[], generated=True), {"gain in accuracy, points", "seconds an update"}),
+                (laplace_result(active=[]), {"test accuracy, %", "sequential − top-b, points"}),
+                (laplace_result(laplace_updates("lenet5"), only_top, sets), {"sequential − top-b, points"})):
+            svg = self.svg(content)
+            self.assertEqual({words for words in self.PANELS if words not in svg}, left_out)
+            self.assertEqual("GENERATED data (not MNIST, pixels)" in svg, content["sets"][0]["generated"])
+            self.assertEqual("MNIST, LeNet-5 features" in svg, len(content["sets"]) == 3)
+            self.assertNotIn("random features", svg)
+
+    def test_one_seed_a_failed_method_and_names_that_do_not_overlap(self):
+        updates = laplace_updates(bases=(100,), news=(8,))
+        for line in updates:
+            line["gain"] = {"mean": 0.01 if line["method"] != "monte_carlo" else -0.6, "sd": None, "n": 1}
+            if "seconds" in line:
+                line["seconds"] = {"median": 1e-3, "least": 1e-3, "greatest": 1e-3}
+        svg = self.svg(laplace_result(updates, laplace_active(seeds=(4,))))
+        self.assertNotIn("±", svg)
+        columns = {}
+        for text, x, y in texts(svg):
+            if ":  " in text:
+                columns.setdefault(x, []).append(y)
+        heights = sorted(*columns.values())
+        self.assertEqual(len(heights), 6 + 8 + 7 + 5)
+        self.assertGreater(min(b - a for a, b in itertools.pairwise(heights)), 11)  # points, of a font of 8.5
+        self.assertIn("Monte Carlo:  −60.00", svg)
+        self.assertIn("gain in accuracy", svg)
+        self.assertNotIn("−40", svg)  # no axis down to it
+
+    def test_refuses_in_one_line(self):
+        def broken(part, line, **more):
+            content = laplace_result(laplace_updates(news=(1,)))
+            content[part][line].update(more)
+            return content
+        contents = [{**laplace_result(), "updates": [], "active": []}, {**laplace_result(), "sets": None},
+                    {**laplace_result(), "updates": [{}]}, broken("updates", 0, set="other"),
+                    broken("updates", 2, method="first_order"), broken("updates", 11, gain=None),
+                    broken("updates", 11, gain={"mean": 0.1, "sd": None, "n": 10}),
+                    broken("updates", 11, gain=moments(0.1, sd=-1)), broken("updates", 11, gain=moments("much")),
+                    broken("updates", 11, gain=moments(float("nan"))), broken("updates", 11, new=0),
+                    broken("updates", 21, seconds={"median": 0, "least": 0, "greatest": 0}),
+                    broken("active", 0, accuracy=[[0.1, 0.2]] * 3), broken("active", 0, seeds=[0, 1]),
+                    broken("active", 0, seeds=[0, 0, 0]), broken("active", 1, mode="top")]
+        for i, content in enumerate(contents):
+            (self.folder / str(i)).mkdir()
+            (self.folder / str(i) / "result.json").write_text(json.dumps(content))
+        done = self.python("done = []\nfor folder in sys.argv[1:]:\n    sys.argv, sys.stderr = ['plot', folder], "
+                           "io.StringIO()\n    done.append([plot['main'](), sys.stderr.getvalue()])\n"
+                           "print(json.dumps(done))", *(str(self.folder / str(i)) for i in range(len(contents))))
+        self.assertEqual(len(done), len(contents))
+        for i, (code, words) in enumerate(done):
+            with self.subTest(content=i):
+                self.assertEqual(code, 2)
+                self.assertRegex(words, r"\Aplot: [^\n]+\n\Z")
+                self.assertEqual([p.name for p in (self.folder / str(i)).iterdir()], ["result.json"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+// Kernels of active learning with a last layer: the scores by which samples are chosen, and what keeps them up to date
+// while the posterior moves. Row-major and packed; x [n][D] features, p and r [n][C]. Real is float or double.
+#pragma once
+#include "engine/runtime.h"
+
+namespace baton {
+
+// p_1st - p_2nd of every row; C >= 2.
+template <class Real>
+void margins(Real* margin, const Real* p, int n, int classes, Stream);
+
+// Gradients of the cross-entropy by the last layer's weights, if the prediction were the label: g = r (x) phi with
+// r = e_yhat - p, yhat the first of the largest p. Never formed.
+template <class Real>
+struct Embeddings {
+  const Real* x;     // [n][D]
+  const Real* r;     // [n][C]
+  const Real* size;  // [n]: |g|^2 = |r|^2 |phi|^2
+  int n, dim, classes;
+};
+// r and size from p; norm [n] = |phi|^2.
+template <class Real>
+void gradient_embeddings(Real* r, Real* size, const Real* p, const Real* norm, int n, int classes, Stream);
+// distance_i = min_t |g_i - g_k|^2 over the rows k = centres[t], t < count, at least one; with `keep` also over the
+// distance that was there. products [count][n] holds phi_i . phi_k: read for t < known, written for the others; they
+// stay when r changes. Null with known = 0: not kept.
+template <class Real>
+void embedding_distances(Real* distance, Real* products, const Embeddings<Real>&, const int32_t* centres, int count,
+                         int known, bool keep, Stream);
+
+// The posterior's S becomes S - kappa s s' (s = S phi_k of the old S): what it makes of v_i = phi_i' S phi_i and, with
+// u = S F s and q = s' F s, of f_i = phi_i' S F S phi_i. f may be null, then u and q are not used. kappa < 0 takes a
+// sample out again. v and f stay non-negative.
+template <class Real>
+void downdate_rows(Real* v, Real* f, const Real* x, const Real* s, const Real* u, Real kappa, Real q, int n, int d,
+                   Stream);
+// By how much tr(S F) falls when row i joins with curvature weight w_i: w f / (1 + w v); or, when it is taken out
+// (`removal`), by how much it rises: w f / (1 - w v).
+template <class Real>
+void fisher_scores(Real* score, const Real* f, const Real* v, const Real* w, bool removal, int n, Stream);
+
+}  // namespace baton
