@@ -97,6 +97,11 @@ Cut cut_product(bool transpose_b, int m, int n, int k) {
     if (transpose_b && k >= 32) columns = std::min(columns, in_place_area / m);
     if (columns >= narrowest && columns < n) return {false, int(columns) / narrowest * narrowest};
   }
+  if (n <= few_rows && m > few_rows) {  // the same of few columns: logits of many samples
+    double rows = in_place_volume / (double(n) * std::max(1, k));
+    if (transpose_b && k >= 32) rows = std::min(rows, in_place_area / n);
+    if (rows >= narrowest && rows < m) return {true, int(rows) / 8 * 8};
+  }
   const bool rows = m >= n;
   return {rows, tile_step(rows ? m : n, 2.0 * m * n * k, 16)};
 }

@@ -454,7 +454,6 @@ void LastLayer<Real>::copy_from(const LastLayer& from) {
   options_ = from.options_;
   waiting_q_ = from.waiting_q_, waiting_x_ = from.waiting_x_;
   downdates_ = from.downdates_, refactored_ = from.refactored_, absorbed_ = from.absorbed_;
-  last_weight_ = from.last_weight_;
   seen_ = from.seen_;
 }
 
@@ -478,13 +477,12 @@ void LastLayer<Real>::all_or_nothing(bool keep, Work work) {
   for (const Pair& a : arrays) copy_on_device(device_, a.kept, a.now, a.bytes);
   const int waiting_q = waiting_q_, waiting_x = waiting_x_;
   const int64_t downdates = downdates_, refactored = refactored_;
-  const double last_weight = last_weight_;
   try {
     work();
   } catch (...) {
     for (const Pair& a : arrays) copy_on_device(device_, a.now, a.kept, a.bytes);
     waiting_q_ = waiting_q, waiting_x_ = waiting_x;
-    downdates_ = downdates, refactored_ = refactored, last_weight_ = last_weight;
+    downdates_ = downdates, refactored_ = refactored;
     throw;
   }
 }
@@ -555,7 +553,6 @@ void LastLayer<Real>::update_block(const Real* x, const int32_t* labels, int sam
   for (int pass = 0; pass < o.passes; pass++)
     scale_rows(s_->x + size_t(waiting_x_ + pass * samples) * dim_, x, steps.weight + pass * samples, samples, dim_,
                device_.stream());
-  last_weight_ = double(download(device_, steps.weight + rows - 1, 1)[0]);
   waiting_q_ += rows, waiting_x_ += rows;
   downdates_ += rows;
   settle();
@@ -601,7 +598,6 @@ void LastLayer<Real>::update_one_by_one(const FeatureRows<Real>& data, const Upd
       add_outer(s_->s, Real(-1), downdate, downdate, dim_, dim_, stream);
       add_outer(s_->w, Real(1), steps.step, product, classes_, dim_, stream);
       scale_rows(s_->x + size_t(waiting_x_) * dim_, x, steps.weight, 1, dim_, stream);
-      last_weight_ = double(download(device_, steps.weight, 1)[0]);
       waiting_x_++, downdates_++;
       settle();
     }

@@ -104,8 +104,6 @@ class LastLayer {
   void fold();      // appends what waits to S and P
   double drift();   // |S P z - z| / |z|, the larger of two random z
   void refactor();  // S from P; RunError when P is not positive definite: S is then unchanged
-  // The curvature weight w that the last sample of the last update had: S' = S - w / (1 + w v) s s'.
-  double last_weight() const { return last_weight_; }
   int64_t downdates() const { return downdates_; }    // since S was last factored
   int64_t refactored() const { return refactored_; }  // how often updates did so
   int64_t absorbed() const { return absorbed_; }      // samples that updates have added
@@ -131,7 +129,6 @@ class LastLayer {
   std::unique_ptr<State> s_;
   int waiting_q_ = 0, waiting_x_ = 0;  // rows of Q and of X
   int64_t downdates_ = 0, refactored_ = 0, absorbed_ = 0;
-  double last_weight_ = 0;
   std::unordered_set<uint64_t> seen_;
 };
 

@@ -99,7 +99,8 @@ void check_residual(int n, int classes, double spread) {
   EXPECT_TRUE(close(got.loss, loss, t));
   EXPECT_TRUE(close(got.curvature, curvature, t));
   if constexpr (sizeof(Real) == 4) {
-    const std::string name = "last_layer.residual." + std::to_string(classes) + "." + std::to_string(int(spread));
+    const std::string name =
+        "last_layer.residual." + std::to_string(n) + "x" + std::to_string(classes) + "." + std::to_string(int(spread));
     record(name + ".r", got.r);
     record(name + ".loss", got.loss);
     record(name + ".curvature", got.curvature);
@@ -955,7 +956,7 @@ void check_link(Link link, bool full, int n, int classes, int draws, double spre
   EXPECT_TRUE(exact(alone.entropy, std::vector<Real>(n, Real(9))));
   if constexpr (sizeof(Real) == 4) {
     const std::string name = "last_layer.link." + std::to_string(int(link)) + (full ? ".full." : ".") +
-                             std::to_string(classes) + "." + std::to_string(int(spread));
+                             std::to_string(n) + "x" + std::to_string(classes) + "." + std::to_string(int(spread));
     record(name + ".p", got.probability, factors ? 1e-4f : 1e-5f);
     record(name + ".entropy", got.entropy, factors ? 1e-4f : 1e-5f);
   }
@@ -1054,6 +1055,21 @@ TEST(Links, WithoutVariance) {
   BATON_NEEDS_DEVICE();
   check_small_variances<float>();
   check_small_variances<double>();
+}
+
+// A covariance of rank one that rounding made indefinite: no NaN of its negative pivot.
+template <class Real>
+void check_indefinite() {
+  const Real below = Real(1) - std::numeric_limits<Real>::epsilon();
+  const Linked<Real> got = linked<Real>(Link::monte_carlo, {1, 0}, {1, 1, 1, below}, true, {0.5, 2, -1, 1}, 2),
+                     map = linked<Real>(Link::map, {1, 0}, {}, false, {}, 2);
+  EXPECT_TRUE(close(got.probability, map.probability, {.l2 = pick<Real>(1e-6, 1e-14)}));  // both logits move alike
+}
+
+TEST(Links, IndefiniteByRounding) {
+  BATON_NEEDS_DEVICE();
+  check_indefinite<float>();
+  check_indefinite<double>();
 }
 
 // Logits far apart, which overflow where e^{mu} sum e^{-mu} is taken as it stands.

@@ -571,8 +571,6 @@ void check_variances(UpdateRule rule, int passes, double tolerance) {
     layer->update(rows.row(k), o);
     layer->variances(rows.row(k).x, 1, one);
     const double kappa = (own - double(one.host()[0])) / (own * own);
-    const double w = layer->last_weight();
-    EXPECT_TRUE(passes > 1 || std::abs(kappa - w / (1 + w * own)) < 100 * tolerance);
     downdate_rows<Real>(v, nullptr, all.x, s, nullptr, Real(kappa), 0, 200, 20, device.stream());
   }
   layer->variances(all.x, 200, fresh);
