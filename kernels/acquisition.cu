@@ -5,7 +5,7 @@
 //
 // BADGE (Ash et al. 2020) in C D dimensions: g_i . g_k = (r_i . r_k)(phi_i . phi_k), so
 //   |g_i - g_k|^2 = |r_i|^2 |phi_i|^2 + |r_k|^2 |phi_k|^2 - 2 (r_i . r_k)(phi_i . phi_k)
-// in 2 (C + D) FLOPs instead of 3 C D. While the weights move, only r changes.
+// in 2 (C + D) FLOPs instead of 3 C D.
 //
 // A new sample k with curvature w changes S to S' = S - kappa s s', s = S phi_k, kappa = w / (1 + w v_k). With
 // a = phi_i . s, c = kappa a, u = S F s, q = s' F s:
@@ -14,8 +14,8 @@
 // same with kappa = -w / (1 - w v_k).
 //
 // Traffic a row, in elements (Real), and FLOPs: margins C + 1, no arithmetic to speak of; gradient_embeddings 2 C + 2,
-// 3 C; embedding_distances D + C + 2 with a new centre, C + 1 a known one (centres stay in the cache), 2 (C + D) a
-// centre; downdate_rows D + 2, 2 D (D + 4, 4 D with f); fisher_scores 4, 4. All are bound by memory.
+// 3 C; embedding_distances D + C + 2, with `keep` one more (the centre stays in the cache), 2 (C + D); downdate_rows
+// D + 2, 2 D (D + 4, 4 D with f); fisher_scores 4, 4. All are bound by memory.
 #include "kernels/acquisition.h"
 
 #include <cmath>
@@ -84,28 +84,17 @@ __device__ __forceinline__ Real dot(const Real* __restrict__ a, const Real* __re
 }
 
 template <class Real>
-__global__ void distances_kernel(Real* __restrict__ distance, Real* __restrict__ products, Embeddings<Real> e,
-                                 const int32_t* __restrict__ centres, int count, int known, bool keep) {
+__global__ void distances_kernel(Real* __restrict__ distance, Embeddings<Real> e, int centre, bool keep) {
   const int row = simt::warp_item(), lane = simt::lane_id();
   if (row >= e.n) return;
-  const Real* x = e.x + size_t(row) * e.dim;
-  const Real* r = e.r + size_t(row) * e.classes;
-  const Real own = e.size[row];
-  Real nearest = keep ? distance[row] : Real(INFINITY);
-  for (int t = 0; t < count; t++) {
-    const size_t k = centres[t];
-    Real product;
-    if (t < known) {
-      product = products[size_t(t) * e.n + row];
-    } else {
-      product = dot(x, e.x + k * e.dim, e.dim);
-      if (products && lane == 0) products[size_t(t) * e.n + row] = product;
-    }
-    const Real d = own + e.size[k] - Real(2) * dot(r, e.r + k * e.classes, e.classes) * product;
+  const size_t i = row, k = centre;
+  const Real product = dot(e.x + i * e.dim, e.x + k * e.dim, e.dim);
+  const Real overlap = dot(e.r + i * e.classes, e.r + k * e.classes, e.classes);
+  if (lane == 0) {
+    const Real d = e.size[i] + e.size[k] - Real(2) * overlap * product;
     const Real positive = d > Real(0) ? d : Real(0);  // rounding
-    nearest = positive < nearest ? positive : nearest;
+    distance[i] = keep && !(positive < distance[i]) ? distance[i] : positive;
   }
-  if (lane == 0) distance[row] = nearest;
 }
 
 template <class Real, bool fisher>
@@ -163,15 +152,13 @@ void gradient_embeddings(Real* r, Real* size, const Real* p, const Real* norm, i
 }
 
 template <class Real>
-void embedding_distances(Real* distance, Real* products, const Embeddings<Real>& e, const int32_t* centres, int count,
-                         int known, bool keep, Stream stream) {
+void embedding_distances(Real* distance, const Embeddings<Real>& e, int centre, bool keep, Stream stream) {
   BATON_RANGE("embedding_distances");
   check(e.n >= 0 && e.dim >= 0, "embedding_distances", "x has shape " + shape(e.n, e.dim));
   check(e.classes >= 1, "embedding_distances", "r has shape " + shape(e.n, e.classes));
-  check(count >= 1 && known >= 0 && known <= count, "embedding_distances",
-        std::to_string(count) + " centres, the products of " + std::to_string(known) + " known");
-  check(products || !known, "embedding_distances", "known products need to be there");
-  simt::launch<distances_kernel<Real>>(simt::warps(e.n), stream, distance, products, e, centres, count, known, keep);
+  check(centre >= 0 && centre < e.n, "embedding_distances",
+        "row " + std::to_string(centre) + " of " + std::to_string(e.n) + " as the centre");
+  simt::launch<distances_kernel<Real>>(simt::warps(e.n), stream, distance, e, centre, keep);
 }
 
 template <class Real>
@@ -192,11 +179,11 @@ void fisher_scores(Real* score, const Real* f, const Real* v, const Real* w, boo
   simt::launch<scores_kernel<Real>>(simt::each(n), stream, score, f, v, w, Real(removal ? -1 : 1), n);
 }
 
-#define BATON_ACQUISITION(Real)                                                                                     \
-  template void margins(Real*, const Real*, int, int, Stream);                                                      \
-  template void gradient_embeddings(Real*, Real*, const Real*, const Real*, int, int, Stream);                      \
-  template void embedding_distances(Real*, Real*, const Embeddings<Real>&, const int32_t*, int, int, bool, Stream); \
-  template void downdate_rows(Real*, Real*, const Real*, const Real*, const Real*, Real, Real, int, int, Stream);   \
+#define BATON_ACQUISITION(Real)                                                                                   \
+  template void margins(Real*, const Real*, int, int, Stream);                                                    \
+  template void gradient_embeddings(Real*, Real*, const Real*, const Real*, int, int, Stream);                    \
+  template void embedding_distances(Real*, const Embeddings<Real>&, int, bool, Stream);                           \
+  template void downdate_rows(Real*, Real*, const Real*, const Real*, const Real*, Real, Real, int, int, Stream); \
   template void fisher_scores(Real*, const Real*, const Real*, const Real*, bool, int, Stream);
 BATON_ACQUISITION(float)
 BATON_ACQUISITION(double)

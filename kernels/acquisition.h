@@ -21,12 +21,9 @@ struct Embeddings {
 // r and size from p; norm [n] = |phi|^2.
 template <class Real>
 void gradient_embeddings(Real* r, Real* size, const Real* p, const Real* norm, int n, int classes, Stream);
-// distance_i = min_t |g_i - g_k|^2 over the rows k = centres[t], t < count, at least one; with `keep` also over the
-// distance that was there. products [count][n] holds phi_i . phi_k: read for t < known, written for the others; they
-// stay when r changes. Null with known = 0: not kept.
+// distance_i = |g_i - g_k|^2 to the row k = centre; with `keep` the lesser of it and what was there.
 template <class Real>
-void embedding_distances(Real* distance, Real* products, const Embeddings<Real>&, const int32_t* centres, int count,
-                         int known, bool keep, Stream);
+void embedding_distances(Real* distance, const Embeddings<Real>&, int centre, bool keep, Stream);
 
 // The posterior's S becomes S - kappa s s' (s = S phi_k of the old S): what it makes of v_i = phi_i' S phi_i and, with
 // u = S F s and q = s' F s, of f_i = phi_i' S F S phi_i. f may be null, then u and q are not used. kappa < 0 takes a

@@ -3,7 +3,7 @@
 //
 // What one choice costs beyond the update of the posterior, O(D^2):
 //   margin, entropy, bald   logits n C D, links n C (times the draws), variances by v_i -= kappa (phi_i . s)^2: n D
-//   badge                   the same, and n (D + k C) for the distances to the k picks so far
+//   badge                   the same; all at once, without new logits, n (D + C) for the distances to the last pick
 //   bait                    n D: see kernels/acquisition.cu
 // kappa is taken from the variance of the chosen row itself, v' = v - kappa v^2: right for every rule and number of
 // passes.
@@ -13,8 +13,9 @@
 // sqrt(kappa) s joined and the rows R left, so S itself stays. One after the other, F is that of the weights before the
 // first choice (anew it would cost n D^2 a choice); w_i and S follow the posterior.
 //
-// Random numbers: SplitMix64(seed). random: position t of a Fisher-Yates shuffle from the front. badge: a pick after
-// the first is the first row at which the running sum of squared distances (double) exceeds uniform53 times their sum.
+// Random numbers: SplitMix64(seed). random: position t of a Fisher-Yates shuffle from the front. badge all at once: a
+// pick after the first is the first row at which the running sum of squared distances (double) exceeds uniform53 times
+// their sum.
 // An experiment's cycle t selects with the seed SplitMix64(seed, t).next().
 #include "trainers/active_learning.h"
 
@@ -138,13 +139,11 @@ template <class Real>
 std::vector<int> plus_plus(Device& device, const Embeddings<Real>& e, int first, int count, SplitMix64& random) {
   Arena arena;
   Real* distance = arena.take<Real>(e.n);
-  int32_t* centre = arena.take<int32_t>(1);
   std::vector<int> picks = {first};
   std::vector<char> taken(e.n);
   taken[first] = 1;
   while (int(picks.size()) < count) {
-    upload(device, centre, std::vector<int32_t>{picks.back()});
-    embedding_distances<Real>(distance, nullptr, e, centre, 1, 0, picks.size() > 1, device.stream());
+    embedding_distances(distance, e, picks.back(), picks.size() > 1, device.stream());
     picks.push_back(draw_by_distance(download(device, distance, e.n), taken, random));
     taken[picks.back()] = 1;
   }
@@ -195,10 +194,6 @@ class Selection {
       norm_ = arena_.take<Real>(n);
       size_ = arena_.take<Real>(n);
       row_dots(norm_, Real(1), rows_.x, d, rows_.x, d, Real(0), n_, dim_, device.stream());
-      if (o_.sequential) {
-        products_ = arena_.take<Real>(batch * n);
-        centres_ = arena_.take<int32_t>(batch);
-      }
     }
   }
 
@@ -208,7 +203,7 @@ class Selection {
         return draw_different(n_, batch_, random_);
       case Acquisition::badge: {
         const Embeddings<Real> e = embeddings();
-        return plus_plus(device_, e, best_of(download(device_, size_, n_), taken_), batch_, random_);
+        return plus_plus(device_, e, largest(e), batch_, random_);
       }
       case Acquisition::bait:
         return forward_backward();
@@ -261,20 +256,14 @@ class Selection {
     gradient_embeddings(r_, size_, p_, norm_, n_, classes_, device_.stream());
     return {rows_.x, r_, size_, n_, dim_, classes_};
   }
+  int largest(const Embeddings<Real>& e) { return best_of(download(device_, e.size, n_), taken_); }
   void weigh() {
     layer_.logits(rows_.x, n_, logits_);
     softmax_residual<Real>(nullptr, nullptr, nullptr, w_, logits_, nullptr, n_, classes_, device_.stream());
   }
 
   int next() {
-    if (o_.acquisition == Acquisition::badge) {
-      const Embeddings<Real> e = embeddings();
-      const int count = int(picks_.size());
-      if (!count) return best_of(download(device_, size_, n_), taken_);
-      upload(device_, centres_, std::vector<int32_t>(picks_.begin(), picks_.end()));
-      embedding_distances(score_, products_, e, centres_, count, count - 1, false, device_.stream());
-      return draw_by_distance(download(device_, score_, n_), taken_, random_);
-    }
+    if (o_.acquisition == Acquisition::badge) return largest(embeddings());
     if (o_.acquisition != Acquisition::bait) return best_of(scores(), taken_);
     weigh();
     fisher_scores(score_, f_, v_, w_, false, n_, device_.stream());
@@ -430,8 +419,6 @@ class Selection {
   Real *v_ = nullptr, *logits_ = nullptr, *p_ = nullptr, *entropy_ = nullptr, *score_ = nullptr, *normals_ = nullptr;
   Real *s_ = nullptr, *fs_ = nullptr, *u_ = nullptr, *number_ = nullptr;  // S phi_k, F s, S F s
   Real *r_ = nullptr, *norm_ = nullptr, *size_ = nullptr;                 // BADGE
-  Real* products_ = nullptr;                                              // [picks][n]: phi_i . phi_k
-  int32_t* centres_ = nullptr;                                            // [picks]
   Real *fisher_ = nullptr, *w_ = nullptr, *f_ = nullptr;                  // BAIT: F, p_max (1 - p_max), phi'S F S phi
 };
 

@@ -12,8 +12,9 @@ enum class Acquisition {
   margin,   // least p_1st - p_2nd of the linked prediction
   entropy,  // most predictive entropy
   bald,     // most mutual information between prediction and weights (Houlsby et al. 2011), by Monte Carlo links
-  badge,    // k-means++ on gradient embeddings (e_yhat - p) (x) phi (Ash et al. 2020), never formed: |r|^2 |phi|^2
-            // products
+  badge,    // gradient embeddings (e_yhat - p) (x) phi (Ash et al. 2020), never formed. All at once: k-means++ seeding,
+            // from the largest on. One after the other: the largest under the updated posterior, which is k-means++
+            // for one sample at a time
   bait,  // greedily least tr(P^-1 F) with F the pool's mean Fisher matrix, D x D, P the posterior's precision, forward
          // over 2 b samples and back to b (Ash et al. 2021)
 };
@@ -25,11 +26,13 @@ struct SelectionOptions {
   bool sequential = false;  // learn every label before the next choice
   UpdateOptions update;     // of the learning between choices
   LinkOptions link;         // of margin, entropy and badge; bald draws link.draws times
-  uint64_t seed = 0;        // of random, badge and ties (the first of equals where nothing is drawn)
+  uint64_t seed = 0;        // of random, and of badge all at once; the others take the first of equals
 };
 
 // Chooses `batch` different rows of the pool among `candidates` (indices into it) in the order of choice. Sequential
 // selection leaves the layer updated with what was chosen, whose labels are the pool's; otherwise nothing changes.
+// One after the other, the update takes the place of BADGE's diversity term: with D^2 sampling against the picks so far
+// on top of it, little was left of the gain on LeNet-5's features (bench/results/laplace_update_cpu).
 // Throws InputError for a batch larger than the candidates, an index outside the pool or a wrong dim.
 // Cost of a sequential choice: O(D^2 + n C D) with n candidates; their variances follow v_i -= kappa (phi_i . s)^2.
 template <class Real>

@@ -110,8 +110,7 @@ void check_embeddings(int n, int classes, int d) {
     norms[i] = Real(sum);
   }
   Buffer probability(memory, p), x(memory, values), norm(memory, norms);
-  Buffer<Real> r(memory, p.size(), Real(NAN)), size(memory, n, Real(NAN)), distance(memory, n, Real(NAN)),
-      products(memory, 3 * size_t(n), Real(NAN));
+  Buffer<Real> r(memory, p.size(), Real(NAN)), size(memory, n, Real(NAN)), distance(memory, n, Real(NAN));
   gradient_embeddings<Real>(r, size, probability, norm, n, classes, memory.stream());
   std::vector<double> sizes(n), residuals(p.size());
   for (int i = 0; i < n; i++) {
@@ -123,41 +122,16 @@ void check_embeddings(int n, int classes, int d) {
   EXPECT_TRUE(close(size.host(), sizes, {.l2 = accurate<Real>()}));
   EXPECT_TRUE(close(r.host(), residuals, {.l2 = accurate<Real>()}));
 
-  // One centre after the other, kept; and all at once, with some of their products known.
+  // One centre after the other; the first does not look at what was there.
   const Embeddings<Real> e = {x, r, size, n, d, classes};
-  const std::vector<int32_t> picks = {n / 2, 0, n - 1};
-  Buffer centres(memory, picks);
+  const int picks[] = {n / 2, 0, n - 1};
   std::vector<double> nearest(n, INFINITY);
   for (int t = 0; t < 3; t++) {
-    embedding_distances<Real>(distance, nullptr, e, centres + t, 1, 0, t > 0, memory.stream());
+    embedding_distances<Real>(distance, e, picks[t], t > 0, memory.stream());
     for (int i = 0; i < n; i++) nearest[i] = std::min(nearest[i], want.distance(i, picks[t]));
     EXPECT_TRUE(close(distance.host(), nearest, {.l2 = accurate<Real>()})) << t;
   }
   record(named<Real>("distances", n, d), floats(distance.host()), 1e-5f);
-  distance.set(std::vector<Real>(n, Real(0)));  // not read without keep
-  embedding_distances<Real>(distance, products, e, centres, 2, 0, false, memory.stream());
-  r.set(std::vector<Real>(p.size(), Real(0.5)));
-  std::vector<Real> new_sizes(n);
-  for (int i = 0; i < n; i++) new_sizes[i] = Real(0.25 * classes * double(norms[i]));
-  size.set(new_sizes);
-  const std::vector<Real> before = products.host();
-  embedding_distances<Real>(distance, products, e, centres, 3, 2, false, memory.stream());
-  const std::vector<Real> after = products.host();
-  std::vector<double> want_products, got_products;
-  for (int t = 0; t < 3; t++)
-    for (int i = 0; i < n; i++) {
-      double dot = 0, square = 0;
-      for (int j = 0; j < d; j++) {
-        const double a = values[size_t(i) * d + j], b = values[size_t(picks[t]) * d + j];
-        dot += a * b, square += 0.25 * classes * (a - b) * (a - b);
-      }
-      want_products.push_back(dot);
-      nearest[i] = t ? std::min(nearest[i], square) : square;
-    }
-  EXPECT_TRUE(close(after, want_products, {.l2 = accurate<Real>(), .bias = 1}));
-  EXPECT_TRUE(exact(std::vector<Real>(before.begin(), before.begin() + 2 * n),
-                    std::vector<Real>(after.begin(), after.begin() + 2 * n)));
-  EXPECT_TRUE(close(distance.host(), nearest, {.l2 = accurate<Real>()}));
 }
 TEST(Embeddings, SmallAgainstExplicitOnes) {
   BATON_NEEDS_DEVICE();
@@ -194,22 +168,21 @@ TEST(Embeddings, SmallEqualRowsAreNoDistanceApart) {
   for (int j = 0; j < 10; j++) square += double(values[j]) * values[j];
   // Sizes a little too small: what rounding may do must not become negative.
   Buffer size(memory, std::vector<float>(2, float(0.18 * square * (1 - 1e-6))));
-  Buffer centre(memory, std::vector<int32_t>{0});
   Buffer<float> distance(memory, 2, NAN);
-  embedding_distances<float>(distance, nullptr, {x, r, size, 2, 10, 2}, centre, 1, 0, false, memory.stream());
+  embedding_distances<float>(distance, {x, r, size, 2, 10, 2}, 0, false, memory.stream());
   EXPECT_TRUE(exact(distance.host(), std::vector<float>{0, 0}));
 }
 
-TEST(Embeddings, SmallKnownProductsAreTaken) {
+TEST(Embeddings, SmallTheNearerIsKept) {
   BATON_NEEDS_DEVICE();
   Memory memory;
   Buffer x(memory, std::vector<double>{1, 2, 3}), r(memory, std::vector<double>{1, 0.5, 2}),
-      size(memory, std::vector<double>{100, 200, 300});
-  Buffer products(memory, std::vector<double>{3, 4, 5, NAN, NAN, NAN}), distance(memory, std::vector<double>(3));
-  Buffer centres(memory, std::vector<int32_t>{0, 2});
-  embedding_distances<double>(distance, products, {x, r, size, 3, 1, 1}, centres, 2, 1, false, memory.stream());
-  EXPECT_TRUE(exact(products.host(), std::vector<double>{3, 4, 5, 3, 6, 9}));
-  EXPECT_TRUE(exact(distance.host(), std::vector<double>{100 + 100 - 6, 200 + 100 - 4, 300 + 100 - 20}));
+      size(memory, std::vector<double>{100, 200, 300}), distance(memory, std::vector<double>{400, 20, 1});
+  const Embeddings<double> e = {x, r, size, 3, 1, 1};
+  embedding_distances<double>(distance, e, 2, true, memory.stream());
+  EXPECT_TRUE(exact(distance.host(), std::vector<double>{100 + 300 - 12, 20, 1}));
+  embedding_distances<double>(distance, e, 2, false, memory.stream());
+  EXPECT_TRUE(exact(distance.host(), std::vector<double>{100 + 300 - 12, 200 + 300 - 12, 300 + 300 - 72}));
 }
 
 // --------------------------------------------------------------------------------------------------- variances, BAIT
@@ -320,15 +293,13 @@ TEST(Acquisition, Refuses) {
   BATON_NEEDS_DEVICE();
   Memory memory;
   Buffer<float> a(memory, 8);
-  Buffer<int32_t> centre(memory, 1);
   const Stream stream = memory.stream();
   const Embeddings<float> e = {a, a, a, 2, 2, 2};
   EXPECT_THROW(margins<float>(a, a, 4, 1, stream), InputError);
   EXPECT_THROW(margins<float>(a, a, -1, 2, stream), InputError);
   EXPECT_THROW(gradient_embeddings<float>(a, a, a, a, 1, 0, stream), InputError);
-  EXPECT_THROW(embedding_distances<float>(a, nullptr, e, centre, 0, 0, false, stream), InputError);
-  EXPECT_THROW(embedding_distances<float>(a, nullptr, e, centre, 1, 1, false, stream), InputError);
-  EXPECT_THROW(embedding_distances<float>(a, a, e, centre, 1, 2, false, stream), InputError);
+  EXPECT_THROW(embedding_distances<float>(a, e, -1, false, stream), InputError);
+  EXPECT_THROW(embedding_distances<float>(a, e, 2, false, stream), InputError);
   EXPECT_THROW(downdate_rows<float>(a, a, a, a, nullptr, 1, 1, 2, 2, stream), InputError);
   EXPECT_THROW(downdate_rows<float>(a, nullptr, a, a, nullptr, 1, 1, -2, 2, stream), InputError);
   EXPECT_THROW(fisher_scores<float>(a, a, a, a, false, -1, stream), InputError);

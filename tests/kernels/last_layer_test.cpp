@@ -147,7 +147,10 @@ void check_residual_extremes() {
   // One class: certain.
   got = residual<Real>({5, -7}, {0, 0}, 1);
   EXPECT_TRUE(exact(got.p, std::vector<double>{1, 1}));
-  for (const auto& zero : {got.r, got.loss, got.curvature}) EXPECT_TRUE(exact(zero, std::vector<double>{0, 0}));
+  const std::vector<double> zeros = {0, 0};
+  EXPECT_TRUE(exact(got.r, zeros));
+  EXPECT_TRUE(exact(got.loss, zeros));
+  EXPECT_TRUE(exact(got.curvature, zeros));
 }
 
 TEST(LastLayerKernels, ResidualExtremes) {

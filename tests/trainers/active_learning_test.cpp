@@ -211,33 +211,46 @@ Doubles embedding(const Posterior& posterior, const Doubles& x, const LinkOption
   return g;
 }
 double uniform(SplitMix64& random) { return double(random.next() >> 11) * 0x1p-53; }
-// The first free row at which the sum of squared distances to the nearest pick passes its share.
-int badge_pick(const Posterior& posterior, const Samples& pool, const std::vector<int>& candidates,
-               const std::vector<int>& picks, const LinkOptions& o, SplitMix64& random) {
+// The free row of the largest embedding.
+int largest_embedding(const Posterior& posterior, const Samples& pool, const std::vector<int>& candidates,
+                      const std::vector<int>& picks, const LinkOptions& o) {
+  int best = -1;
+  double most = -INFINITY;
+  for (int i : candidates) {
+    const Doubles g = embedding(posterior, pool.row(i), o);
+    if (dot(g, g) > most && !std::count(picks.begin(), picks.end(), i)) most = dot(g, g), best = i;
+  }
+  return best;
+}
+// From the largest embedding on, the first free row at which the sum of squared distances to the nearest pick passes
+// its share.
+std::vector<int> badge_batch(const Posterior& posterior, const Samples& pool, const std::vector<int>& candidates,
+                             int batch, const LinkOptions& o, SplitMix64& random) {
+  std::vector<int> picks = {largest_embedding(posterior, pool, candidates, {}, o)};
   std::vector<Doubles> g;
   for (int i : candidates) g.push_back(embedding(posterior, pool.row(i), o));
-  const auto taken = [&](int i) { return std::count(picks.begin(), picks.end(), candidates[i]) != 0; };
   Doubles distance(g.size(), INFINITY);
-  for (size_t i = 0; i < g.size(); i++) {
-    if (picks.empty()) distance[i] = dot(g[i], g[i]);
-    for (int k : picks) {
-      const Doubles& centre = g[size_t(std::find(candidates.begin(), candidates.end(), k) - candidates.begin())];
+  while (int(picks.size()) < batch) {
+    const auto taken = [&](size_t i) { return std::count(picks.begin(), picks.end(), candidates[i]) != 0; };
+    const size_t last = size_t(std::find(candidates.begin(), candidates.end(), picks.back()) - candidates.begin());
+    double sum = 0, running = 0;
+    for (size_t i = 0; i < g.size(); i++) {
       double square = 0;
-      for (size_t j = 0; j < centre.size(); j++) square += (g[i][j] - centre[j]) * (g[i][j] - centre[j]);
+      for (size_t j = 0; j < g[i].size(); j++) square += (g[i][j] - g[last][j]) * (g[i][j] - g[last][j]);
       distance[i] = std::min(distance[i], square);
+      sum += taken(i) ? 0 : distance[i];
     }
+    const double limit = uniform(random) * sum;
+    size_t i = 0;
+    for (; i < g.size(); i++)
+      if (!taken(i) && (running += distance[i]) > limit) break;
+    if (i == g.size()) {
+      ADD_FAILURE() << "nothing drawn";
+      return picks;
+    }
+    picks.push_back(candidates[i]);
   }
-  if (picks.empty()) return candidates[size_t(std::max_element(distance.begin(), distance.end()) - distance.begin())];
-  double sum = 0, running = 0;
-  for (size_t i = 0; i < g.size(); i++) sum += taken(int(i)) ? 0 : distance[i];
-  const double limit = uniform(random) * sum;
-  for (size_t i = 0; i < g.size(); i++) {
-    if (taken(int(i))) continue;
-    running += distance[i];
-    if (running > limit) return candidates[i];
-  }
-  ADD_FAILURE() << "nothing drawn";
-  return -1;
+  return picks;
 }
 
 // tr((P + w x x')^-1 F), the sample joining (sign 1) or leaving (-1).
@@ -296,7 +309,6 @@ std::vector<int> reference_sequence(LastLayer<double>& layer, const Samples& poo
   const Doubles normals =
       o.acquisition == Acquisition::bald ? link_normals(rows.device(), o.link, pool.classes) : Doubles{};
   const Doubles fisher = Posterior(layer).fisher(pool);
-  SplitMix64 random(o.seed);
   std::vector<int> picks;
   UpdateOptions update = o.update;
   update.duplicates = true;
@@ -304,7 +316,7 @@ std::vector<int> reference_sequence(LastLayer<double>& layer, const Samples& poo
     const Posterior now(layer);
     int pick = -1;
     if (o.acquisition == Acquisition::badge) {
-      pick = badge_pick(now, pool, candidates, picks, o.link, random);
+      pick = largest_embedding(now, pool, candidates, picks, o.link);
     } else if (o.acquisition == Acquisition::bait) {
       pick = bait_pick(now.p, fisher, now, pool, candidates, picks);
     } else {
@@ -478,7 +490,7 @@ TEST(ActiveLearning, TopBIsItsDefinition) {
       std::vector<int> want;
       if (a == Acquisition::badge) {
         SplitMix64 random(seed);
-        while (want.size() < 5) want.push_back(badge_pick(at, pool, candidates, want, o.link, random));
+        want = badge_batch(at, pool, candidates, 5, o.link, random);
       } else if (a == Acquisition::bait) {
         want = bait_batch(at, pool, candidates, 5);
       } else {
@@ -529,6 +541,28 @@ TEST(ActiveLearning, SequencesAreTheirDefinition) {
         EXPECT_TRUE(within(layer->covariance(), other->covariance(), 1e-11));
         EXPECT_TRUE(within(layer->precision(), other->precision(), 1e-11));
       }
+}
+
+// BADGE one after the other is BADGE all at once for one sample, with updates between; random numbers play no part.
+TEST(ActiveLearning, SequentialBadgeAsksForOneAtATime) {
+  BATON_NEEDS_DEVICE();
+  const Samples pool = random_samples(60, 6, 4, 20, 1.5), base = random_samples(12, 6, 4, 21, 1.5);
+  Rows<double> rows(pool);
+  const auto layer = fitted(base);
+  std::vector<int> left = some_of(pool), want;
+  SelectionOptions o;
+  o.acquisition = Acquisition::badge;
+  const std::vector<int> at_once = select_batch<double>(rows.device(), *layer, rows, left, 10, o);
+  for (int t = 0; t < 10; t++) {
+    want.push_back(select_batch<double>(rows.device(), *layer, rows, left, 1, o)[0]);
+    layer->update(rows.row(want.back()), o.update);
+    left.erase(std::find(left.begin(), left.end(), want.back()));
+  }
+  EXPECT_EQ(want[0], at_once[0]);
+  EXPECT_NE(want, at_once);
+  o.sequential = true;
+  for (o.seed = 0; o.seed < 3; o.seed++)
+    EXPECT_EQ(select_batch<double>(rows.device(), *fitted(base), rows, some_of(pool), 10, o), want);
 }
 
 // S made anew on the way is not the old one less a rank-one matrix.
