@@ -12,6 +12,7 @@
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/active_learning.h"
+#include "trainers/last_layer_exact.h"
 #include "trainers/update_study.h"
 
 using namespace baton;
@@ -429,7 +430,8 @@ int run(int argc, char** argv) {
   auto* updates = app.add_option_group("Updates");
   updates->add_option("--bases", bases, "samples before the update");
   updates->add_option("--new", news, "new samples");
-  updates->add_option("--taus", taus, "prior precisions");
+  updates->add_option("--taus", taus,
+                      "prior precisions; 'evidence': the one of highest evidence for the largest base, by set");
   updates->add_option("--gamma", study.gamma, "of the authors' rule")->capture_default_str();
   updates->add_option("--gamma-first-order", study.gamma_first_order, "step size")->capture_default_str();
   updates->add_option("--gamma-monte-carlo", study.gamma_monte_carlo, "power of the likelihood")->capture_default_str();
@@ -463,7 +465,8 @@ int run(int argc, char** argv) {
     if (n < 0) throw InputError(std::string(option) + " cannot be negative");
     return n ? n : otherwise;
   };
-  study.taus = positives_of("--taus", given(taus, p.taus));
+  const bool by_evidence = taus == "evidence";
+  study.taus = by_evidence ? std::vector<double>() : positives_of("--taus", given(taus, p.taus));
   study.bases = counts_of("--bases", given(bases, p.bases));
   study.news = counts_of("--new", given(news, p.news));
   study.seeds = numbers_of("--seeds", given(seeds, p.seeds));
@@ -503,7 +506,7 @@ int run(int argc, char** argv) {
 
   Device device;
   const std::filesystem::path folder = out.empty() ? "results/laplace_update_" + preset : out;
-  const json settings{{"taus", study.taus},
+  const json settings{{"taus", by_evidence ? json(taus) : json(study.taus)},
                       {"bases", study.bases},
                       {"new", study.news},
                       {"seeds", study.seeds},
@@ -557,6 +560,18 @@ int run(int argc, char** argv) {
            pair.pool.dim, pair.pool.count, pair.test.count);
     fflush(stdout);
     if (want_updates) {
+      if (by_evidence) {
+        std::vector<int> first(std::min(pair.pool.count, *std::max_element(study.bases.begin(), study.bases.end())));
+        for (int i = 0; i < int(first.size()); i++) first[i] = i;
+        Arena arena;
+        const FeatureRows<double> rows = upload_features<double>(device, arena, rows_of(pair.pool, first));
+        const TunedPrior tuned = tune_prior(device, rows, std::max(pair.pool.classes, pair.test.classes),
+                                            EvidenceStructure::shared, study.weight);
+        printf("%s: tau = %.3g has the highest evidence (%.1f) for %d samples\n", name.c_str(), tuned.tau,
+               tuned.evidence, rows.count);
+        study.taus = {tuned.tau};
+        result["sets"].back()["tuned"] = {{"tau", tuned.tau}, {"taus", tuned.taus}, {"evidences", tuned.evidences}};
+      }
       std::vector<json> lines;
       study.skip = [&](double tau, int base, uint64_t seed) {
         const std::string unit = update_unit(name, tau, base, seed);

@@ -132,6 +132,17 @@ class LaplaceUpdate(ProgramTest):
             double = next(v for v in result["updates"] if v["method"] == u["method"])
             self.assertAlmostEqual(u["nll"]["mean"], double["nll"]["mean"], 2)
 
+    def test_prior_precision_by_evidence(self):
+        options = self.clusters("train", 200) + self.clusters("test", 100, seed=1)
+        self.finish("--sets", "file", *options, "--parts", "updates", "--taus", "evidence", "--bases", "50", "--new", "10",
+                    "--seeds", "0", "--methods", "base,implicit,retrained", out="tuned")
+        result = self.result("tuned")
+        tuned = result["sets"][0]["tuned"]
+        self.assertEqual({u["tau"] for u in result["updates"]}, {tuned["tau"]})
+        at = tuned["taus"].index(tuned["tau"])
+        self.assertEqual(tuned["evidences"][at], max(tuned["evidences"]))
+        self.assertTrue(1e-4 < tuned["tau"] < 1e4)
+
     def test_refuses_bad_input_in_one_line(self):
         small = ["--sets", "pixels", *SMALL, "--out", "bad"]
         for words, changes in [
