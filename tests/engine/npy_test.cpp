@@ -114,6 +114,8 @@ int64_t peak_memory() {
   return usage.ru_maxrss * int64_t{1024};
 }
 
+using Shape = std::vector<int64_t>;
+
 class NpyTest : public ::testing::Test {
  protected:
   void TearDown() override { fs::remove(path_); }
@@ -129,6 +131,26 @@ class NpyTest : public ::testing::Test {
     save_npy(path_, tensor);
     std::ifstream in(path_, std::ios::binary);
     return {std::istreambuf_iterator<char>(in), {}};
+  }
+  // An array in Fortran order whose elements count up in C order.
+  template <class T>
+  void expect_reordered(const char* descr, const Shape& shape) {
+    const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    std::string text = "(";
+    for (int64_t extent : shape) text += std::to_string(extent) + ",";
+    std::vector<T> stored(count), expected(count);
+    for (int64_t c = 0; c < count; ++c) {
+      int64_t rest = c, place = 0, stride = count;
+      for (std::size_t axis = shape.size(); axis-- > 0; rest /= shape[axis]) {
+        stride /= shape[axis];
+        place += rest % shape[axis] * stride;
+      }
+      expected[c] = stored[place] = static_cast<T>(c);
+    }
+    const Tensor read = load(npy(dictionary(descr, text + ")", "True"), le_all(stored)));
+    EXPECT_EQ(read.shape, shape);
+    if constexpr (sizeof(T) == 2) EXPECT_EQ(read.as<int32_t>(), std::vector<int32_t>(expected.begin(), expected.end()));
+    else EXPECT_EQ(read.as<T>(), expected) << descr << text;
   }
   // The message must name the file and say `words`, in one line.
   void expect_complaint(const std::function<void()>& act, const std::string& words) {
@@ -155,8 +177,6 @@ class NpyTest : public ::testing::Test {
 
   fs::path path_ = fs::temp_directory_path() / ("baton_npy_" + std::to_string(::getpid()));
 };
-
-using Shape = std::vector<int64_t>;
 
 TEST_F(NpyTest, EveryDtypeReads) {
   const auto one = [&](const char* descr, const std::string& data, int version = 1) {
@@ -198,30 +218,12 @@ TEST_F(NpyTest, EveryShapeReads) {
 
 // The element at (i, j, ...) says so itself.
 TEST_F(NpyTest, FortranOrderIsReordered) {
-  const auto check = [&]<class T>(T, const char* descr, const Shape& shape) {
-    const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-    std::string text = "(";
-    for (int64_t extent : shape) text += std::to_string(extent) + ",";
-    std::vector<T> stored(count), expected(count);
-    for (int64_t c = 0; c < count; ++c) {
-      int64_t rest = c, place = 0, stride = count;
-      for (std::size_t axis = shape.size(); axis-- > 0; rest /= shape[axis]) {
-        stride /= shape[axis];
-        place += rest % shape[axis] * stride;
-      }
-      expected[c] = stored[place] = static_cast<T>(c);
-    }
-    const Tensor read = load(npy(dictionary(descr, text + ")", "True"), le_all(stored)));
-    EXPECT_EQ(read.shape, shape);
-    if constexpr (sizeof(T) == 2) EXPECT_EQ(read.as<int32_t>(), std::vector<int32_t>(expected.begin(), expected.end()));
-    else EXPECT_EQ(read.as<T>(), expected) << descr << text;
-  };
   for (const Shape& shape : {Shape{3, 5}, Shape{1, 7}, Shape{7, 1}, Shape{65, 40}, Shape{2, 3, 4}, Shape{33, 2, 5, 34},
                              Shape{2, 3, 2, 3, 2, 2, 2, 2}, Shape{6}, Shape{}}) {
-    check(double{}, "<f8", shape);
-    check(float{}, "<f4", shape);
-    check(int16_t{}, "<i2", shape);
-    check(uint8_t{}, "|u1", shape);
+    expect_reordered<double>("<f8", shape);
+    expect_reordered<float>("<f4", shape);
+    expect_reordered<int16_t>("<i2", shape);
+    expect_reordered<uint8_t>("|u1", shape);
   }
   EXPECT_EQ(load(npy(dictionary("<f8", "(4, 0, 3)", "True"), "")).shape, (Shape{4, 0, 3}));
 }

@@ -1089,7 +1089,6 @@ TYPED_TEST(LastLayerOf, ChunksAreInvisible) {
   const int n = 2070, dim = 6, classes = 4;
   Fitted<Real> f(dim, classes, 20, n);
   f.layer.update(f.next(0, 20), {});
-  UpdateOptions o;
   Buffer<Real> variances(f.rows.memory(), n), one(f.rows.memory(), 1);
   f.layer.variances(f.fresh.x, n, variances);
   const auto v = variances.host();
