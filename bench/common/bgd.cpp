@@ -74,24 +74,6 @@ void BgdOptions::add_to(CLI::App& app, const std::string& known_methods, const s
       ->capture_default_str();
 }
 
-namespace {
-std::vector<double> fractions_of(const std::string& text) {
-  std::vector<double> list;
-  for (const std::string& word : split_list(text)) {
-    size_t used = 0;
-    double value = -1;
-    try {
-      value = std::stod(word, &used);
-    } catch (const std::exception&) {
-    }
-    if (word.empty() || used != word.size() || !(value >= 0 && value <= 1))
-      throw InputError("--prune: '" + word + "' is not a fraction from 0 to 1");
-    list.push_back(value);
-  }
-  return list;
-}
-}  // namespace
-
 void BgdOptions::apply(BgdPreset& p) const {
   if (*given_.epochs) p.epochs = epochs_;
   if (*given_.batch) {
@@ -106,7 +88,11 @@ void BgdOptions::apply(BgdPreset& p) const {
   if (*given_.samples) p.samples = samples_;
   if (*given_.inference) p.inference = inference_of(inference_);
   if (*given_.judge) p.judge_every = judge_;
-  if (*given_.pruned) p.pruned = pruned_.empty() ? std::vector<double>() : fractions_of(pruned_);
+  if (*given_.pruned)
+    p.pruned = pruned_.empty()
+                   ? std::vector<double>()
+                   : decimals_of(
+                         "--prune", pruned_, [](double v) { return v >= 0 && v <= 1; }, "a fraction from 0 to 1");
   if (*given_.fisher) p.fisher_examples = fisher_;
   if (train_limit_) p.train_limit = train_limit_;
   if (test_limit_) p.test_limit = test_limit_;

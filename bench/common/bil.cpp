@@ -49,6 +49,23 @@ std::vector<uint64_t> numbers_of(const std::string& option, const std::string& t
   return list;
 }
 
+std::vector<double> decimals_of(const std::string& option, const std::string& text, bool (*allowed)(double),
+                                const char* wanted) {
+  std::vector<double> list;
+  for (const std::string& word : split_list(text)) {
+    size_t used = 0;
+    double value = NAN;
+    try {
+      value = std::stod(word, &used);
+    } catch (const std::exception&) {
+    }
+    if (word.empty() || used != word.size() || !std::isfinite(value) || !allowed(value))
+      throw InputError(option + ": '" + word + "' is not " + wanted);
+    list.push_back(value);
+  }
+  return list;
+}
+
 void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const std::string& preset_help,
                         bool ft_converged) {
   auto* what = app.add_option_group("What to run");

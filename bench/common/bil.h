@@ -23,6 +23,9 @@ void set_cifar(BilPreset&);  // what bil_cifar10 and bil_cifar5p5 share
 std::vector<std::string> split_list(const std::string& text);  // at commas
 // Whole numbers from 0 on, separated by commas; InputError naming the option.
 std::vector<uint64_t> numbers_of(const std::string& option, const std::string& text);
+// Finite numbers, separated by commas; InputError naming the option where one is not `allowed`, and what it should be.
+std::vector<double> decimals_of(const std::string& option, const std::string& text, bool (*allowed)(double),
+                                const char* wanted);
 
 // The options of all these programs: add them to the command line, parse, then apply them to the preset.
 class BilOptions {

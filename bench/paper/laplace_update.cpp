@@ -52,22 +52,6 @@ std::vector<int> counts_of(const std::string& option, const std::string& text) {
   return list;
 }
 
-std::vector<double> positives_of(const std::string& option, const std::string& text) {
-  std::vector<double> list;
-  for (const std::string& word : split_list(text)) {
-    size_t used = 0;
-    double value = -1;
-    try {
-      value = std::stod(word, &used);
-    } catch (const std::exception&) {
-    }
-    if (word.empty() || used != word.size() || !(value > 0) || !std::isfinite(value))
-      throw InputError(option + ": '" + word + "' is not a positive number");
-    list.push_back(value);
-  }
-  return list;
-}
-
 struct FeaturePair {
   std::string name, title;
   bool generated = false;
@@ -466,7 +450,9 @@ int run(int argc, char** argv) {
     return n ? n : otherwise;
   };
   const bool by_evidence = taus == "evidence";
-  study.taus = by_evidence ? std::vector<double>() : positives_of("--taus", given(taus, p.taus));
+  study.taus = by_evidence ? std::vector<double>()
+                           : decimals_of(
+                                 "--taus", given(taus, p.taus), [](double v) { return v > 0; }, "a positive number");
   study.bases = counts_of("--bases", given(bases, p.bases));
   study.news = counts_of("--new", given(news, p.news));
   study.seeds = numbers_of("--seeds", given(seeds, p.seeds));
