@@ -22,8 +22,9 @@ FOLDER = pathlib.Path(sys.argv.pop(1)).resolve()
 METHODS = ["base", "first_order", "monte_carlo", "gaussian", "implicit", "one_by_one", "lbfgs_warm", "newton_warm",
            "retrained", "adam"]
 SMALL = ["--pool", "300", "--test", "100", "--extractor-images", "200", "--extractor-epochs", "1", "--bases", "20,50",
-         "--new", "1,5", "--seeds", "0,1", "--adam-epochs", "5", "--draws", "50", "--repeats", "1", "--active-seeds", "0,1",
-         "--active-pool", "60", "--cycles", "2", "--batch", "4", "--initial", "10", "--trials", "9"]
+         "--new", "1,5", "--seeds", "0,1", "--adam-seeds", "1", "--adam-epochs", "5", "--draws", "50", "--repeats", "1",
+         "--active-seeds", "0,1", "--active-pool", "60", "--cycles", "2", "--batch", "4", "--initial", "10", "--trials",
+         "9"]
 
 
 def write_npy(path, kind, shape, values):
