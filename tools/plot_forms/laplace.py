@@ -171,9 +171,9 @@ def read(result):
             tau = updates[name][0]["tau"]
             table = keyed([line for line in updates[name] if line["tau"] == tau], "base", "new", "method")
             bases = sorted({number(base, True) for base, *_ in table})
-            gains, times = gains_of(table, bases[len(bases) // 2]), times_of(table, bases[-1])
+            gains, times = gains_of(table, bases[(len(bases) - 1) // 2]), times_of(table, bases[-1])
             notes = {row: f"{base:,} base samples, prior precision {number(tau):g}"
-                     for row, base in (("gains", bases[len(bases) // 2]), ("times", bases[-1]))}
+                     for row, base in (("gains", bases[(len(bases) - 1) // 2]), ("times", bases[-1]))}
         scores = {key: scores_of(line) for key, line in keyed(active[name], "acquisition", "mode").items()}
         curves = [banded(acquisition, mode, [(x, *moments([score[x] for score in seeds.values()]))
                                              for x in next(iter(seeds.values()))], len(seeds))
