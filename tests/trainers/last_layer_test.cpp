@@ -367,14 +367,31 @@ TYPED_TEST(LastLayerOf, RecursiveLeastSquares) {
   for (int i = 0; i < 60; i++) s.labels.push_back(i % 2);
   s = s.scaled(1 / std::sqrt(z.scalar("sigma2")));
   Rows<Real> rows(s), back(s.reversed());
-  const Doubles sequence = z.f64("seq_cov");
-  LastLayer<Real> layer(the_device(), 5, 2, with(z.scalar("tau"), SampleWeight::gaussian));
+  const Doubles sequence = z.f64("seq_cov"), means = z.f64("seq_mean"), y = z.f64("y");
+  const double sd = std::sqrt(z.scalar("sigma2")), tau = z.scalar("tau");
+  LastLayer<Real> layer(the_device(), 5, 2, with(tau, SampleWeight::gaussian));
+  Doubles b(5, 0.);  // X'y / sigma^2, so that S b is the regression's mean
+  double yy = 0, fit = 0;
   for (int i = 0; i < 60; i++) {
     layer.update(rows.part(i, 1), rule_of(UpdateRule::gaussian, 1));
     ASSERT_TRUE(close(layer.covariance(), Doubles(sequence.begin() + i * 25, sequence.begin() + (i + 1) * 25),
                       within<Real>(1e-10, 1e-4)))
         << i;
+    yy += y[size_t(i)] * y[size_t(i)] / (sd * sd);
+    const Doubles cov = layer.covariance();
+    Doubles mean(5, 0.);
+    for (int d = 0; d < 5; d++) b[size_t(d)] += s.x[size_t(i) * 5 + size_t(d)] * y[size_t(i)] / sd;
+    for (int d = 0; d < 25; d++) mean[size_t(d / 5)] += cov[size_t(d)] * b[size_t(d % 5)];
+    ASSERT_TRUE(close(mean, Doubles(means.begin() + i * 5, means.begin() + (i + 1) * 5), within<Real>(1e-10, 1e-3)));
+    fit = 0;
+    for (int d = 0; d < 5; d++) fit += mean[size_t(d)] * b[size_t(d)];
   }
+  // ln N(y; 0, sigma^2 I + X X' / tau), its determinant from log_evidence's.
+  double square = 0;
+  for (double w : layer.weights()) square += w * w;
+  const double determinant = -layer.log_evidence(0) - tau * square / 2;  // ln det P - D ln tau; two classes, one S
+  const double evidence = -0.5 * (60 * std::log(2 * M_PI * sd * sd) + yy - fit + determinant);
+  EXPECT_NEAR(evidence, z.scalar("log_evidence"), either<Real>(1e-9, 1e-2) * std::abs(evidence));
   EXPECT_TRUE(close(layer.covariance(), z.f64("batch_cov"), within<Real>(1e-10, 1e-4)));
   EXPECT_TRUE(close(layer.precision(), z.f64("batch_prec"), within<Real>(1e-10, 1e-5)));
   LastLayer<Real> other(the_device(), 5, 2, with(z.scalar("tau"), SampleWeight::gaussian));
