@@ -267,10 +267,10 @@ TEST(Convolution, ExactReplicas) {
 TEST(Convolution, ExactByFilters) {
   BATON_NEEDS_DEVICE();
   for (int batch : {1, 2, 3, 4, 5, 6, 7, 14}) check_convolution({batch, 16, 7, 5, 16, 5, 2});
-  for (const ConvShape& s : {ConvShape{7, 8, 15, 15, 16, 3, 1}, ConvShape{2, 16, 5, 3, 16, 5, 4},
-                             ConvShape{7, 32, 6, 9, 48, 3, 0}, ConvShape{3, 16, 6, 7, 16, 4, 2},
-                             ConvShape{3, 16, 3, 7, 32, 1, 0}, ConvShape{2, 16, 9, 8, 16, 7, 3},
-                             ConvShape{2, 16, 1, 1, 16, 5, 2}, ConvShape{8, 64, 4, 5, 16, 5, 2}})
+  for (const ConvShape& s :
+       {ConvShape{7, 8, 15, 15, 16, 3, 1}, ConvShape{2, 16, 5, 3, 16, 5, 4}, ConvShape{7, 32, 6, 9, 48, 3, 0},
+        ConvShape{3, 16, 6, 7, 16, 4, 2}, ConvShape{3, 16, 3, 7, 32, 1, 0}, ConvShape{2, 16, 9, 8, 16, 7, 3},
+        ConvShape{2, 16, 1, 1, 16, 5, 2}, ConvShape{8, 64, 4, 5, 16, 5, 2}})
     check_convolution(s);
   check_convolution({7, 16, 7, 7, 32, 5, 2}, 3, false, 11);
   check_convolution({7, 16, 7, 7, 32, 5, 2}, 2, true, 6);
@@ -287,12 +287,11 @@ TEST(Convolution, ExactSparseGradients) {
         check_convolution({2, channels, 6, 9, 3, kernel, 0}, 1, false, 0, density);
       }
     for (int channels : {32, 33, 50}) check_convolution({2, channels, 7, 7, 17, 5, 2}, 1, false, 0, density);
-    for (const ConvShape& s : {ConvShape{3, 3, 32, 32, 10, 5, 2}, ConvShape{2, 32, 15, 15, 8, 5, 2},
-                               ConvShape{9, 16, 7, 7, 9, 5, 2}, ConvShape{2, 1, 28, 28, 20, 5, 0},
-                               ConvShape{2, 20, 12, 12, 10, 5, 0}, ConvShape{40, 16, 3, 3, 8, 3, 1},
-                               ConvShape{3, 16, 1, 1, 3, 5, 2}, ConvShape{3, 16, 2, 2, 3, 5, 2},
-                               ConvShape{3, 16, 3, 2, 3, 5, 3}, ConvShape{3, 16, 4, 5, 3, 5, 4},
-                               ConvShape{3, 2, 3, 5, 3, 5, 4}, ConvShape{3, 16, 5, 4, 3, 3, 2}})
+    for (const ConvShape& s :
+         {ConvShape{3, 3, 32, 32, 10, 5, 2}, ConvShape{2, 32, 15, 15, 8, 5, 2}, ConvShape{9, 16, 7, 7, 9, 5, 2},
+          ConvShape{2, 1, 28, 28, 20, 5, 0}, ConvShape{2, 20, 12, 12, 10, 5, 0}, ConvShape{40, 16, 3, 3, 8, 3, 1},
+          ConvShape{3, 16, 1, 1, 3, 5, 2}, ConvShape{3, 16, 2, 2, 3, 5, 2}, ConvShape{3, 16, 3, 2, 3, 5, 3},
+          ConvShape{3, 16, 4, 5, 3, 5, 4}, ConvShape{3, 2, 3, 5, 3, 5, 4}, ConvShape{3, 16, 5, 4, 3, 3, 2}})
       check_convolution(s, 1, false, 0, density);
     check_convolution({3, 16, 7, 7, 9, 5, 2}, 3, false, 11, density);
     check_convolution({3, 3, 7, 9, 9, 5, 2}, 2, true, 6, density);
