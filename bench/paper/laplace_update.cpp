@@ -159,7 +159,7 @@ std::string table_of_updates(const json& updates, const std::string& set) {
     for (const json* r : rows)
       if (std::find(news.begin(), news.end(), int((*r)["new"])) == news.end()) news.push_back((*r)["new"]);
     snprintf(line, sizeof line, "\n%s, base of %d, tau = %g: accuracy %% (milliseconds of the update)\n%-26s",
-             set.c_str(), key.second, key.first, "new samples");
+             set.c_str(), key.second, key.first, "new samples [quick: 1,10,50; paper: 1,2,5,10,20,50]");
     text += line;
     for (int b : news) {
       snprintf(line, sizeof line, "%20d", b);
@@ -412,29 +412,31 @@ int run(int argc, char** argv) {
   features->add_option("--fourier-dim", from.fourier_dim, "of the set 'fourier'")->capture_default_str();
   features->add_option("--fourier-length", from.fourier_length, "its length scale")->capture_default_str();
   auto* updates = app.add_option_group("Updates");
-  updates->add_option("--bases", bases, "samples before the update");
-  updates->add_option("--new", news, "new samples");
+  updates->add_option("--bases", bases, "samples before the update [quick: 100,1000; paper: 10,100,1000]");
+  updates->add_option("--new", news, "new samples [quick: 1,10,50; paper: 1,2,5,10,20,50]");
   updates->add_option("--taus", taus,
-                      "prior precisions; 'evidence': the one of highest evidence for the largest base, by set");
+                      "prior precisions [quick: 1; paper: 1,0.1]; 'evidence': by set, the one of highest evidence for "
+                      "the largest base");
   updates->add_option("--gamma", study.gamma, "of the authors' rule")->capture_default_str();
   updates->add_option("--gamma-first-order", study.gamma_first_order, "step size")->capture_default_str();
   updates->add_option("--gamma-monte-carlo", study.gamma_monte_carlo, "power of the likelihood")->capture_default_str();
   updates->add_option("--draws", study.draws, "of Monte Carlo re-weighting")->capture_default_str();
   updates->add_option("--repeats", study.repeats, "of a timed update")->capture_default_str();
   updates->add_option("--adam-epochs", study.adam_epochs, "of retraining by Adam")->capture_default_str();
-  updates->add_option("--adam-seeds", adam_seeds, "seeds for which Adam runs");
+  updates->add_option("--adam-seeds", adam_seeds, "seeds for which Adam runs [all of the preset's]");
   updates->add_option("--link", link, "of NLL and ECE: map, mean_field, probit, monte_carlo, bridge, bridge_norm")
       ->capture_default_str();
   auto* active = app.add_option_group("Active learning");
   active->add_option("--acquisitions", acquisitions, "of random,margin,entropy,bald,badge,bait,look_ahead");
-  active->add_option("--active-seeds", active_seeds, "seeds");
-  active->add_option("--active-pool", active_pool, "samples to choose from");
+  active->add_option("--active-seeds", active_seeds,
+                     "of the pool, the first samples and the choices [quick: 10 of them; paper: 30]");
+  active->add_option("--active-pool", active_pool, "samples to choose from [quick: 600; paper: 1000]");
   active->add_option("--active-tau", active_tau, "prior precision")->capture_default_str();
   active->add_option("--active-rule", rule, "of the updates between picks: implicit, gaussian or categorical")
       ->capture_default_str();
   active->add_option("--initial", initial, "labelled samples at the start")->capture_default_str();
   active->add_option("--batch", batch, "samples chosen at a time")->capture_default_str();
-  active->add_option("--cycles", cycles, "batches");
+  active->add_option("--cycles", cycles, "batches [quick: 8; paper: 20]");
   active->add_option("--trials", trials, "batches that look-ahead tries")->capture_default_str();
   try {
     parse(app, argc, argv);

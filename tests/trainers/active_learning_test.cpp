@@ -14,25 +14,13 @@
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
 #include "tests/support/device.h"
-#include "tests/support/npz.h"
+#include "tests/support/laplace_goldens.h"
 #include "trainers/last_layer_exact.h"
 
 namespace baton::test {
 namespace {
 
 using Doubles = std::vector<double>;
-
-Npz golden(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/../laplace/" + name + ".npz"); }
-
-testing::AssertionResult within(const Doubles& got, const Doubles& want, double tolerance) {
-  if (got.size() != want.size())
-    return testing::AssertionFailure() << got.size() << " elements, expected " << want.size();
-  const Difference d = difference(got, want);
-  if (d.nonfinite) return testing::AssertionFailure() << d.nonfinite << " elements are not finite";
-  if (d.worst <= tolerance) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "worst " << d.worst << " (at most " << tolerance << ") at [" << d.at
-                                     << "]: " << got[d.at] << ", expected " << want[d.at];
-}
 
 // Features and labels on the host.
 struct Samples {
@@ -65,17 +53,8 @@ class Rows {
 };
 
 Samples digits(const std::vector<int64_t>& index) {
-  const Npz z = golden("digits_split");
-  const Doubles pixels = z.f64("X_uint8");
-  const auto labels = z.i64("y");
-  Samples s{{}, {}, 65, 10};
-  for (int64_t i : index) {
-    Doubles row(pixels.begin() + i * 64, pixels.begin() + (i + 1) * 64);
-    for (double& v : row) v /= 16;
-    row.push_back(1);
-    s.append(row, int(labels[size_t(i)]));
-  }
-  return s;
+  const DigitRows rows = digit_rows(index);
+  return {rows.x, rows.labels, digit_dim, digit_classes};
 }
 // Classes that overlap, with a constant feature.
 Samples random_samples(int n, int dim, int classes, unsigned seed, double spread = 1) {
@@ -338,7 +317,7 @@ std::vector<int> reference_sequence(LastLayer<double>& layer, const Samples& poo
 // ------------------------------------------------------------------------------------------------------------ goldens
 struct Digits {
   Digits() : z(golden("digits_al_margin")) {
-    const std::vector<int64_t> first = golden("digits_split").i64("base100");
+    const std::vector<int64_t> first = digit_split("base100");
     base = digits(first), pool = digits(z.i64("pool"));
     options.acquisition = Acquisition::margin;
     options.link.link = Link::map;

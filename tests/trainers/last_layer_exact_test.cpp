@@ -9,7 +9,7 @@
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
 #include "tests/support/device.h"
-#include "tests/support/npz.h"
+#include "tests/support/laplace_goldens.h"
 
 namespace baton::test {
 namespace {
@@ -18,18 +18,7 @@ using Doubles = std::vector<double>;
 
 constexpr double one_shot = 1e-10, optimum = 1e-8;  // also of chains of updates
 
-Npz golden(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/../laplace/" + name + ".npz"); }
-
-// max |got - want| <= tolerance max |want|, and all finite.
-testing::AssertionResult within(const Doubles& got, const Doubles& want, double tolerance) {
-  if (got.size() != want.size())
-    return testing::AssertionFailure() << got.size() << " elements, expected " << want.size();
-  const Difference d = difference(got, want);
-  if (d.nonfinite) return testing::AssertionFailure() << d.nonfinite << " elements are not finite";
-  if (d.worst <= tolerance) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "worst " << d.worst << " (at most " << tolerance << ") at [" << d.at
-                                     << "]: " << got[d.at] << ", expected " << want[d.at];
-}
+using test::within;
 testing::AssertionResult within(double got, double want, double tolerance) {
   return within(Doubles{got}, Doubles{want}, tolerance);
 }
@@ -89,20 +78,12 @@ struct Rows {
   int count, dim;
 };
 
-// Handwritten digits: the pixels from 0 to 1, and a feature that is always 1.
-constexpr int digit_dim = 65, digit_classes = 10, digit_weights = 650;
+constexpr int digit_weights = digit_dim * digit_classes;
 Samples digits(const std::vector<int64_t>& index) {
-  static const Npz split = golden("digits_split");
-  static const std::vector<int64_t> pixels = split.i64("X_uint8"), labels = split.i64("y");
-  Samples s{{}, {}, digit_dim};
-  for (int64_t i : index) {
-    for (int d = 0; d < 64; d++) s.x.push_back(double(pixels[size_t(i) * 64 + d]) / 16);
-    s.x.push_back(1);
-    s.labels.push_back(int32_t(labels[i]));
-  }
-  return s;
+  const DigitRows rows = digit_rows(index);
+  return {rows.x, rows.labels, digit_dim};
 }
-Samples digits(const std::string& set) { return digits(golden("digits_split").i64(set)); }
+Samples digits(const std::string& set) { return digits(digit_split(set)); }
 
 // Classes around random centres, one feature always 1.
 Samples random_samples(int n, int dim, int classes, uint32_t seed, double spread = 1) {

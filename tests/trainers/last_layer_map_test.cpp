@@ -10,14 +10,12 @@
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
 #include "tests/support/device.h"
-#include "tests/support/npz.h"
+#include "tests/support/laplace_goldens.h"
 
 namespace baton::test {
 namespace {
 
 using Doubles = std::vector<double>;
-
-Npz golden(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/../laplace/" + name + ".npz"); }
 
 struct Samples {
   Doubles x;  // [n][dim]
@@ -75,17 +73,8 @@ Doubles minus(Doubles a, const Doubles& b) {
 }
 
 Samples digits(const std::string& split) {
-  const Npz z = golden("digits_split");
-  const Doubles pixels = z.f64("X_uint8");
-  const auto labels = z.i64("y");
-  Samples s{{}, {}, 65, 10};
-  for (int64_t i : z.i64(split)) {
-    Doubles row(pixels.begin() + i * 64, pixels.begin() + (i + 1) * 64);
-    for (double& v : row) v /= 16;
-    row.push_back(1);
-    s.append(row, int(labels[size_t(i)]));
-  }
-  return s;
+  const DigitRows rows = digit_rows(digit_split(split));
+  return {rows.x, rows.labels, digit_dim, digit_classes};
 }
 Samples tiny() {
   const Npz z = golden("tiny_softmax");

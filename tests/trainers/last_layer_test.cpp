@@ -13,15 +13,13 @@
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
 #include "tests/support/device.h"
-#include "tests/support/npz.h"
+#include "tests/support/laplace_goldens.h"
 
 namespace baton::test {
 namespace {
 
 namespace fs = std::filesystem;
 using Doubles = std::vector<double>;
-
-Npz golden(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/../laplace/" + name + ".npz"); }
 
 struct Samples {
   Doubles x;  // [n][dim]
@@ -57,19 +55,10 @@ struct Samples {
 };
 
 Samples digits_at(const std::vector<int64_t>& index) {
-  static const Npz z = golden("digits_split");
-  static const Doubles pixels = z.f64("X_uint8");
-  static const std::vector<int64_t> labels = z.i64("y");
-  Samples s{{}, {}, 65, 10};
-  for (int64_t i : index) {
-    Doubles row(pixels.begin() + i * 64, pixels.begin() + (i + 1) * 64);
-    for (double& v : row) v /= 16;
-    row.push_back(1);
-    s.append(row, int(labels[size_t(i)]));
-  }
-  return s;
+  const DigitRows rows = digit_rows(index);
+  return {rows.x, rows.labels, digit_dim, digit_classes};
 }
-Samples digits(const std::string& split) { return digits_at(golden("digits_split").i64(split)); }
+Samples digits(const std::string& split) { return digits_at(digit_split(split)); }
 Samples random_samples(int n, int dim, int classes, uint64_t seed) {
   SplitMix64 random(seed);
   Samples s{{}, {}, dim, classes};
