@@ -50,31 +50,6 @@ void check_idx_length(size_t found, uint64_t expected, const fs::path& path) {
                    std::to_string(found) + " bytes, its header says " + std::to_string(expected));
 }
 
-void check_labels(const Images& images, const fs::path& path) {
-  for (int i = 0; i < images.count; ++i) {
-    if (images.labels[i] < images.classes) continue;
-    throw InputError(path.string() + ": label " + std::to_string(images.labels[i]) + " of image " + std::to_string(i) +
-                     ", expected one below " + std::to_string(images.classes));
-  }
-}
-
-// The file as it is named, or packed; nothing when none is there.
-std::optional<fs::path> find_packed(const fs::path& folder, const std::string& name) {
-  for (const char* suffix : {"", ".gz", ".xz"}) {
-    std::error_code ignored;
-    const fs::path path = folder / (name + suffix);
-    if (fs::is_regular_file(path, ignored)) return path;
-  }
-  return std::nullopt;
-}
-
-// part: "train" or "t10k"; content: "images" or "labels". Both spellings of the name are in use.
-std::optional<fs::path> find_idx(const fs::path& folder, const std::string& part, const std::string& content) {
-  const std::string axes = content == "images" ? "idx3-ubyte" : "idx1-ubyte";
-  if (auto path = find_packed(folder, part + "-" + content + "-" + axes)) return path;
-  return find_packed(folder, part + "-" + content + "." + axes);
-}
-
 [[noreturn]] void throw_missing(const fs::path& folder, const std::string& name) {
   std::error_code ignored;
   if (!fs::is_directory(folder, ignored)) throw InputError(folder.string() + " is not a folder");
@@ -197,34 +172,85 @@ void check_parts(int count, int parts) {
 
 }  // namespace
 
-Images read_idx(const fs::path& images_path, const fs::path& labels_path, int classes) {
-  constexpr size_t kImageHeader = 16, kLabelHeader = 8;
+Images idx_images(std::vector<uint8_t> bytes, const fs::path& path) {
+  constexpr size_t kHeader = 16;
   constexpr uint32_t kMostImages = INT32_MAX, kMostSide = 1 << 14;  // keeps the products below within 64 bits
-  if (classes < 1 || classes > 256) throw InputError("classes must be 1 to 256, not " + std::to_string(classes));
-
-  std::vector<uint8_t> bytes = read_file(images_path);
-  check_idx_header(bytes, images_path, kImageMagic, kImageHeader);
+  check_idx_header(bytes, path, kImageMagic, kHeader);
   const uint32_t count = big_endian(bytes, 4), height = big_endian(bytes, 8), width = big_endian(bytes, 12);
   if (count == 0 || height == 0 || width == 0 || count > kMostImages || height > kMostSide || width > kMostSide) {
-    throw InputError(images_path.string() + ": its header says " + std::to_string(count) + " images of " +
+    throw InputError(path.string() + ": its header says " + std::to_string(count) + " images of " +
                      std::to_string(height) + " x " + std::to_string(width));
   }
-  check_idx_length(bytes.size(), kImageHeader + uint64_t{count} * height * width, images_path);
+  check_idx_length(bytes.size(), kHeader + uint64_t{count} * height * width, path);
+  bytes.erase(bytes.begin(), bytes.begin() + kHeader);
+  return {static_cast<int>(count), 1, static_cast<int>(height), static_cast<int>(width), 0, std::move(bytes), {}};
+}
 
-  std::vector<uint8_t> labels = read_file(labels_path);
-  check_idx_header(labels, labels_path, kLabelMagic, kLabelHeader);
-  check_idx_length(labels.size(), kLabelHeader + uint64_t{big_endian(labels, 4)}, labels_path);
-  if (big_endian(labels, 4) != count) {
-    throw InputError(labels_path.string() + " has " + std::to_string(big_endian(labels, 4)) + " labels, but " +
-                     images_path.string() + " has " + std::to_string(count) + " images");
+std::vector<uint8_t> idx_labels(std::vector<uint8_t> bytes, const fs::path& path) {
+  constexpr size_t kHeader = 8;
+  check_idx_header(bytes, path, kLabelMagic, kHeader);
+  check_idx_length(bytes.size(), kHeader + uint64_t{big_endian(bytes, 4)}, path);
+  bytes.erase(bytes.begin(), bytes.begin() + kHeader);
+  return bytes;
+}
+
+void append_cifar(Images& to, const std::vector<uint8_t>& bytes, const fs::path& path) {
+  const bool fine = to.classes == 100;
+  const size_t head = fine ? 2 : 1, record = head + kCifarPixels;
+  if (bytes.empty() || bytes.size() % record != 0) {
+    throw InputError(path.string() + (fine ? " is not a CIFAR-100 file: " : " is not a CIFAR-10 batch: ") +
+                     std::to_string(bytes.size()) + " bytes, expected a whole number of records of " +
+                     std::to_string(record));
   }
+  for (size_t at = 0; at < bytes.size(); at += record) {
+    const uint8_t label = bytes[at + head - 1];
+    if (fine && (bytes[at] >= 20 || label >= 100)) {
+      throw InputError(path.string() + ": labels " + std::to_string(bytes[at]) + " and " + std::to_string(label) +
+                       " of record " + std::to_string(at / record) + ", expected one below 20 and one below 100");
+    }
+    if (!fine && label >= 10) {
+      throw InputError(path.string() + ": label " + std::to_string(label) + " of record " +
+                       std::to_string(at / record) + ", expected one below 10");
+    }
+    to.labels.push_back(label);
+    to.pixels.insert(to.pixels.end(), bytes.begin() + at + head, bytes.begin() + at + record);
+  }
+  to.count = static_cast<int>(to.labels.size());
+}
 
-  Images images{static_cast<int>(count), 1, static_cast<int>(height), static_cast<int>(width), classes, {}, {}};
-  bytes.erase(bytes.begin(), bytes.begin() + kImageHeader);
-  labels.erase(labels.begin(), labels.begin() + kLabelHeader);
-  images.pixels = std::move(bytes);
-  images.labels = std::move(labels);
-  check_labels(images, labels_path);
+void check_labels(const Images& images, const fs::path& path, const fs::path& images_path) {
+  if (images.labels.size() != static_cast<size_t>(images.count)) {
+    throw InputError(path.string() + " has " + std::to_string(images.labels.size()) + " labels, but " +
+                     images_path.string() + " has " + std::to_string(images.count) + " images");
+  }
+  for (int i = 0; i < images.count; ++i) {
+    if (images.labels[i] < images.classes) continue;
+    throw InputError(path.string() + ": label " + std::to_string(images.labels[i]) + " of image " + std::to_string(i) +
+                     ", expected one below " + std::to_string(images.classes));
+  }
+}
+
+std::optional<fs::path> find_packed(const fs::path& folder, const std::string& name) {
+  for (const char* suffix : {"", ".gz", ".xz"}) {
+    std::error_code ignored;
+    const fs::path path = folder / (name + suffix);
+    if (fs::is_regular_file(path, ignored)) return path;
+  }
+  return std::nullopt;
+}
+
+std::optional<fs::path> find_idx(const fs::path& folder, const std::string& part, const std::string& content) {
+  const std::string axes = content == "images" ? "idx3-ubyte" : "idx1-ubyte";
+  if (auto path = find_packed(folder, part + "-" + content + "-" + axes)) return path;
+  return find_packed(folder, part + "-" + content + "." + axes);
+}
+
+Images read_idx(const fs::path& images_path, const fs::path& labels_path, int classes) {
+  if (classes < 1 || classes > 256) throw InputError("classes must be 1 to 256, not " + std::to_string(classes));
+  Images images = idx_images(read_file(images_path), images_path);
+  images.classes = classes;
+  images.labels = idx_labels(read_file(labels_path), labels_path);
+  check_labels(images, labels_path, images_path);
   return images;
 }
 
@@ -232,58 +258,23 @@ Images read_cifar10(const std::vector<fs::path>& batches) {
   // Unpacking xz is most of the time, so the files are read side by side.
   std::vector<std::future<std::vector<uint8_t>>> files;
   for (const fs::path& path : batches) {
-    files.push_back(std::async(std::launch::async, [&path] {
-      std::vector<uint8_t> bytes = read_file(path);
-      if (bytes.empty() || bytes.size() % kCifarRecord != 0) {
-        throw InputError(path.string() + " is not a CIFAR-10 batch: " + std::to_string(bytes.size()) +
-                         " bytes, expected a whole number of records of " + std::to_string(kCifarRecord));
-      }
-      return bytes;
-    }));
+    files.push_back(std::async(std::launch::async, [&path] { return read_file(path); }));
   }
-
   std::vector<std::vector<uint8_t>> contents;
-  size_t records = 0;
+  size_t bytes = 0;
   for (auto& file : files) {
     contents.push_back(file.get());
-    records += contents.back().size() / kCifarRecord;
+    bytes += contents.back().size();
   }
-
-  Images images{static_cast<int>(records), 3, 32, 32, 10, {}, {}};
-  images.pixels.reserve(records * kCifarPixels);
-  images.labels.reserve(records);
-  for (size_t file = 0; file < contents.size(); ++file) {
-    const std::vector<uint8_t>& bytes = contents[file];
-    for (size_t at = 0; at < bytes.size(); at += kCifarRecord) {
-      if (bytes[at] >= images.classes) {
-        throw InputError(batches[file].string() + ": label " + std::to_string(bytes[at]) + " of record " +
-                         std::to_string(at / kCifarRecord) + ", expected one below 10");
-      }
-      images.labels.push_back(bytes[at]);
-      images.pixels.insert(images.pixels.end(), &bytes[at] + 1, &bytes[at] + kCifarRecord);
-    }
-  }
+  Images images{0, 3, 32, 32, 10, {}, {}};
+  images.pixels.reserve(bytes / kCifarRecord * kCifarPixels);
+  for (size_t file = 0; file < contents.size(); ++file) append_cifar(images, contents[file], batches[file]);
   return images;
 }
 
 Images read_cifar100(const fs::path& path) {
-  constexpr size_t record = kCifarPixels + 2;  // the coarse label, the fine one, the pixels
-  const std::vector<uint8_t> bytes = read_file(path);
-  if (bytes.empty() || bytes.size() % record != 0)
-    throw InputError(path.string() + " is not a CIFAR-100 file: " + std::to_string(bytes.size()) +
-                     " bytes, expected a whole number of records of " + std::to_string(record));
-  const size_t records = bytes.size() / record;
-  Images images{static_cast<int>(records), 3, 32, 32, 100, {}, {}};
-  images.pixels.reserve(records * kCifarPixels);
-  images.labels.reserve(records);
-  for (size_t at = 0; at < bytes.size(); at += record) {
-    if (bytes[at] >= 20 || bytes[at + 1] >= images.classes)
-      throw InputError(path.string() + ": labels " + std::to_string(bytes[at]) + " and " +
-                       std::to_string(bytes[at + 1]) + " of record " + std::to_string(at / record) +
-                       ", expected one below 20 and one below 100");
-    images.labels.push_back(bytes[at + 1]);
-    images.pixels.insert(images.pixels.end(), bytes.begin() + at + 2, bytes.begin() + at + record);
-  }
+  Images images{0, 3, 32, 32, 100, {}, {}};
+  append_cifar(images, read_file(path), path);
   return images;
 }
 

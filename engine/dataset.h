@@ -45,6 +45,20 @@ Images read_cifar10(const std::vector<std::filesystem::path>& batches);
 // kept are the fine ones. InputError: not a whole number of records, a coarse label above 19 or a fine one above 99.
 Images read_cifar100(const std::filesystem::path& path);
 
+// The steps of these readers, for a file whose bytes are there already; `path` names it in messages.
+Images idx_images(std::vector<uint8_t> bytes, const std::filesystem::path& path);  // no labels, classes 0
+std::vector<uint8_t> idx_labels(std::vector<uint8_t> bytes, const std::filesystem::path& path);
+// Adds the records of one file to a set of 3 x 32 x 32, that of CIFAR-10 or of CIFAR-100 as to.classes says.
+void append_cifar(Images& to, const std::vector<uint8_t>& bytes, const std::filesystem::path& path);
+// InputError unless there is a label for every image, all below images.classes.
+void check_labels(const Images& images, const std::filesystem::path& labels_path,
+                  const std::filesystem::path& images_path);
+// The file as it is named, or with .gz or .xz; nothing when none is there.
+std::optional<std::filesystem::path> find_packed(const std::filesystem::path& folder, const std::string& name);
+// part: "train" or "t10k"; content: "images" or "labels". Both spellings of the name (see load_mnist) are in use.
+std::optional<std::filesystem::path> find_idx(const std::filesystem::path& folder, const std::string& part,
+                                              const std::string& content);
+
 // The set in this folder: {train,t10k}-{images-idx3,labels-idx1}-ubyte, or with a dot ("train-images.idx3-ubyte"), each
 // with "", ".gz" or ".xz". InputError names the first missing file; train and test images must have one size.
 Dataset load_mnist(const std::filesystem::path& folder, Limits limits = {});

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <lzma.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -23,7 +24,9 @@ using Bytes = std::vector<uint8_t>;
 
 constexpr std::array<uint8_t, 2> kGzipMagic{0x1f, 0x8b};
 constexpr std::array<uint8_t, 6> kXzMagic{0xfd, '7', 'z', 'X', 'Z', 0x00};
-constexpr size_t kChunk = size_t{1} << 20;
+constexpr size_t kChunk = size_t{1} << 16;               // more is a system call for each small file
+constexpr uint64_t kMostBytes = uint64_t{1} << 48;       // keeps sums of sizes within 64 bits
+constexpr uint64_t kMostXzMemory = uint64_t{256} << 20;  // "xz -9" needs 65 MB; a header may claim a dictionary of 4 GB
 
 // The system's word for an errno value, without the shared buffer of strerror.
 std::string reason(int error) { return std::error_code(error, std::generic_category()).message(); }
@@ -44,16 +47,32 @@ class Descriptor {
   int fd_;
 };
 
-Bytes read_plain(const fs::path& path) {
+[[noreturn]] void throw_too_long(const fs::path& path, uint64_t most) {
+  throw InputError(path.string() + " has more than " + std::to_string(most) + " bytes, the most that are read");
+}
+
+// Doubles the room behind the bytes that are there, so that big files are not copied once a chunk. There is never room
+// for more than one byte beyond the limit: the one that shows that the file is too long.
+void grow(Bytes& bytes, const fs::path& path, uint64_t most, uint64_t slack = 0) {
+  const size_t filled = bytes.size();
+  if (filled > most + slack) throw_too_long(path, most);
+  bytes.resize(std::min(filled + std::max(kChunk, filled), most + slack + 1));
+}
+
+Bytes read_plain(const fs::path& path, uint64_t most) {
+  // What cannot be packed grows by packing, by less than this; what is not packed is measured again.
+  const uint64_t slack = most / 64 + (uint64_t{1} << 20);
   Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.get() < 0) throw InputError("cannot open " + path.string() + ": " + reason(errno));
   struct stat info {};
   if (::fstat(file.get(), &info) != 0) throw InputError("cannot read " + path.string() + ": " + reason(errno));
+  const uint64_t size = S_ISREG(info.st_mode) ? static_cast<uint64_t>(info.st_size) : 0;
+  if (size > most + slack) throw_too_long(path, most);
   // One byte more than the size, so that the read that finds the end needs no second buffer.
-  Bytes bytes(S_ISREG(info.st_mode) ? static_cast<size_t>(info.st_size) + 1 : kChunk);
+  Bytes bytes(size != 0 ? size + 1 : 0);
   size_t filled = 0;
   while (true) {
-    if (filled == bytes.size()) bytes.resize(bytes.size() + std::max(kChunk, bytes.size() / 2));
+    if (filled == bytes.size()) grow(bytes, path, most, slack);
     const ssize_t got = ::read(file.get(), bytes.data() + filled, bytes.size() - filled);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw InputError("cannot read " + path.string() + ": " + reason(errno));
@@ -64,14 +83,11 @@ Bytes read_plain(const fs::path& path) {
   return bytes;
 }
 
-// Doubles the room behind what is already unpacked, so that big files are not copied once a chunk.
-void grow(Bytes& bytes, size_t filled) { bytes.resize(filled + std::max(kChunk, filled)); }
-
 [[noreturn]] void throw_packed(const fs::path& path, const char* format, const std::string& what) {
   throw InputError("cannot unpack " + path.string() + " (" + format + "): " + what);
 }
 
-Bytes unpack_gzip(const fs::path& path, const Bytes& packed) {
+Bytes unpack_gzip(const fs::path& path, const Bytes& packed, uint64_t most) {
   z_stream stream{};
   constexpr int kGzipOnly = 16;  // added to the window bits: expect a gzip header and check its CRC
   if (inflateInit2(&stream, MAX_WBITS + kGzipOnly) != Z_OK) throw RunError("cannot start zlib: out of memory");
@@ -83,7 +99,7 @@ Bytes unpack_gzip(const fs::path& path, const Bytes& packed) {
   Bytes out;
   size_t filled = 0, used = 0;
   while (true) {
-    if (filled == out.size()) grow(out, filled);
+    if (filled == out.size()) grow(out, path, most);
     // avail_in and avail_out are 32 bits wide, and a file may be longer.
     const uInt give = static_cast<uInt>(std::min<size_t>(packed.size() - used, size_t{1} << 30));
     const uInt room = static_cast<uInt>(std::min<size_t>(out.size() - filled, size_t{1} << 30));
@@ -111,9 +127,9 @@ Bytes unpack_gzip(const fs::path& path, const Bytes& packed) {
   return out;
 }
 
-Bytes unpack_xz(const fs::path& path, const Bytes& packed) {
+Bytes unpack_xz(const fs::path& path, const Bytes& packed, uint64_t most) {
   lzma_stream stream = LZMA_STREAM_INIT;
-  if (lzma_stream_decoder(&stream, UINT64_MAX, LZMA_CONCATENATED) != LZMA_OK) {
+  if (lzma_stream_decoder(&stream, kMostXzMemory, LZMA_CONCATENATED) != LZMA_OK) {
     throw RunError("cannot start liblzma: out of memory");
   }
   struct End {
@@ -126,7 +142,7 @@ Bytes unpack_xz(const fs::path& path, const Bytes& packed) {
   stream.next_in = packed.data();
   stream.avail_in = packed.size();
   while (true) {
-    if (filled == out.size()) grow(out, filled);
+    if (filled == out.size()) grow(out, path, most);
     stream.next_out = out.data() + filled;
     stream.avail_out = out.size() - filled;
     const lzma_ret status = lzma_code(&stream, LZMA_FINISH);
@@ -135,6 +151,11 @@ Bytes unpack_xz(const fs::path& path, const Bytes& packed) {
     if (status == LZMA_MEM_ERROR) throw RunError("cannot unpack " + path.string() + ": out of memory");
     // There is always room for output here, so no progress means that input is missing.
     if (status == LZMA_BUF_ERROR) throw_packed(path, "xz", "truncated: the file ends too early");
+    if (status == LZMA_MEMLIMIT_ERROR) {
+      throw_packed(path, "xz",
+                   "it asks for " + std::to_string((lzma_memusage(&stream) >> 20) + 1) + " MB of memory; at most " +
+                       std::to_string(kMostXzMemory >> 20) + " MB are given");
+    }
     if (status != LZMA_OK) throw_packed(path, "xz", "corrupt: liblzma error " + std::to_string(status));
   }
   out.resize(filled);
@@ -187,10 +208,12 @@ void flush_folder(const fs::path& file) {
 
 }  // namespace
 
-Bytes read_file(const fs::path& path) {
-  Bytes bytes = read_plain(path);
-  if (starts_with(bytes, kGzipMagic)) return unpack_gzip(path, bytes);
-  if (starts_with(bytes, kXzMagic)) return unpack_xz(path, bytes);
+Bytes read_file(const fs::path& path, uint64_t most_bytes) {
+  most_bytes = std::min(most_bytes, kMostBytes);
+  Bytes bytes = read_plain(path, most_bytes);
+  if (starts_with(bytes, kGzipMagic)) bytes = unpack_gzip(path, bytes, most_bytes);
+  else if (starts_with(bytes, kXzMagic)) bytes = unpack_xz(path, bytes, most_bytes);
+  if (bytes.size() > most_bytes) throw_too_long(path, most_bytes);
   return bytes;
 }
 
@@ -221,6 +244,23 @@ void write_file_atomically(const fs::path& path, std::span<const uint8_t> bytes)
 
 void write_file_atomically(const fs::path& path, std::string_view text) {
   write_file_atomically(path, std::span(reinterpret_cast<const uint8_t*>(text.data()), text.size()));
+}
+
+void remove_leftovers(const fs::path& path) {
+  const std::string prefix = path.filename().string() + ".tmp-";
+  std::error_code error;
+  std::vector<fs::path> found;
+  for (fs::directory_iterator at(path.has_parent_path() ? path.parent_path() : ".", error), end; !error && at != end;
+       at.increment(error)) {
+    const std::string name = at->path().filename().string();
+    if (name.rfind(prefix, 0) != 0 || name.size() > prefix.size() + 10) continue;
+    if (name.find_first_not_of("0123456789", prefix.size()) != std::string::npos || name.size() == prefix.size())
+      continue;
+    const long pid = std::stol(name.substr(prefix.size()));
+    if (pid > 0 && pid < INT32_MAX && ::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH)
+      found.push_back(at->path());
+  }
+  for (const fs::path& leftover : found) fs::remove(leftover, error);
 }
 
 void make_directories(const fs::path& path) {

@@ -16,6 +16,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "engine/error.h"
@@ -477,25 +478,8 @@ std::vector<uint8_t> inflate_exactly(const Member& member, std::span<const uint8
   return out;
 }
 
-}  // namespace
-
-Tensor load_npy(const std::filesystem::path& path) { return parse_npy(path.string(), read_file(path)); }
-
-std::map<std::string, Tensor> load_npz(const std::filesystem::path& path, uint64_t most_bytes) {
-  const std::vector<uint8_t> bytes = read_file(path);
-  std::map<std::string, Tensor> arrays;
-  for (const auto& [name, member] : read_directory(path.string(), bytes, most_bytes)) {
-    const std::span<const uint8_t> stored = std::span(bytes).subspan(member.begin, member.stored);
-    std::vector<uint8_t> content =
-        member.deflated ? inflate_exactly(member, stored) : std::vector<uint8_t>(stored.begin(), stored.end());
-    if (crc32_z(0, content.data(), content.size()) != member.crc) bad(member.who, "is damaged: its checksum is wrong");
-    arrays.emplace(name, parse_npy(member.who, std::move(content)));
-  }
-  return arrays;
-}
-
-void save_npy(const std::filesystem::path& path, const Tensor& tensor) {
-  const std::string who = tensor.origin.empty() ? path.string() + ": a tensor" : tensor.origin;
+// The bytes of a .npy file.
+std::string npy_text(const std::string& who, const Tensor& tensor) {
   const auto* dtype = std::find_if(std::begin(kDtypes), std::end(kDtypes),
                                    [&](const Dtype& known) { return known.name == tensor.dtype; });
   if (dtype == std::end(kDtypes) || tensor.dtype == "F16") {
@@ -521,6 +505,70 @@ void save_npy(const std::filesystem::path& path, const Tensor& tensor) {
   bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
   bytes += header;
   bytes.append(reinterpret_cast<const char*>(tensor.bytes.data()), tensor.bytes.size());
+  return bytes;
+}
+
+// Numbers of one width, one after the other.
+template <class T, class... Values>
+std::string little(Values... values) {
+  std::string bytes;
+  for (const T value : {static_cast<T>(values)...}) bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
+  return bytes;
+}
+
+}  // namespace
+
+Tensor load_npy(const std::filesystem::path& path) { return parse_npy(path.string(), read_file(path)); }
+
+std::map<std::string, Tensor> load_npz(const std::filesystem::path& path, uint64_t most_bytes) {
+  const std::vector<uint8_t> bytes = read_file(path);
+  // Packed once more, a small archive could unpack to any size.
+  std::error_code error;
+  const uint64_t there = std::filesystem::file_size(path, error);
+  if (!error && there != bytes.size()) bad(path.string(), "is an .npz archive that is packed by gzip or xz");
+  std::map<std::string, Tensor> arrays;
+  for (const auto& [name, member] : read_directory(path.string(), bytes, most_bytes)) {
+    const std::span<const uint8_t> stored = std::span(bytes).subspan(member.begin, member.stored);
+    std::vector<uint8_t> content =
+        member.deflated ? inflate_exactly(member, stored) : std::vector<uint8_t>(stored.begin(), stored.end());
+    if (crc32_z(0, content.data(), content.size()) != member.crc) bad(member.who, "is damaged: its checksum is wrong");
+    arrays.emplace(name, parse_npy(member.who, std::move(content)));
+  }
+  return arrays;
+}
+
+void save_npy(const std::filesystem::path& path, const Tensor& tensor) {
+  write_file_atomically(path, npy_text(tensor.origin.empty() ? path.string() + ": a tensor" : tensor.origin, tensor));
+}
+
+void save_npz(const std::filesystem::path& path, const std::map<std::string, Tensor>& arrays) {
+  if (arrays.size() > 0xFFFE) bad(path.string(), "would have more than 65534 arrays");
+  std::string bytes, directory;
+  for (const auto& [name, tensor] : arrays) {
+    const std::string who = path.string() + ": array '" + printable(name) + "'";
+    if (name.empty() || name.size() > 1000 ||
+        std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x21 || c > 0x7E || c == '/'; })) {
+      bad(who, "has a name that is not 1 to 1000 visible characters of ASCII, without '/'");
+    }
+    const std::string content = npy_text(who, tensor), file_name = name + ".npy";
+    // Bytes that need zip64 are refused, by the sum that the closing record must hold as well.
+    if (bytes.size() + content.size() + directory.size() > kNarrow32 - (uint64_t{1} << 16)) {
+      bad(who, "does not fit: an .npz is written up to 4 GB");
+    }
+    const auto size = static_cast<uint32_t>(content.size()), place = static_cast<uint32_t>(bytes.size());
+    const auto crc = static_cast<uint32_t>(crc32_z(0, reinterpret_cast<const Bytef*>(content.data()), content.size()));
+    // What a local header and a directory entry share: version 2.0, no flags, stored, 1980-01-01 00:00 (the same
+    // arrays are the same bytes), CRC, sizes, length of the name, no extra field.
+    const std::string shared =
+        little<uint16_t>(20, 0, 0, 0, 33) + little<uint32_t>(crc, size, size) + little<uint16_t>(file_name.size(), 0);
+    bytes += little<uint32_t>(0x04034B50u) + shared + file_name + content;
+    // No comment, disk 0, no attributes.
+    directory += little<uint32_t>(0x02014B50u) + little<uint16_t>(20) + shared + little<uint16_t>(0, 0, 0) +
+                 little<uint32_t>(0, place) + file_name;
+  }
+  const auto begin = static_cast<uint32_t>(bytes.size()), length = static_cast<uint32_t>(directory.size());
+  bytes += directory + little<uint32_t>(0x06054B50u) + little<uint16_t>(0, 0, arrays.size(), arrays.size()) +
+           little<uint32_t>(length, begin) + little<uint16_t>(0);
   write_file_atomically(path, bytes);
 }
 

@@ -27,4 +27,8 @@ std::map<std::string, Tensor> load_npz(const std::filesystem::path& path, uint64
 // for another dtype or a tensor that does not check(), RunError if the file cannot be written.
 void save_npy(const std::filesystem::path& path, const Tensor& tensor);
 
+// All arrays, each stored as save_npy() writes it, under its name; written beside and renamed. The same arrays are the
+// same bytes. Throws InputError as save_npy, and for a name that is not visible ASCII without '/', or 4 GB and more.
+void save_npz(const std::filesystem::path& path, const std::map<std::string, Tensor>& arrays);
+
 }  // namespace baton

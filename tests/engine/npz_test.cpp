@@ -6,12 +6,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <map>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "engine/error.h"
@@ -164,6 +167,86 @@ TEST_F(NpzTest, ComplaintsNameTheFileAndTheArray) {
     }
   }
   EXPECT_THROW(Npz("no/such/file.npz"), InputError);
+}
+
+std::string bytes_of(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+template <class T>
+T number_at(const std::string& bytes, std::size_t offset) {
+  T value{};
+  if (offset + sizeof value > bytes.size()) ADD_FAILURE() << "the file ends before " << offset;
+  else std::memcpy(&value, bytes.data() + offset, sizeof value);
+  return value;
+}
+
+TEST_F(NpzTest, WhatIsSavedLoads) {
+  const std::map<std::string, Tensor> arrays{
+      {"probability", Tensor::of<float>(std::vector<float>{0.25f, 0.75f, 1e-9f, 1, 0.5f, 0.5f}, {3, 2})},
+      {"prediction", Tensor::of<int64_t>(std::vector<int64_t>{1, -1, INT64_MIN}, {3})},
+      {"of.nothing", Tensor::of<double>({}, {0, 4})},
+      {"scalar", Tensor::of<uint8_t>(std::vector<uint8_t>{200}, {})}};
+  save_npz(path_, arrays);
+  const std::map<std::string, Tensor> read = load_npz(path_);
+  ASSERT_EQ(read.size(), arrays.size());
+  for (const auto& [name, tensor] : arrays) {
+    ASSERT_TRUE(read.count(name)) << name;
+    EXPECT_EQ(read.at(name).dtype, tensor.dtype) << name;
+    EXPECT_EQ(read.at(name).shape, tensor.shape) << name;
+    EXPECT_EQ(read.at(name).bytes, tensor.bytes) << name;
+  }
+  save_npz(path_, {});
+  EXPECT_TRUE(load_npz(path_).empty());
+}
+
+// A reader that goes from local header to local header, not by the directory.
+TEST_F(NpzTest, LocalHeadersSayWhatTheDirectorySays) {
+  const Tensor first = Tensor::of<float>(std::vector<float>{1, 2, 3}, {3}),
+               second = Tensor::of<int32_t>(std::vector<int32_t>{7}, {1, 1});
+  save_npz(path_, {{"a", first}, {"bc", second}});
+  const std::string bytes = bytes_of(path_);
+  std::size_t at = 0;
+  for (const auto& [name, tensor] : {std::pair{std::string("a"), first}, {std::string("bc"), second}}) {
+    const fs::path alone = path_.string() + ".npy";
+    save_npy(alone, tensor);
+    const std::string npy = bytes_of(alone);
+    fs::remove(alone);
+    EXPECT_EQ(number_at<uint32_t>(bytes, at), 0x04034B50u);
+    EXPECT_EQ(number_at<uint16_t>(bytes, at + 8), 0) << "stored";
+    EXPECT_EQ(number_at<uint32_t>(bytes, at + 14),
+              ::crc32(0, reinterpret_cast<const Bytef*>(npy.data()), static_cast<uInt>(npy.size())));
+    EXPECT_EQ(number_at<uint32_t>(bytes, at + 18), npy.size());
+    EXPECT_EQ(number_at<uint32_t>(bytes, at + 22), npy.size());
+    EXPECT_EQ(number_at<uint16_t>(bytes, at + 26), name.size() + 4);
+    EXPECT_EQ(bytes.substr(at + 30, name.size() + 4), name + ".npy");
+    EXPECT_EQ(bytes.substr(at + 30 + name.size() + 4, npy.size()), npy);
+    at += 30 + name.size() + 4 + npy.size();
+  }
+  EXPECT_EQ(number_at<uint32_t>(bytes, at), 0x02014B50u);
+  EXPECT_EQ(number_at<uint32_t>(bytes, at + 12), 33u << 16) << "1980-01-01 00:00: no clock";
+}
+
+TEST_F(NpzTest, WhatCannotBeSavedIsRefused) {
+  const Tensor fine = Tensor::of<float>(std::vector<float>{1}, {1});
+  for (const std::string& name : {std::string(), std::string("a/b"), std::string("a b"), std::string("a\n"),
+                                  std::string("\xC3\xA9"), std::string(1001, 'a')})
+    EXPECT_THROW(save_npz(path_, {{name, fine}}), InputError) << name;
+  EXPECT_THROW(save_npz(path_, {{"a", Tensor{"BF16", {1}, {0, 0}}}}), InputError);
+  EXPECT_THROW(save_npz(path_, {{"a", Tensor{"F32", {2}, {0, 0, 0, 0}}}}), InputError);
+  EXPECT_FALSE(fs::exists(path_));
+  std::map<std::string, Tensor> many;
+  for (int i = 0; i < 65535; ++i) many.emplace(std::to_string(i), Tensor{"U8", {0}, {}});
+  EXPECT_THROW(save_npz(path_, many), InputError);
+  many.erase("7");
+  save_npz(path_, many);
+  EXPECT_EQ(load_npz(path_).size(), 65534u);
+  EXPECT_THROW(save_npz("/no/such/folder/a.npz", {{"a", fine}}), RunError);
+
+  save_npz(path_, {{"a", fine}});
+  EXPECT_THROW(save_npz(path_, {{"a", fine}, {"b", Tensor{"F16", {1}, {0, 0}}}}), InputError);
+  EXPECT_EQ(load_npz(path_).size(), 1u) << "the old file is whole";
 }
 
 }  // namespace
