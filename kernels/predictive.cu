@@ -4,68 +4,88 @@
 //   H[p_s] = ln z_s - sum_c p_sc (x_sc - m_s)                        never negative: both terms are >= 0
 //   probability_sum += sum_s p_s,  entropy_sum += sum_s H[p_s]       (+=, s ascending)
 //   p = probability_sum / S,  entropy = -sum_c p_c ln p_c,  mutual information = max(0, entropy - entropy_sum / S)
+//   square_sum += sum_s sum_c p_sc^2                                 at most S, rounding or not: exp^2 <= exp <= z_s
+//   aleatoric = 1 - square_sum / S,  epistemic = max(0, square_sum / S - sum_c p_c^2), which is 0 for S = 1
 //
 // Layouts: logits [samples][batch][classes]; probabilities [batch][classes]; entropies [batch]. One warp a batch row,
 // which walks through its samples in order: one sum, one order, the same bits in every run and however the samples are
-// cut into calls. A NaN among the logits of a row makes its outputs NaN.
+// cut into calls. A NaN among the logits of a row makes its outputs NaN. The variances have kernels of their own
+// (`squares`), so that whoever does not ask for them pays nothing.
 // Traffic: accumulate reads 4 B a logit (twice, the second time from L1) and 8 B of sums per class; 2 exp and about
-// 10 FLOP a logit. finish reads and writes 4 B a class; 1 log a class.
+// 10 FLOP a logit, 12 with squares. finish reads and writes 4 B a class; 1 log a class.
 #include "kernels/predictive.h"
 
 namespace baton {
 namespace {
 
-template <int fixed>  // the number of classes when it is known at compile time, else 0
+template <int fixed, bool squares>  // fixed: the number of classes when it is known at compile time, else 0
 __global__ void accumulate(float* __restrict__ probability_sum, float* __restrict__ entropy_sum,
-                           const float* __restrict__ logits, int samples, int batch, int any_classes) {
+                           float* __restrict__ square_sum, const float* __restrict__ logits, int samples, int batch,
+                           int any_classes) {
   const int row = simt::warp_item(), lane = simt::lane_id();
   if (row >= batch) return;
   const int classes = fixed ? fixed : any_classes;
   float* __restrict__ sums = probability_sum + size_t(row) * classes;
-  float entropies = entropy_sum[row];
+  float entropies = entropy_sum[row], all_squares = squares ? square_sum[row] : 0.f;
   for (int s = 0; s < samples; s++) {
     const float* __restrict__ x = logits + (size_t(s) * batch + row) * classes;
     float top = -INFINITY;
     SIMT_SIMD(reduction(max : top))
     for (int c = lane; c < classes; c += simt::warp_size) top = x[c] > top ? x[c] : top;
     top = simt::warp_max(top);
-    float z = 0, moment = 0;
-    SIMT_SIMD(reduction(+ : z, moment))
+    float z = 0, moment = 0, square = 0;
+    SIMT_SIMD(reduction(+ : z, moment, square))
     for (int c = lane; c < classes; c += simt::warp_size) {
       const float d = x[c] - top, e = expf(d);
       z += e;
       moment += e > 0.f ? e * d : 0.f;
+      if constexpr (squares) square += e * e;
     }
     z = simt::warp_sum(z), moment = simt::warp_sum(moment);
     const float scale = 1.f / z;
     entropies += logf(z) - moment * scale;
+    if constexpr (squares) all_squares += simt::warp_sum(square) * scale * scale;
     SIMT_SIMD()
     for (int c = lane; c < classes; c += simt::warp_size) sums[c] += expf(x[c] - top) * scale;
   }
-  if (lane == 0) entropy_sum[row] = entropies;
+  if (lane == 0) {
+    entropy_sum[row] = entropies;
+    if constexpr (squares) square_sum[row] = all_squares;
+  }
 }
 
 // probability may be probability_sum: a thread reads an element before it writes it, and nobody else does either.
+template <bool squares>
 __global__ void finish(float* probability, float* __restrict__ entropy, float* __restrict__ mutual_information,
-                       const float* probability_sum, const float* __restrict__ entropy_sum, int samples, int batch,
-                       int classes) {
+                       float* __restrict__ variances, const float* probability_sum,
+                       const float* __restrict__ entropy_sum, const float* __restrict__ square_sum, int samples,
+                       int batch, int classes) {
   const int row = simt::warp_item(), lane = simt::lane_id();
   if (row >= batch) return;
   const float n = float(samples);
   const float* sums = probability_sum + size_t(row) * classes;
   float* mean = probability + size_t(row) * classes;
-  float h = 0;
-  SIMT_SIMD(reduction(+ : h))
+  float h = 0, square = 0;
+  SIMT_SIMD(reduction(+ : h, square))
   for (int c = lane; c < classes; c += simt::warp_size) {
     const float p = sums[c] / n;
     mean[c] = p;
     h -= p * logf(p > 0.f ? p : 1.f);
+    if constexpr (squares) square += p * p;
   }
   h = simt::warp_sum(h);
+  if constexpr (squares) square = simt::warp_sum(square);
   if (lane == 0) {
     const float information = h - entropy_sum[row] / n;
     entropy[row] = h;
     mutual_information[row] = information < 0.f ? 0.f : information;
+    if constexpr (squares) {
+      const float mean_square = square_sum[row] / n;
+      // One sample has nothing to vary: the two sums are the same but for the order of their terms. (0 * NaN is NaN.)
+      const float epistemic = samples == 1 ? 0.f * square : mean_square - square;
+      variances[row] = 1.f - mean_square;
+      variances[size_t(batch) + row] = epistemic < 0.f ? 0.f : epistemic;
+    }
   }
 }
 
@@ -94,23 +114,29 @@ __global__ void choose_kernel(uint8_t* __restrict__ chosen, size_t chosen_stride
 }  // namespace
 
 void accumulate_predictions(float* probability_sum, float* entropy_sum, const float* logits, int samples, int batch,
-                            int classes, Stream stream) {
+                            int classes, Stream stream, float* square_sum) {
   BATON_RANGE("accumulate_predictions");
   check_shape("accumulate_predictions", samples, batch, classes);
-  if (classes == 10)
-    simt::launch<accumulate<10>>(simt::warps(batch), stream, probability_sum, entropy_sum, logits, samples, batch,
-                                 classes);
-  else
-    simt::launch<accumulate<0>>(simt::warps(batch), stream, probability_sum, entropy_sum, logits, samples, batch,
-                                classes);
+  const auto run = [&]<auto kernel>() {
+    simt::launch<kernel>(simt::warps(batch), stream, probability_sum, entropy_sum, square_sum, logits, samples, batch,
+                         classes);
+  };
+  if (classes == 10) square_sum ? run.operator()<accumulate<10, true>>() : run.operator()<accumulate<10, false>>();
+  else square_sum ? run.operator()<accumulate<0, true>>() : run.operator()<accumulate<0, false>>();
 }
 
 void finish_predictions(float* probability, float* entropy, float* mutual_information, const float* probability_sum,
-                        const float* entropy_sum, int samples, int batch, int classes, Stream stream) {
+                        const float* entropy_sum, int samples, int batch, int classes, Stream stream, float* variances,
+                        const float* square_sum) {
   BATON_RANGE("finish_predictions");
   check_shape("finish_predictions", samples, batch, classes);
-  simt::launch<finish>(simt::warps(batch), stream, probability, entropy, mutual_information, probability_sum,
-                       entropy_sum, samples, batch, classes);
+  if (variances && !square_sum) throw InputError("finish_predictions: variances need square_sum, which is null");
+  if (variances)
+    simt::launch<finish<true>>(simt::warps(batch), stream, probability, entropy, mutual_information, variances,
+                               probability_sum, entropy_sum, square_sum, samples, batch, classes);
+  else
+    simt::launch<finish<false>>(simt::warps(batch), stream, probability, entropy, mutual_information, variances,
+                                probability_sum, entropy_sum, square_sum, samples, batch, classes);
 }
 
 void choose_classes(uint8_t* chosen, size_t chosen_stride, const float* logits, int samples, int batch, int classes,

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "engine/stop.h"
+
 namespace baton {
 
 namespace {
@@ -10,6 +12,10 @@ constexpr int draws_at_once = 10, images_at_once = 500;  // fills the chip
 #else
 constexpr int draws_at_once = 1, images_at_once = 128;  // stays in the cache
 #endif
+
+void stop_if_asked() {
+  if (stop_requested()) throw_stopped("a prediction was under way");
+}
 }  // namespace
 
 Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, const DeviceImages& set, int at_once,
@@ -31,8 +37,8 @@ Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, c
   weights_ = arena.take<float>(single_->layout().stride() * at_once_);
   chosen_ = arena.take<uint8_t>(size_t(padded) * at_once_);
   sums_ = arena.take<float>(size_t(padded) * classes);
-  entropies_ = arena.take<float>(padded);
-  information_ = arena.take<float>(padded);
+  entropies_ = arena.take<float>(size_t(padded) * 2);    // sums over the draws: of entropies, then of squares
+  information_ = arena.take<float>(size_t(padded) * 4);  // entropy, mutual information, aleatoric, epistemic variance
 }
 
 void Predictor::look_as(int head, const int32_t* pixel_order) {
@@ -42,16 +48,17 @@ void Predictor::look_as(int head, const int32_t* pixel_order) {
 }
 
 void Predictor::accumulate(Network& network, WeightsView weights, int draws, uint8_t* chosen) {
-  const int classes = network.classes();
+  const int classes = network.classes(), padded = batches_ * batch_;
   for (int b = 0; b < batches_; b++) {
+    stop_if_asked();
     gather_indexed(network.input().signal.value, nullptr, labels_, set_, index_ + size_t(b) * batch_, batch_,
                    device_.stream(), pixel_order_);
     network.forward(device_, weights, nullptr);
-    accumulate_predictions(sums_ + size_t(b) * batch_ * classes, entropies_ + size_t(b) * batch_, network.logits(),
-                           draws, batch_, classes, device_.stream());
+    float* entropies = entropies_ + size_t(b) * batch_;
+    accumulate_predictions(sums_ + size_t(b) * batch_ * classes, entropies, network.logits(), draws, batch_, classes,
+                           device_.stream(), entropies + padded);
     if (chosen)
-      choose_classes(chosen + size_t(b) * batch_, size_t(batches_) * batch_, network.logits(), draws, batch_, classes,
-                     device_.stream());
+      choose_classes(chosen + size_t(b) * batch_, padded, network.logits(), draws, batch_, classes, device_.stream());
   }
 }
 
@@ -74,7 +81,7 @@ Predictions Predictor::predict(int samples, uint64_t seed, size_t stride, const 
   BATON_RANGE("predict");
   const int classes = single_->classes(), padded = batches_ * batch_;
   fill_zero(device_, sums_, size_t(padded) * classes * sizeof(float));
-  fill_zero(device_, entropies_, size_t(padded) * sizeof(float));
+  fill_zero(device_, entropies_, size_t(padded) * 2 * sizeof(float));
   Predictions p;
   const auto pass = [&](int draws) {
     accumulate(draws > 1 ? *many_ : *single_, {weights_, nullptr, stride}, draws, choices ? chosen_ : nullptr);
@@ -89,17 +96,21 @@ Predictions Predictor::predict(int samples, uint64_t seed, size_t stride, const 
   } else {
     const Key key = key_of(seed, 7);
     for (int first = 0; first < samples;) {
+      stop_if_asked();
       const int draws = samples - first >= at_once_ ? at_once_ : 1;
       sample(weights_, first, draws, key);
       pass(draws);
       first += draws;
     }
   }
-  finish_predictions(sums_, entropies_, information_, sums_, entropies_, std::max(samples, 1), padded, classes,
-                     device_.stream());
+  float* variances = information_ + size_t(padded) * 2;
+  finish_predictions(sums_, information_, information_ + padded, sums_, entropies_, std::max(samples, 1), padded,
+                     classes, device_.stream(), variances, entropies_ + padded);
   p.probability = download(device_, sums_, size_t(set_.count) * classes);
-  p.entropy = download(device_, entropies_, set_.count);
-  p.mutual_information = download(device_, information_, set_.count);
+  p.entropy = download(device_, information_, set_.count);
+  p.mutual_information = download(device_, information_ + padded, set_.count);
+  p.aleatoric_variance = download(device_, variances, set_.count);
+  p.epistemic_variance = download(device_, variances + padded, set_.count);
   return p;
 }
 

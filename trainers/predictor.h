@@ -16,6 +16,8 @@ struct Predictions {
   std::vector<float> probability;         // [images][classes]
   std::vector<float> entropy;             // [images], of the averaged prediction, nats
   std::vector<float> mutual_information;  // [images], nats; 0 at the mean
+  std::vector<float> aleatoric_variance;  // [images], kernels/predictive.h
+  std::vector<float> epistemic_variance;  // [images]; 0 at the mean
   std::vector<uint8_t> chosen;            // [draws][images]: the class that each draw chooses (of a Learner)
 };
 
@@ -26,7 +28,8 @@ class Predictor {
   Predictor(Device&, Arena&, const NetworkFactory&, const DeviceImages&, int at_once = 0, int batch = 0);
 
   // samples = 0, or a point posterior: one pass at the mean. Otherwise the average over `samples` draws (Kochurov et
-  // al.: 100), each draw of all weights serving the whole set. seed: of the draws.
+  // al.: 100), each draw of all weights serving the whole set. seed: of the draws. Throws Stopped when a signal asks
+  // the program to end (engine/stop.h).
   Predictions predict(Posterior&, int replica, int samples, uint64_t seed);
   Predictions predict(Learner&, int samples, uint64_t seed);
   int images() const { return set_.count; }
