@@ -93,7 +93,7 @@ void Progress::stage(std::string label) {
   label_ = one_line(std::move(label));
 }
 
-void Progress::update(long images_done, double loss, double accuracy) {
+void Progress::update(long images_done, double loss, double accuracy, std::string more) {
   const double t = now();
   const double seconds = std::max(0.0, t - last_.seconds);
   const double fade = std::exp(-seconds / kMemory);
@@ -102,6 +102,7 @@ void Progress::update(long images_done, double loss, double accuracy) {
   last_ = {t, images_done};
   loss_ = loss;
   accuracy_ = accuracy;
+  more_ = one_line(std::move(more));
   undrawn_ = true;
   // The first frame of a terminal comes at once; the first plain line only when there is something to tell.
   const bool first_frame = terminal_ && !open_line_;
@@ -128,8 +129,9 @@ std::string Progress::line(bool with_bar) const {
   if (!label_.empty()) left += (left.empty() ? "" : " ") + label_;
   // Rounded down: 100% is said when nothing is left to do.
   std::string right = total_ > 0 ? format("%3d%%  ", static_cast<int>(fraction * 100)) : "";
-  right += format("loss %.4g", loss_);
+  right += options_.loss_name + format(" %.4g", loss_);
   if (!std::isnan(accuracy_)) right += format("  acc %.2f%%", 100 * accuracy_);
+  if (!more_.empty()) right += "  " + more_;
   right += "  " + speed(rate) + "  " + clock_time(last_.seconds - start_);
   if (total_ > 0) {
     const double todo = static_cast<double>(std::max(0L, total_ - last_.images));

@@ -11,6 +11,7 @@ struct ProgressOptions {
   std::optional<bool> terminal;   // redraw in place? unset: ask isatty(out)
   double interval = 10;           // seconds between two plain lines, at least
   long images_before = 0;         // what a resumed run had done already: it counts as progress, not as speed
+  std::string loss_name = "loss";
   int width = 0;                  // columns of the terminal; 0: ask it, 80 if it does not say
   std::function<double()> clock;  // seconds, for tests; unset: the steady clock
 };
@@ -28,8 +29,8 @@ class Progress {
   void stage(std::string label);
 
   // `images_done` counts from the start of the run; it includes images_before. A NaN accuracy (a fraction) is not
-  // shown.
-  void update(long images_done, double loss, double accuracy);
+  // shown. more: further figures of the caller's own, shown behind these.
+  void update(long images_done, double loss, double accuracy, std::string more = {});
 
   // Ends the last stage; nothing is left half drawn. May be called twice.
   void finish();
@@ -46,7 +47,7 @@ class Progress {
   void draw();
   void end_stage();
 
-  std::string title_, label_;
+  std::string title_, label_, more_;
   long total_;
   FILE* out_;
   ProgressOptions options_;

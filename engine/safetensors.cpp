@@ -1,6 +1,7 @@
 #include "engine/safetensors.h"
 
 #include <algorithm>
+#include <cctype>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -12,7 +13,7 @@
 namespace baton {
 namespace {
 
-using json = nlohmann::ordered_json;
+using json = nlohmann::json;  // not ordered_json, which looks every key up among all before it
 
 constexpr uint64_t kLongestHeader = 100'000'000;  // the format's own limit
 
@@ -42,10 +43,20 @@ std::optional<int64_t> product(std::span<const int64_t> shape) {
   return size;
 }
 
+// What a file says of itself may hold anything, and a message is one line.
+std::string printable(std::string text) {
+  for (char& c : text) {
+    if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
+  }
+  return text;
+}
+
 // The product of the shape times the dtype's width; throws InputError that starts with `who`.
 uint64_t byte_length(const std::string& who, const std::string& dtype, std::span<const int64_t> shape) {
   const int width = width_of(dtype);
-  if (width == 0) throw InputError(who + " has the unknown dtype '" + dtype + "'; expected one of " + known_dtypes());
+  if (width == 0) {
+    throw InputError(who + " has the unknown dtype '" + printable(dtype) + "'; expected one of " + known_dtypes());
+  }
   const std::optional<int64_t> size = product(shape);
   int64_t length = 0;
   if (!size || __builtin_mul_overflow(*size, int64_t{width}, &length)) {
@@ -54,7 +65,7 @@ uint64_t byte_length(const std::string& who, const std::string& dtype, std::span
   return static_cast<uint64_t>(length);
 }
 
-std::string named(const std::string& name) { return "tensor '" + name + "'"; }
+std::string named(const std::string& name) { return "tensor '" + printable(name) + "'"; }
 
 struct Entry {
   std::string name;
@@ -94,24 +105,26 @@ Entry read_entry(const std::string& name, const json& value, Tensor& tensor) {
   return entry;
 }
 
-// A name given twice is two answers to one question; the parser alone would take the last.
+// A name given twice is two answers to one question; the parser alone would take the last. It is asked twice, too: when
+// it both watches and keeps values, it goes through all of them at every one's end.
 json parse_header(const std::string& who, std::string_view text) {
   std::set<std::string> names;
-  std::string twice;
+  std::optional<std::string> twice;
   const auto watch = [&](int depth, json::parse_event_t event, json& value) {
     if (event == json::parse_event_t::key && depth == 1 && !names.insert(value.get<std::string>()).second) {
       twice = value.get<std::string>();
     }
-    return true;
+    return false;
   };
   json header;
   try {
     header = json::parse(text, watch);
+    header = json::parse(text);
   } catch (const json::exception& error) {
     bad(who, std::string("header is not JSON: ") + error.what());
   }
   if (!header.is_object()) bad(who, "header is not a JSON object");
-  if (!twice.empty()) bad(who, "header names " + named(twice) + " twice");
+  if (twice) bad(who, "header names " + named(*twice) + " twice");
   return header;
 }
 
@@ -173,7 +186,7 @@ const Tensor& TensorFile::at(const std::string& name) const {
   int listed = 0;
   for (const auto& [other, tensor] : tensors) {
     if (++listed > 8) break;
-    held += (held.empty() ? "" : ", ") + other;
+    held += (held.empty() ? "" : ", ") + printable(other);
   }
   if (tensors.size() > 8) held += ", and " + std::to_string(tensors.size() - 8) + " more";
   throw InputError((path.empty() ? "" : path + ": ") + named(name) + " is missing; the file holds " +
@@ -203,7 +216,7 @@ void save_safetensors(const std::filesystem::path& path, const TensorFile& file)
   std::stable_sort(order.begin(), order.end(),
                    [](const auto& a, const auto& b) { return width_of(a.second->dtype) > width_of(b.second->dtype); });
 
-  json header = json::object();
+  nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : order) {
@@ -260,7 +273,7 @@ TensorFile load_safetensors(const std::filesystem::path& path) {
     if (name == "__metadata__") {
       if (!value.is_object()) bad(who, "__metadata__ is not an object of texts");
       for (const auto& [key, entry] : value.items()) {
-        if (!entry.is_string()) bad(who, "__metadata__ '" + key + "' is not a text");
+        if (!entry.is_string()) bad(who, "__metadata__ '" + printable(key) + "' is not a text");
         file.metadata[key] = entry.get<std::string>();
       }
       continue;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/error.h"
+#include "engine/stop.h"
 
 namespace baton {
 namespace {
@@ -356,12 +357,16 @@ Images generate(int count, uint64_t seed, int channels, int side, Draw draw) {
   Images images{count, channels, side, side, 10, {}, {}};
   images.pixels.resize(count * images.image_bytes());
   images.labels.resize(count);
+  constexpr int at_once = 1000;  // between two looks at whether to stop
+  for (int first = 0; first < count; first += at_once) {
+    if (stop_requested()) throw_stopped("images were being generated; nothing is lost");
 #pragma omp parallel for schedule(static)
-  for (int i = 0; i < count; ++i) {
-    const int label = class_of(i, seed);
-    SplitMix64 random(seed, static_cast<uint64_t>(i));
-    images.labels[i] = static_cast<uint8_t>(label);
-    draw(&images.pixels[i * images.image_bytes()], label, random);
+    for (int i = first; i < std::min(count, first + at_once); ++i) {
+      const int label = class_of(i, seed);
+      SplitMix64 random(seed, static_cast<uint64_t>(i));
+      images.labels[i] = static_cast<uint8_t>(label);
+      draw(&images.pixels[i * images.image_bytes()], label, random);
+    }
   }
   return images;
 }

@@ -11,7 +11,8 @@ namespace baton {
 // [count][1][28][28] grey digits in white on black, drawn from strokes in several handwriting styles a digit, and then
 // distorted. Every ten images hold every class once, in random order.
 // Image i is a function of (seed, i) alone, so a shorter set is the beginning of a longer one and the number of
-// threads does not matter. Take different seeds for training and testing. count <= 0 is an InputError.
+// threads does not matter. Take different seeds for training and testing. count <= 0 is an InputError; Stopped when a
+// signal asks the program to end.
 Images generate_digits(int count, uint64_t seed);
 
 // [count][3][32][32] colour images of 10 classes: a textured shape on a textured background. Five shapes and five
