@@ -37,6 +37,23 @@ __global__ void prune_kernel(float* __restrict__ mean, float* __restrict__ sd, c
   if (sd) sd[i] = 0;
 }
 
+__global__ void hold_kernel(float* __restrict__ mean, float* __restrict__ log_sd, float* __restrict__ variance,
+                            float* __restrict__ prior_mean, const float* __restrict__ prior_log_sd,
+                            const float* __restrict__ kept, int n) {
+  const int i = simt::thread_item();
+  if (i >= n || kept[i] != 0.f) return;
+  mean[i] = 0;
+  if (!log_sd) return;
+  log_sd[i] = prior_log_sd[i];
+  variance[i] = 1e-30f;
+  prior_mean[i] = 0;
+}
+
+__global__ void zero_kernel(float* __restrict__ w, size_t stride, const float* __restrict__ kept, int n) {
+  const int i = simt::thread_item();
+  if (i < n && kept[i] == 0.f) w[stride * simt::row() + i] = 0;
+}
+
 // f(place in the store, place in the scores, count) for every stretch.
 template <class F>
 void each_stretch(const char* who, const std::vector<Stretch>& stretches, F f) {
@@ -64,6 +81,21 @@ void prune_scores(float* score, const float* mean, const float* sd, const std::v
       simt::launch<signal_kernel>(simt::each(n), stream, score + j, mean + first, noise, n);
     else simt::launch<magnitude_kernel>(simt::each(n), stream, score + j, mean + first, noise, n);
   });
+}
+
+void hold_pruned(float* mean, float* log_sd, float* variance, float* prior_mean, const float* prior_log_sd,
+                 const float* kept, int n, Stream stream) {
+  BATON_RANGE("hold_pruned");
+  if (log_sd && !(variance && prior_mean && prior_log_sd))
+    throw InputError("hold_pruned: a Gaussian has log_sd, variance, prior_mean and prior_log_sd");
+  simt::launch<hold_kernel>(simt::each(n), stream, mean, log_sd, variance, prior_mean, prior_log_sd, kept, n);
+}
+
+void zero_pruned(float* w, size_t stride, const float* kept, int n, int draws, Stream stream) {
+  BATON_RANGE("zero_pruned");
+  if (n < 0 || draws < 0 || size_t(n) > stride)
+    throw InputError("zero_pruned: " + std::to_string(n) + " weights in rows of " + std::to_string(stride));
+  simt::launch<zero_kernel>(simt::each(n, draws), stream, w, stride, kept, n);
 }
 
 void prune_weights(float* mean, float* sd, const uint8_t* pruned, const std::vector<Stretch>& stretches,

@@ -2,11 +2,12 @@
 
 namespace baton {
 
-LeNet5::LeNet5()
-    : conv1_(layout_, "conv1", 1, 28, 28, 20, 5, 0, Pooling::max2, stream_layers + 0),
+LeNet5::LeNet5(int classes)
+    : classes_(classes),
+      conv1_(layout_, "conv1", 1, 28, 28, 20, 5, 0, Pooling::max2, stream_layers + 0),
       conv2_(layout_, "conv2", 20, 12, 12, 50, 5, 0, Pooling::max2, stream_layers + 1),
       fc1_(layout_, "fc1", 50 * 4 * 4, 500, true, stream_layers + 2),
-      fc2_(layout_, "fc2", 500, 10, false, stream_layers + 3) {}
+      fc2_(layout_, "fc2", 500, classes, false, stream_layers + 3) {}
 
 void LeNet5::prepare(const LayerContext& c, bool shared_input) {
   LayerContext input = c;

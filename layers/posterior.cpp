@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/safetensors.h"
+#include "kernels/prune.h"
 #include "layers/channel_blocks.h"
 #include "layers/multiplicative.h"
 
@@ -29,6 +31,13 @@ Posterior::Posterior(Device& device, Arena& arena, const ParameterLayout& layout
   for (const char* name : {"mean", "mean.adam_m", "mean.adam_v"}) add_state(name);
   store_.add("mean.grad");
   values_ = arena.take<float>(replicas);
+  if (options.masked) {
+    if (options.family == Family::channel)
+      throw InputError("cfg's kernels cannot be pruned: the weights of each are tied by a covariance");
+    add_state("mask");
+    const std::vector<float> kept(layout.stride() * replicas, 1.f);
+    upload(device, store_.at("mask"), kept);
+  }
   for (const TensorSpec& t : layout.tensors()) kl_names_.push_back(t.name);
   if (!gaussian()) return;
   for (const char* name : {"log_std", "prior_mean", "prior_log_std", "log_std.adam_m", "log_std.adam_v"})
@@ -156,6 +165,7 @@ void Posterior::refresh(bool first_stage) {
 }
 
 void Posterior::restored(bool first_stage) {
+  apply_mask();
   if (channels_) channels_->refresh();
   if (multipliers_) multipliers_->refresh(first_stage);
 }
@@ -185,7 +195,10 @@ void Posterior::draw(const StepState* states) {
 
 void Posterior::step(ScaleRule rule, const StepState* states) {
   BATON_RANGE("update");
-  if (!gaussian()) return point_step(arrays(), states, device_.stream());
+  if (!gaussian()) {
+    point_step(arrays(), states, device_.stream());
+    return apply_mask();
+  }
   Multipliers z;
   if (channels_) channels_->step(draw_grad_, arrays(), states, ledger_);
   if (multipliers_) {
@@ -194,6 +207,68 @@ void Posterior::step(ScaleRule rule, const StepState* states) {
   }
   gaussian_step(arrays(), rule, pieces_, states, ledger_, partial_, device_.stream(), z);
   if (multipliers_) multipliers_->step(states);
+  apply_mask();
+}
+
+void Posterior::apply_mask() {
+  if (!options_.masked) return;
+  const auto of_gaussian = [&](const char* name) { return gaussian() ? store_.at(name) : nullptr; };
+  hold_pruned(store_.at("mean"), of_gaussian("log_std"), of_gaussian("variance"), of_gaussian("prior_mean"),
+              of_gaussian("prior_log_std"), store_.at("mask"), int(store_.layout().stride()) * replicas(),
+              device_.stream());
+}
+
+void Posterior::mask(const std::vector<uint8_t>& pruned) {
+  if (!options_.masked) throw InputError("a posterior without masks cannot be pruned");
+  if (pruned.size() != store_.layout().parameters())
+    throw InputError("a mask of " + std::to_string(pruned.size()) + " weights, expected " +
+                     std::to_string(store_.layout().parameters()));
+  size_t at = 0;
+  for (const TensorSpec& t : store_.layout().tensors()) {
+    std::vector<float> kept(t.size);
+    for (float& k : kept) k = pruned[at++] ? 0.f : 1.f;
+    for (int r = 0; r < replicas(); r++) store_.write(device_, "mask", r, t, kept);
+  }
+  apply_mask();
+}
+
+// What a model's file holds of the state arrays.
+static bool is_belief(const StateArray& a) {
+  return a.array.find("adam") == std::string::npos && a.array != "variance" && a.array != "mask";
+}
+
+void Posterior::save(TensorFile& file) const {
+  for (const StateArray& a : state_arrays_)
+    for (const TensorSpec& t : a.store->layout().tensors()) {
+      if (!is_belief(a) && a.array != "mask") continue;
+      const std::vector<float> values = a.store->read(device_, a.array, 0, t);
+      const std::string name = t.name + "." + a.array;
+      file.tensors[name] = a.array == "mask"
+                               ? Tensor::of<uint8_t>(std::vector<uint8_t>(values.begin(), values.end()), t.shape)
+                               : Tensor::of<float>(std::span<const float>(values), t.shape);
+    }
+}
+
+void Posterior::load(const TensorFile& file, bool first_stage) {
+  std::vector<std::vector<float>> values;
+  for (const StateArray& a : state_arrays_)
+    for (const TensorSpec& t : a.store->layout().tensors()) {
+      const std::string name = t.name + "." + a.array;
+      if (is_belief(a)) {
+        values.push_back(file.at(name, t.shape).as<float>());
+        for (float x : values.back())
+          if (!std::isfinite(x)) throw InputError(file.path + ": tensor '" + name + "' has a value that is not finite");
+      } else if (a.array == "mask") {
+        const std::vector<uint8_t> kept = file.at(name, t.shape).as<uint8_t>();
+        values.emplace_back(kept.begin(), kept.end());
+        for (float& k : values.back()) k = k != 0 ? 1.f : 0.f;
+      }
+    }
+  size_t next = 0;
+  for (const StateArray& a : state_arrays_)
+    for (const TensorSpec& t : a.store->layout().tensors())
+      if (is_belief(a) || a.array == "mask") a.store->write(device_, a.array, 0, t, values[next++]);
+  refresh(first_stage);
 }
 
 static std::vector<std::vector<double>> rows_of_ledger(const std::vector<double>& sums, size_t slots) {
@@ -236,6 +311,15 @@ std::vector<std::vector<double>> Posterior::take_booked_kl() {
   return rows_of_ledger(sums, slots);
 }
 
+std::vector<double> Posterior::booked_sums() {
+  return gaussian() ? download(device_, ledger_.sums, kl_names_.size() * replicas()) : std::vector<double>();
+}
+
+void Posterior::book(const std::vector<double>& sums) {
+  if (sums.size() != booked_sums().size()) throw InputError("the booked KL of another posterior");
+  if (gaussian()) upload(device_, ledger_.sums, sums);
+}
+
 std::vector<double> Posterior::mean_log_sd() {
   std::vector<double> means(replicas(), 0.0);
   if (!gaussian()) return means;
@@ -271,6 +355,13 @@ LayerContext Posterior::context(int batch) {
 }
 
 void Posterior::sample(float* w, int replica, int first, int count, Key key) {
+  sample_all(w, replica, first, count, key);
+  const size_t stride = store_.layout().stride();
+  if (options_.masked)
+    zero_pruned(w, stride, store_.at("mask") + stride * replica, int(stride), count, device_.stream());
+}
+
+void Posterior::sample_all(float* w, int replica, int first, int count, Key key) {
   const size_t stride = store_.layout().stride();
   const float* mean = store_.at("mean") + stride * replica;
   if (!gaussian()) {

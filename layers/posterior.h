@@ -16,6 +16,7 @@
 
 namespace baton {
 
+struct TensorFile;
 class ChannelBlocks;
 class Multiplicative;
 
@@ -34,6 +35,8 @@ struct PosteriorOptions {
   bool fixed_base = false;
   bool path_gradient = false;      // drop the score term of ln q(z), whose mean is 0 (Roeder et al. 2017)
   float z_log_sd = -2.302585093f;  // initial ln of the base's standard deviation
+  // Some weights are pruned: mean and sigma are 0 there and stay so (not for CFG, whose kernels' weights are tied).
+  bool masked = false;
 };
 
 // An array of a store that a checkpoint must hold for training to go on bit for bit.
@@ -71,6 +74,9 @@ class Posterior {
   std::vector<double> kl();  // summed over the names
   // The booked sums over the steps since the last call, by replica and name.
   std::vector<std::vector<double>> take_booked_kl();
+  // The booked sums themselves, as they are, [replicas][names]; and put back where a checkpoint is restored.
+  std::vector<double> booked_sums();
+  void book(const std::vector<double>&);
   std::vector<double> mean_log_sd();  // over all parameters, of every replica; marginal under CFG
 
   WeightsView weights() const;
@@ -89,6 +95,14 @@ class Posterior {
   ParameterStore& store() { return store_; }
   const ParameterStore& store() const { return store_; }
   const std::vector<StateArray>& state_arrays() const { return state_arrays_; }
+  // What is believed, of the first replica, as tensors "conv1.weight.mean", ".log_std", ".prior_mean",
+  // ".prior_log_std" and the family's own, ".mask" (bytes) where weights are pruned: everything but the optimizer and
+  // what can be computed. load() takes it back; InputError for what is missing or of another shape, and then nothing
+  // has changed.
+  void save(TensorFile&) const;
+  void load(const TensorFile&, bool first_stage);
+  // Prunes: `pruned` over all tensors in the layout's order, without gaps. InputError unless options().masked.
+  void mask(const std::vector<uint8_t>& pruned);
   // Recomputes what is derived after means and scales were written. first_stage: no hand-over has happened.
   void refresh(bool first_stage);
   // The same after all of state_arrays() were: what they hold stays bit for bit.
@@ -98,6 +112,8 @@ class Posterior {
   bool gaussian() const { return options_.family != Family::point; }
   GaussianArrays arrays() const;
   void add_state(const char* name);
+  void apply_mask();
+  void sample_all(float* w, int replica, int first, int count, Key);
   Device& device_;
   Arena& arena_;
   PosteriorOptions options_;

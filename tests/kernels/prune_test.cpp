@@ -135,6 +135,79 @@ TEST(Prune, ThePrunedComeFirst) {
   EXPECT_EQ(score.host(), (std::vector<float>{1, 0, 3, -1}));
 }
 
+// Where kept is 0 the posterior is its prior's scale around 0, with next to no noise; elsewhere not a bit changes.
+void check_hold(int n) {
+  Memory memory;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> kept;
+  for (int i = 0; i < n; i++) kept.push_back(random() % 3 ? 1.f : 0.f);
+  const auto values = [&] {
+    std::vector<float> v(size_t(n), 0.f);
+    for (float& x : v) x = normal(random);
+    v[random() % v.size()] = NAN;  // what is pruned becomes 0 whatever it was
+    v[random() % v.size()] = INFINITY;
+    return v;
+  };
+  const std::vector<float> mean = values(), log_sd = values(), variance = values(), prior_mean = values(),
+                           prior_log_sd = values();
+  const auto held = [&](const std::vector<float>& from, const std::vector<float>& to) {
+    std::vector<float> v = from;
+    for (size_t i = 0; i < v.size(); i++)
+      if (kept[i] == 0) v[i] = to[i];
+    return v;
+  };
+  const std::vector<float> none(size_t(n), 0.f), least(size_t(n), 1e-30f);
+  Buffer m(memory, mean), l(memory, log_sd), v(memory, variance), pm(memory, prior_mean), pl(memory, prior_log_sd),
+      k(memory, kept);
+  for (int again = 0; again < 2; again++) {
+    hold_pruned(m, l, v, pm, pl, k, n, memory.stream());
+    EXPECT_TRUE(exact(m.host(), held(mean, none)));
+    EXPECT_TRUE(exact(l.host(), held(log_sd, prior_log_sd)));
+    EXPECT_TRUE(exact(v.host(), held(variance, least)));
+    EXPECT_TRUE(exact(pm.host(), held(prior_mean, none)));
+    EXPECT_TRUE(exact(pl.host(), prior_log_sd));
+    EXPECT_TRUE(exact(k.host(), kept));
+  }
+  Buffer point(memory, mean);
+  hold_pruned(point, nullptr, nullptr, nullptr, nullptr, k, n, memory.stream());
+  EXPECT_TRUE(exact(point.host(), held(mean, none)));
+}
+
+TEST(Prune, SmallHold) {
+  BATON_NEEDS_DEVICE();
+  check_hold(1);
+  check_hold(47);
+}
+
+TEST(Prune, Hold) {
+  BATON_NEEDS_DEVICE();
+  check_hold(5003);
+}
+
+TEST(Prune, SmallZeroInDraws) {
+  BATON_NEEDS_DEVICE();
+  constexpr int n = 37, draws = 3;
+  constexpr size_t stride = 40;
+  Memory memory;
+  std::vector<float> kept(n, 1.f), w(stride * draws);
+  for (int i = 0; i < n; i += 3) kept[i] = 0;
+  for (size_t i = 0; i < w.size(); i++) w[i] = float(i) + 1;
+  Buffer k(memory, kept), x(memory, w);
+  zero_pruned(x, stride, k, n, draws, memory.stream());
+  for (size_t i = 0; i < w.size(); i++)
+    if (i % stride < n && i % stride % 3 == 0) w[i] = 0;
+  EXPECT_TRUE(exact(x.host(), w));
+  EXPECT_THROW(zero_pruned(x, n - 1, k, n, draws, memory.stream()), InputError);
+}
+
+TEST(Prune, HoldRefusesHalfAGaussian) {
+  float x[1] = {}, kept[1] = {1};
+  EXPECT_THROW(hold_pruned(x, x, nullptr, x, x, kept, 1, {}), InputError);
+  EXPECT_THROW(hold_pruned(x, x, x, nullptr, x, kept, 1, {}), InputError);
+  EXPECT_THROW(hold_pruned(x, x, x, x, nullptr, kept, 1, {}), InputError);
+}
+
 TEST(Prune, Refuses) {
   const float values[1] = {};
   float result[1];
