@@ -5,6 +5,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "engine/stop.h"
+
 namespace baton {
 
 IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const NetworkFactory& make,
@@ -64,23 +66,25 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
   adopt_pretrained();
 }
 
+void adopt(Posterior& posterior, const Network& network, int replica, const Pretrained& pretrained, double sd) {
+  const auto& tensors = network.layout().tensors();
+  for (const auto& [name, weights] : pretrained.weights) {
+    const auto tensor = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.name == name; });
+    if (tensor == tensors.end())
+      throw InputError("the pretrained network has a tensor " + name + ", which " + network.architecture() +
+                       " has not");
+    const auto laplace = pretrained.prior_log_sd.find(name);
+    const std::vector<float> one{float(std::log(sd))};
+    posterior.adopt(replica, *tensor, weights, laplace == pretrained.prior_log_sd.end() ? one : laplace->second);
+  }
+}
+
 void IncrementalTrainer::adopt_pretrained() {
   if (std::none_of(plan_.settings.begin(), plan_.settings.end(), [](const auto& s) { return bool(s.pretrained); }))
     return;
-  for (int r = 0; r < posterior_.replicas(); r++) {
-    const TrainingSettings& s = plan_.settings[r];
-    if (!s.pretrained) continue;
-    for (const auto& [name, weights] : s.pretrained->weights) {
-      const auto& tensors = network_->layout().tensors();
-      const auto tensor = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.name == name; });
-      if (tensor == tensors.end())
-        throw InputError("the pretrained network has a tensor " + name + ", which " + network_->architecture() +
-                         " has not");
-      const auto laplace = s.pretrained->prior_log_sd.find(name);
-      const std::vector<float> one{float(std::log(s.pretrained_sd))};
-      posterior_.adopt(r, *tensor, weights, laplace == s.pretrained->prior_log_sd.end() ? one : laplace->second);
-    }
-  }
+  for (int r = 0; r < posterior_.replicas(); r++)
+    if (const TrainingSettings& s = plan_.settings[r]; s.pretrained)
+      adopt(posterior_, *network_, r, *s.pretrained, s.pretrained_sd);
   posterior_.settle();
 }
 
@@ -94,14 +98,14 @@ int IncrementalTrainer::steps_an_epoch(int stage) const {
 void IncrementalTrainer::upload_states() { upload(device_, states_, states_host_); }
 
 void IncrementalTrainer::begin_stage(int stage) {
-  if (stage > 0) posterior_.hand_over();
+  if (plan_.stages_before + stage > 0) posterior_.hand_over();
   stage_ = stage;
   stage_step_ = 0;
   states_host_ = download(device_, states_, states_host_.size());
   for (size_t r = 0; r < states_host_.size(); r++) {
     const TrainingSettings& from = plan_.settings[r];
     StepState& s = states_host_[r];
-    s.stage = stage;
+    s.stage = plan_.stages_before + stage;
     s.stage_step = 0;
     s.stage_steps = steps_of(stage);
     s.part_offset = part_offsets_[stage];
@@ -132,7 +136,22 @@ void IncrementalTrainer::step() {
   posterior_.step(plan_.scale_rule, states_);
 }
 
+void IncrementalTrainer::resume_from(const TensorFile& file, uint32_t step) {
+  if (stage_ >= 0) throw InputError("resume_from() comes before the first begin_stage()");
+  if (posterior_.replicas() != 1) throw InputError("resume_from() is for one replica");
+  posterior_.load(file, plan_.stages_before == 0);
+  states_host_[0].step = step;
+  upload_states();
+}
+
+uint32_t IncrementalTrainer::steps_in_all() { return download(device_, states_, 1)[0].step; }
+
 std::vector<EpochTotals> IncrementalTrainer::run(int count) {
+  if (advance(count) < count) throw_stopped("nothing of this training is kept");
+  return take_totals();
+}
+
+int IncrementalTrainer::advance(int count) {
   if (stage_ < 0) throw InputError("begin_stage() comes before run()");
   int done = 0;
   if (!graph_.captured() && count > 0) {  // the first step runs as it is, so that libraries load what they load lazily
@@ -140,19 +159,23 @@ std::vector<EpochTotals> IncrementalTrainer::run(int count) {
     done = 1;
     graph_.capture(device_, [this] { step(); });
   }
-  for (; done < count; done++) {
+  for (; done < count && !stop_requested(); done++) {
     BATON_RANGE("step");
     graph_.replay(device_);
   }
-  stage_step_ += count;
+  stage_step_ += done;
+  return done;
+}
+
+std::vector<EpochTotals> IncrementalTrainer::take_totals() {
   std::vector<EpochTotals> result;
   const auto booked = posterior_.take_booked_kl();
   for (const Totals& t : download(device_, totals_, states_host_.size())) {
     const size_t r = result.size();
     if (t.nonfinite_step)
-      throw RunError("the loss is not finite: " + where_not_finite(int(r)) + ", stage " + std::to_string(stage_ + 1) +
-                     ", step " + std::to_string(t.nonfinite_step) + " of the run (seed " +
-                     std::to_string(plan_.seeds[r]) + ")");
+      throw RunError("the loss is not finite: " + where_not_finite(int(r)) + ", stage " +
+                     std::to_string(plan_.stages_before + stage_ + 1) + ", step " + std::to_string(t.nonfinite_step) +
+                     " of the run (seed " + std::to_string(plan_.seeds[r]) + ")");
     EpochTotals e;
     e.examples = t.examples;
     e.steps = t.steps;
@@ -163,9 +186,10 @@ std::vector<EpochTotals> IncrementalTrainer::run(int count) {
       e.kl += e.kl_by_name.back();
     }
     if (!std::isfinite(e.kl))
-      throw RunError("the KL is not finite: " + where_not_finite(int(r)) + ", stage " + std::to_string(stage_ + 1) +
-                     ", by step " + std::to_string(download(device_, states_, states_host_.size())[r].step) +
-                     " of the run (seed " + std::to_string(plan_.seeds[r]) + ")");
+      throw RunError("the KL is not finite: " + where_not_finite(int(r)) + ", stage " +
+                     std::to_string(plan_.stages_before + stage_ + 1) + ", by step " +
+                     std::to_string(download(device_, states_, states_host_.size())[r].step) + " of the run (seed " +
+                     std::to_string(plan_.seeds[r]) + ")");
     result.push_back(e);
   }
   fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
@@ -190,6 +214,8 @@ std::string IncrementalTrainer::where_not_finite(int replica) {
 }
 
 namespace {
+constexpr const char* training_format = "baton-training-2";  // 1 had no totals of an epoch under way
+
 std::string tensor_name(const std::string& tensor, const std::string& array, int replica, int replicas) {
   const std::string name = tensor + "." + array;
   return replicas == 1 ? name : "replica" + std::to_string(replica) + "/" + name;
@@ -208,6 +234,8 @@ std::string identity_of(const TrainingPlan& plan, const char* architecture, cons
   j["batch"] = plan.batch;
   j["epochs"] = plan.epochs;
   j["seeds"] = plan.seeds;
+  if (plan.posterior.masked) j["masked"] = true;
+  if (!plan.goes_on_from.empty()) j["goes_on_from"] = {plan.stages_before, plan.goes_on_from};
   j["part_sizes"] = part_sizes;
   for (const TrainingSettings& s : plan.settings)
     j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_sd, s.beta, s.warmup_epochs, int(s.schedule),
@@ -230,10 +258,17 @@ void IncrementalTrainer::save(const std::filesystem::path& path, const std::stri
   const auto* raw = reinterpret_cast<const uint8_t*>(states_host_.data());
   const size_t bytes = states_host_.size() * sizeof(StepState);
   file.tensors["step_state"] = Tensor::of<uint8_t>(std::span<const uint8_t>(raw, bytes), {int64_t(bytes)});
-  file.metadata["format"] = "baton-training-1";
+  const std::vector<Totals> totals = download(device_, totals_, states_host_.size());
+  const auto* sums = reinterpret_cast<const uint8_t*>(totals.data());
+  file.tensors["totals"] =
+      Tensor::of<uint8_t>(std::span(sums, totals.size() * sizeof(Totals)), {int64_t(totals.size() * sizeof(Totals))});
+  const std::vector<double> booked = posterior_.booked_sums();
+  file.tensors["booked_kl"] = Tensor::of<double>(std::span<const double>(booked), {int64_t(booked.size())});
+  file.metadata["format"] = training_format;
   file.metadata["architecture"] = network_->architecture();
   file.metadata["family"] = name_of(plan_.posterior.family);
-  file.metadata["prior"] = stage_ == 0 ? "N(0, prior_sd^2)" : "posterior of stage " + std::to_string(stage_);
+  const int before = plan_.stages_before + stage_;
+  file.metadata["prior"] = before == 0 ? "the first prior" : "posterior of stage " + std::to_string(before);
   file.metadata["stage"] = std::to_string(stage_);
   file.metadata["stage_step"] = std::to_string(stage_step_);
   file.metadata["step"] = std::to_string(states_host_[0].step);
@@ -249,6 +284,9 @@ std::string IncrementalTrainer::restore(const std::filesystem::path& path) {
     if (found == file.metadata.end()) throw InputError(path.string() + ": no \"" + key + "\" in the metadata");
     return found->second;
   };
+  if (meta("format") != training_format)
+    throw InputError(path.string() + ": its format is '" + meta("format") + "'; this version reads '" +
+                     training_format + "'");
   if (meta("plan") != identity_of(plan_, network_->architecture(), part_sizes_))
     throw InputError(path.string() + ": a checkpoint of another run (its plan is " + meta("plan") + ")");
   // Everything is read and checked before anything is written, so a damaged file leaves the trainer as it was.
@@ -269,16 +307,20 @@ std::string IncrementalTrainer::restore(const std::filesystem::path& path) {
         values.push_back(file.at(tensor_name(t.name, a.array, r, replicas), t.shape).as<float>());
   const Tensor& raw = file.at("step_state", {int64_t(states_host_.size() * sizeof(StepState))});
   const std::vector<uint8_t> state_bytes = raw.as<uint8_t>();
+  const std::vector<uint8_t> total_bytes =
+      file.at("totals", {int64_t(states_host_.size() * sizeof(Totals))}).as<uint8_t>();
+  const std::vector<double> booked = file.at("booked_kl", {int64_t(posterior_.booked_sums().size())}).as<double>();
   const std::string extra = meta("extra");
 
   size_t next = 0;
   for (int r = 0; r < replicas; r++)
     for (const StateArray& a : posterior_.state_arrays())
       for (const TensorSpec& t : a.store->layout().tensors()) a.store->write(device_, a.array, r, t, values[next++]);
-  posterior_.restored(stage == 0);
+  posterior_.restored(plan_.stages_before + stage == 0);
+  posterior_.book(booked);
   std::memcpy(states_host_.data(), state_bytes.data(), state_bytes.size());
   upload_states();
-  fill_zero(device_, totals_, sizeof(Totals) * states_host_.size());
+  copy_to_device(device_, totals_, total_bytes.data(), total_bytes.size());
   stage_ = stage;
   stage_step_ = stage_step;
   return extra;

@@ -41,6 +41,10 @@ struct TrainingPlan {
   bool augment = false;                    // random flips and crops of the padded images, on the device
   std::vector<uint64_t> seeds;             // one a replica: of the split, the order, the weights and the noise
   std::vector<TrainingSettings> settings;  // one a replica
+  // Where training goes on from a posterior that earlier stages left (resume_from): how many they were, and what tells
+  // it apart from others.
+  int stages_before = 0;
+  std::string goes_on_from;
 };
 
 struct EpochTotals {                      // of one replica, since the last time
@@ -48,6 +52,10 @@ struct EpochTotals {                      // of one replica, since the last time
   int64_t examples = 0, steps = 0;
   std::vector<double> kl_by_name;  // as Posterior::kl_names()
 };
+
+// A replica takes over the pretrained tensors; posterior.settle() follows the last one. InputError for a tensor that
+// the network has not, or of another size.
+void adopt(Posterior&, const Network&, int replica, const Pretrained&, double sd);
 
 class IncrementalTrainer {
  public:
@@ -63,9 +71,20 @@ class IncrementalTrainer {
   int stage_step() const { return stage_step_; }  // steps of this stage done
   int part_size(int stage) const { return part_sizes_[stage]; }
 
-  void begin_stage(int stage);  // hands the posterior on (but for the first) and restarts optimizer and step counts
-  // Runs `count` steps: a captured graph, replayed. Throws RunError when a loss is not finite, naming the layer where
-  // it began, the stage and the step; the replica stands still at that step.
+  // The posterior of plan().stages_before stages, as save_posterior() wrote it, before the first begin_stage(); `step`:
+  // of the whole history so far, so that no noise is used twice. One replica. InputError for a tensor that is missing.
+  void resume_from(const TensorFile&, uint32_t step);
+  uint32_t steps_in_all();  // of the whole history
+
+  // Hands the posterior on (but for the very first stage of all) and restarts optimizer and step counts.
+  void begin_stage(int stage);
+  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/stop.h).
+  // Returns how many.
+  int advance(int count);
+  // What the steps since the last time add up to. Throws RunError when a loss was not finite, naming the layer where it
+  // began, the stage and the step; the replica stands still at that step.
+  std::vector<EpochTotals> take_totals();
+  // Both, where no checkpoint is kept: throws Stopped when a signal asks the program to end.
   std::vector<EpochTotals> run(int count);
 
   Posterior& posterior() { return posterior_; }
@@ -73,7 +92,8 @@ class IncrementalTrainer {
   const TrainingPlan& plan() const { return plan_; }
   int graph_nodes() const { return graph_.nodes(); }
 
-  // Everything that decides how training goes on. `extra` goes into the metadata (the program's own progress).
+  // Everything that decides how training goes on, in the middle of an epoch too: its totals so far are kept. `extra`
+  // goes into the metadata (the program's own progress).
   void save(const std::filesystem::path&, const std::string& extra);
   std::string restore(const std::filesystem::path&);  // returns `extra`; InputError when the file is of another run
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/stop.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/squares.h"
 
@@ -43,6 +44,7 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   GradientsView squares{nullptr, nullptr, layout.stride()};
   squares.squares = sums;
   for (int b = 0; b < batches; b++) {
+    if (stop_requested()) throw_stopped("nothing of this curvature is kept");
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
                    device.stream());
     network->forward(device, view, nullptr);

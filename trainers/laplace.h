@@ -20,6 +20,7 @@ const char* name_of(Curvature);
 using NamedWeights = std::map<std::string, std::vector<float>>;
 
 // The sum over all images, for every tensor of the network. weights: a value for each of its tensors (InputError else).
+// Throws Stopped when a signal asks the program to end.
 NamedWeights curvature_diagonal(Device&, const NetworkFactory&, const Images&, const Normalisation&,
                                 const NamedWeights& weights, Curvature);
 

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "engine/stop.h"
+
 namespace baton {
 
 std::vector<std::vector<int32_t>> permuted_pixels(int tasks, int pixels, uint64_t seed) {
@@ -187,6 +189,11 @@ void TaskTrainer::one_step() {
 }
 
 EpochTotals TaskTrainer::run(int count) {
+  if (advance(count) < count) throw_stopped("nothing of this training is kept");
+  return take_totals();
+}
+
+int TaskTrainer::advance(int count) {
   if (stage_ < 0) throw InputError("begin_stage() comes before run()");
   int done = 0;
   if (!graph_->captured() && count > 0) {  // the first step runs as it is, so that libraries load what they load lazily
@@ -194,12 +201,16 @@ EpochTotals TaskTrainer::run(int count) {
     done = 1;
     if (count > 1) graph_->capture(device_, [this] { one_step(); });
   }
-  for (; done < count; done++) {
+  for (; done < count && !stop_requested(); done++) {
     BATON_RANGE("step");
     graph_->replay(device_);
   }
-  stage_step_ += count;
-  steps_done_ += count;
+  stage_step_ += done;
+  steps_done_ += done;
+  return done;
+}
+
+EpochTotals TaskTrainer::take_totals() {
   EpochTotals e;
   const auto where = [&] {
     return "task " + std::to_string(stage_ + 1) + " (seed " + std::to_string(plan_.seed) + ")";
@@ -215,12 +226,17 @@ EpochTotals TaskTrainer::run(int count) {
     e.loss += t.loss;
     e.accuracy += t.hits;
     e.examples += t.examples;
-    e.steps = count;
+    e.steps += t.steps;
   }
   if (e.examples) e.loss /= double(e.examples), e.accuracy /= double(e.examples);
-  e.examples = int64_t(count) * plan_.batch;
+  e.steps /= learner_->draws();  // the device counts every draw's
+  e.examples = e.steps * plan_.batch;
   fill_zero(device_, totals_, sizeof(Totals) * learner_->draws_at_once());
   return e;
+}
+
+namespace {
+constexpr const char* tasks_format = "baton-tasks-2";  // 1 had no totals of an epoch under way
 }
 
 void TaskTrainer::save(const std::filesystem::path& path, const std::string& identity, const std::string& extra) {
@@ -231,9 +247,13 @@ void TaskTrainer::save(const std::filesystem::path& path, const std::string& ide
   state_ = download(device_, states_, 1)[0];
   const auto* raw = reinterpret_cast<const uint8_t*>(&state_);
   file.tensors["step_state"] = Tensor::of<uint8_t>(std::span<const uint8_t>(raw, sizeof state_), {sizeof state_});
+  const std::vector<Totals> totals = download(device_, totals_, learner_->draws_at_once());
+  const int64_t total_bytes = int64_t(totals.size() * sizeof(Totals));
+  file.tensors["totals"] = Tensor::of<uint8_t>(
+      std::span(reinterpret_cast<const uint8_t*>(totals.data()), size_t(total_bytes)), {total_bytes});
   const std::vector<uint8_t> noted = learner_->noted();
   if (!noted.empty()) file.tensors["noted"] = Tensor::of<uint8_t>(noted, {int64_t(noted.size())});
-  file.metadata["format"] = "baton-tasks-1";
+  file.metadata["format"] = tasks_format;
   file.metadata["architecture"] = network_->architecture();
   file.metadata["method"] = learner_->method();
   file.metadata["stage"] = std::to_string(stage_);
@@ -251,6 +271,9 @@ std::string TaskTrainer::restore(const std::filesystem::path& path, const std::s
     if (found == file.metadata.end()) throw InputError(path.string() + ": no \"" + key + "\" in the metadata");
     return found->second;
   };
+  if (meta("format") != tasks_format)
+    throw InputError(path.string() + ": its format is '" + meta("format") + "'; this version reads '" + tasks_format +
+                     "'");
   if (meta("plan") != identity) throw InputError(path.string() + ": a checkpoint of another run");
   const auto whole_number = [&](const std::string& key, int64_t most) {
     const std::string text = meta(key);
@@ -269,6 +292,9 @@ std::string TaskTrainer::restore(const std::filesystem::path& path, const std::s
     for (const TensorSpec& t : learner_->store().layout().tensors())
       values.push_back(file.at(t.name + "." + array, t.shape).as<float>());
   const std::vector<uint8_t> raw = file.at("step_state", {sizeof state_}).as<uint8_t>();
+  const std::vector<uint8_t> total_bytes = file.at("totals").as<uint8_t>();
+  if (total_bytes.empty() || total_bytes.size() % sizeof(Totals) != 0)
+    throw InputError(path.string() + ": tensor 'totals' has " + std::to_string(total_bytes.size()) + " bytes");
   std::vector<uint8_t> noted = learner_->noted();
   if (!noted.empty()) noted = file.at("noted", {int64_t(noted.size())}).as<uint8_t>();
   const std::string extra = meta("extra");
@@ -284,7 +310,19 @@ std::string TaskTrainer::restore(const std::filesystem::path& path, const std::s
   begin_stage(stage);  // the head and the graph
   state_ = kept;
   upload_states();
-  fill_zero(device_, totals_, sizeof(Totals) * learner_->draws_at_once());
+  std::vector<Totals> totals(total_bytes.size() / sizeof(Totals));
+  std::memcpy(totals.data(), total_bytes.data(), total_bytes.size());
+  if (int(totals.size()) != learner_->draws_at_once()) {  // it ran with another number of draws at once
+    for (size_t r = 1; r < totals.size(); r++) {
+      totals[0].loss += totals[r].loss;
+      totals[0].hits += totals[r].hits;
+      totals[0].examples += totals[r].examples;
+      totals[0].steps += totals[r].steps;
+    }
+    totals.resize(1);
+    totals.resize(learner_->draws_at_once(), Totals{});
+  }
+  upload(device_, totals_, totals);
   stage_step_ = stage_step;
   steps_done_ = step;
   return extra;

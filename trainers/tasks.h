@@ -57,7 +57,12 @@ class TaskTrainer {
   int stage_step() const { return stage_step_; }
   void begin_stage(int stage);
   void restart_optimizer();  // its moments and step count start anew with the next stage; else they go on
-  // Runs `count` steps: a captured graph, replayed. Throws RunError when a loss is not finite or sigma diverged.
+  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/stop.h).
+  // Returns how many.
+  int advance(int count);
+  // What the steps since the last time add up to. Throws RunError when a loss was not finite or sigma diverged.
+  EpochTotals take_totals();
+  // Both, where no checkpoint is kept: throws Stopped when a signal asks the program to end.
   EpochTotals run(int count);
   std::string warning() { return learner_->warning(plan_.batch); }
 
@@ -69,8 +74,9 @@ class TaskTrainer {
   int64_t step() const { return steps_done_; }
   int graph_nodes() const { return graph_ ? graph_->nodes() : 0; }
 
+  // Everything that decides how training goes on, in the middle of an epoch too: its totals so far are kept.
   void save(const std::filesystem::path&, const std::string& identity, const std::string& extra);
-  // Returns `extra`; InputError when the file is of another run (`identity`).
+  // Returns `extra`; InputError when the file is of another run (`identity`) or of another version of the format.
   std::string restore(const std::filesystem::path&, const std::string& identity);
 
  private:

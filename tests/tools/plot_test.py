@@ -74,6 +74,31 @@ class PlotCase(unittest.TestCase):
         return subprocess.run([sys.executable, str(PLOT), str(self.folder), *options],
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
+    def python(self, code, *inputs):
+        """What code prints in a Python that has matplotlib; `plot` is what tools/plot defines."""
+        python = sys.executable if importlib.util.find_spec("matplotlib") else "/usr/bin/python3"
+        head = (f"import io, json, pathlib, runpy, sys; sys.path.insert(0, {str(PLOT.parent)!r}); "
+                f"plot = runpy.run_path({str(PLOT)!r}); from plot_forms import evaluation, laplace\n")
+        done = subprocess.run([python, "-c", head + code, *inputs], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def assert_refused(self, contents):
+        """Each in one line, with exit status 2, and no file."""
+        for i, content in enumerate(contents):
+            (self.folder / str(i)).mkdir()
+            (self.folder / str(i) / "result.json").write_text(json.dumps(content))
+        done = self.python("done = []\nfor folder in sys.argv[1:]:\n    sys.argv, sys.stderr = ['plot', folder], "
+                           "io.StringIO()\n    done.append([plot['main'](), sys.stderr.getvalue()])\n"
+                           "print(json.dumps(done))", *(str(self.folder / str(i)) for i in range(len(contents))))
+        self.assertEqual(len(done), len(contents))
+        for i, (code, words) in enumerate(done):
+            with self.subTest(content=i):
+                self.assertEqual(code, 2)
+                self.assertRegex(words, r"\Aplot: [^\n]+\n\Z")
+                self.assertEqual([p.name for p in (self.folder / str(i)).iterdir()], ["result.json"])
+
     def svg(self, content):
         done = self.plot(content, "--out", str(self.folder / "figure.svg"))
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -460,16 +485,6 @@ def laplace_result(updates=None, active=None, sets=(("pixels", "MNIST, pixels"),
 class PlotLaplace(PlotCase):
     PANELS = {"gain in accuracy, points", "seconds an update", "test accuracy, %", "sequential − top-b, points"}
 
-    def python(self, code, *inputs):
-        """What code prints in a Python that has matplotlib; `plot` is what tools/plot defines."""
-        python = sys.executable if importlib.util.find_spec("matplotlib") else "/usr/bin/python3"
-        head = (f"import io, json, pathlib, runpy, sys; sys.path.insert(0, {str(PLOT.parent)!r}); "
-                f"plot = runpy.run_path({str(PLOT)!r}); from plot_forms import laplace\n")
-        done = subprocess.run([python, "-c", head + code, *inputs], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
-
     def test_writes_files_and_names_everything(self):
         done = self.plot(laplace_result())
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -559,18 +574,109 @@ class PlotLaplace(PlotCase):
                     broken("updates", 21, seconds={"median": 0, "least": 0, "greatest": 0}),
                     broken("active", 0, accuracy=[[0.1, 0.2]] * 3), broken("active", 0, seeds=[0, 1]),
                     broken("active", 0, seeds=[0, 0, 0]), broken("active", 1, mode="top")]
-        for i, content in enumerate(contents):
-            (self.folder / str(i)).mkdir()
-            (self.folder / str(i) / "result.json").write_text(json.dumps(content))
-        done = self.python("done = []\nfor folder in sys.argv[1:]:\n    sys.argv, sys.stderr = ['plot', folder], "
-                           "io.StringIO()\n    done.append([plot['main'](), sys.stderr.getvalue()])\n"
-                           "print(json.dumps(done))", *(str(self.folder / str(i)) for i in range(len(contents))))
-        self.assertEqual(len(done), len(contents))
-        for i, (code, words) in enumerate(done):
-            with self.subTest(content=i):
-                self.assertEqual(code, 2)
-                self.assertRegex(words, r"\Aplot: [^\n]+\n\Z")
-                self.assertEqual([p.name for p in (self.folder / str(i)).iterdir()], ["result.json"])
+        self.assert_refused(contents)
+
+
+def evaluation_result(names=("cat", "dog", "ship"), confusion=None, foreign=True, **more):
+    n = len(names)
+    if confusion is None:
+        confusion = [[87 if i == j else 13 if j == (i + 1) % n else 0 for j in range(n)] for i in range(n)]
+    images = sum(map(sum, confusion))
+    correct = sum(confusion[i][i] for i in range(n))
+    bins = [{"low": k / 15, "high": (k + 1) / 15, "images": 0, "confidence": None, "accuracy": None} for k in range(15)]
+    for k, (count, accuracy) in {8: (4, 0.5), 11: (20, 0.8), 14: (images - 24, 0.97)}.items():
+        bins[k] |= {"images": count, "confidence": (k + 0.5) / 15, "accuracy": accuracy}
+    found = {"experiment": "baton_evaluate", "samples": 100, "seed": 0, "class_names": list(names),
+             "model": {"architecture": f"lenet5, 28 x 28 grey images, {n} classes", "family": "ffg", "stages": 2,
+                       "fingerprint": "00c0ffee00c0ffee"},
+             "data": {"format": "IDX", "images": images, "labelled": True, "hash": "0"},
+             "accuracy": {"images": images, "correct": correct, "accuracy": correct / images, "low": 0.86,
+                          "high": 0.93},
+             "nll": 0.3456, "brier": 0.1234, "ece": 0.0432, "confusion": confusion, "reliability": bins,
+             "entropy_histogram": {"edges": [0, 0.25, 0.5, 0.75, 1], "known": [images - 30, 20, 10, 0]}}
+    if foreign:
+        found["entropy_histogram"]["foreign"] = [10, 20, 30, 140]
+        found["foreign"] = {"format": "IDX", "images": 200, "mean_entropy": 0.8,
+                            "scores": [{"score": "mutual information", "auroc": 0.7, "fpr95": 0.6},
+                                       {"score": "entropy", "auroc": 0.9876, "fpr95": 0.1}]}
+    return found | more
+
+
+class PlotEvaluation(PlotCase):
+    def test_writes_files_and_says_everything(self):
+        done = self.plot(evaluation_result())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        files = [self.folder / f"baton_evaluate{suffix}" for suffix in (".png", ".svg")]
+        self.assertEqual(done.stdout, "".join(f"Plot: {file}\n" for file in files))
+        svg = files[1].read_text()
+        for words in ("Evaluation of lenet5, 28 x 28 grey images, 3 classes", "300 labelled images",
+                      "accuracy 87.00 % (95 %: 86.00 to 93.00)", "NLL 0.3456 nats", "Brier score 0.1234",
+                      "ffg, 2 stages learned; average over 100 draws of the weights", "calibration error (ECE) 0.0432",
+                      "Confusions, in images", "AUROC 0.9876", "200 foreign images", "known images"):
+            self.assertIn(words, svg)
+        self.assertEqual(svg, self.svg(evaluation_result()))
+        cells = [text for text, x, y in texts(svg) if text in ("87", "13")]
+        self.assertEqual(sorted(cells), ["13"] * 3 + ["87"] * 3)
+        self.assertEqual(len([text for text, *_ in texts(svg) if text in ("cat", "dog", "ship")]), 6)
+
+    def test_without_foreign_images_at_the_mean_and_without_errors(self):
+        svg = self.svg(evaluation_result(foreign=False, samples=0, confusion=[[5, 0, 0], [0, 90, 0], [0, 0, 0]]))
+        self.assertIn("one pass with the mean of the weights", svg)
+        for words in ("foreign", "AUROC", "% of the true class"):
+            self.assertNotIn(words, svg)
+
+    def test_names_of_classes(self):
+        names = ["$a_$", "b<&>", "a name that is far too long", *"defghijkl"]
+        svg = self.svg(evaluation_result(names))
+        for words in ("$a_$", "b&lt;&amp;&gt;", "a name that is…"[:13]):
+            self.assertIn(words, svg)
+        self.assertNotIn("far too long", svg)
+        self.assertIn("in images", svg)
+        many = self.svg(evaluation_result([f"n{i:03}" for i in range(13)]))
+        self.assertNotIn("in images", many)  # a colour alone
+        self.assertNotIn("87", [text for text, *_ in texts(many)])
+        for count, named in ((40, 40), (41, 14), (256, 16)):
+            svg = self.svg(evaluation_result([f"n{i:03}" for i in range(count)]))
+            self.assertEqual(len(re.findall(r">n\d\d\d<", svg)), 2 * named, count)
+
+    def test_turned_names_stay_above_the_caption(self):
+        for names in ([f"automobile {i}" for i in range(10)], [f"automobile {i}" for i in range(40)]):
+            bottoms = self.python(
+                "import matplotlib; from plot_forms import common\n"
+                "result = json.loads(sys.argv[1]); figure = evaluation.draw(result, evaluation.read(result))\n"
+                "figure.canvas.draw(); low = figure.axes[2].xaxis.get_tightbbox().y0\n"
+                "print(json.dumps([low, max(t.get_window_extent().y1 for t in figure.texts[2:])]))",
+                json.dumps(evaluation_result(names)))
+            self.assertGreater(*bottoms)
+
+    def test_intervals_and_shares(self):
+        low, high, some, none, known = self.python(
+            "drawn = evaluation.read(json.loads(sys.argv[1]))\n"
+            "print(json.dumps([*evaluation.wilson(0.9, 100), evaluation.wilson(1, 1)[1], evaluation.wilson(0, 1)[0], "
+            "drawn.known]))", json.dumps(evaluation_result()))
+        self.assertAlmostEqual(low, 0.8256, delta=1e-4)
+        self.assertAlmostEqual(high, 0.9448, delta=1e-4)
+        self.assertEqual((some, none), (1, 0))
+        self.assertEqual(known, [90, 100 * 20 / 300, 100 * 10 / 300, 0])
+
+    def test_refuses_in_one_line(self):
+        def broken(*path, value):
+            content = evaluation_result()
+            part = content
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = value
+            return content
+        self.assert_refused([
+            {"experiment": "baton_evaluate"}, evaluation_result(["a"], confusion=[[1, 2]]),
+            broken("confusion", 0, 0, value=-1), broken("confusion", 0, 0, value=1.5),
+            broken("confusion", 1, value=[1, 2]), broken("class_names", value=[]), broken("reliability", value=[]),
+            broken("reliability", 14, "accuracy", value=1.2), broken("reliability", 14, "confidence", value=None),
+            broken("reliability", 14, "high", value=0.1), broken("ece", value=float("nan")),
+            broken("accuracy", "low", value="little"), broken("entropy_histogram", "known", value=[1, 2]),
+            broken("entropy_histogram", "foreign", value=[0, 0, 0, 0]),
+            broken("entropy_histogram", "edges", value=[0, 0.5, 0.4, 0.75, 1]),
+            broken("foreign", "scores", value=[]), broken("foreign", "scores", 1, "auroc", value=2)])
 
 
 if __name__ == "__main__":

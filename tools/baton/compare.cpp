@@ -1,0 +1,292 @@
+// baton compare: how far apart two models of one architecture are.
+#include <algorithm>
+#include <cmath>
+
+#include "tools/baton/layers.h"
+#include "tools/baton/predictions.h"
+
+namespace baton {
+
+namespace {
+
+// What differs between two architectures, in words; empty: nothing.
+std::string difference(const Architecture& a, const Architecture& b) {
+  const auto hidden = [](const Architecture& x) {
+    std::string text;
+    for (int width : x.hidden) text += (text.empty() ? "" : "-") + std::to_string(width);
+    return text;
+  };
+  const auto image = [](const Architecture& x) {
+    return std::to_string(x.channels) + " x " + std::to_string(x.height) + " x " + std::to_string(x.width);
+  };
+  if (a.name != b.name) return "the architecture is " + a.name + " and " + b.name;
+  if (a.hidden != b.hidden) return "the hidden layers have " + hidden(a) + " and " + hidden(b) + " units";
+  if (image(a) != image(b)) return "an image has " + image(a) + " and " + image(b) + " values";
+  if (a.classes != b.classes)
+    return "there are " + std::to_string(a.classes) + " and " + std::to_string(b.classes) + " classes";
+  return "";
+}
+
+// Sums over weights, and what is made of them.
+struct Distances {
+  double square = 0, difference2 = 0;  // of A's means; of B's less A's
+  double in_sigma = 0, log_ratio = 0, kl = 0;
+  int64_t parameters = 0, both = 0, one = 0;  // of `both` sides something is left; pruned on one side alone
+  bool sigma_a = false, sigma_b = false;
+
+  void add(const Belief& a, const Belief& b) {
+    sigma_a = !a.log_sd.empty(), sigma_b = !b.log_sd.empty();
+    for (size_t i = 0; i < a.mean.size(); i++) {
+      const double m = a.mean[i], away = double(b.mean[i]) - m;
+      parameters++;
+      square += m * m, difference2 += away * away;
+      one += a.gone(i) != b.gone(i);
+      if (a.gone(i) || b.gone(i)) continue;
+      both++;
+      if (!sigma_a) continue;
+      const double e = away / std::exp(double(a.log_sd[i]));
+      in_sigma += std::abs(e);
+      if (!sigma_b) continue;
+      const double t = double(b.log_sd[i]) - a.log_sd[i];
+      log_ratio += t;
+      kl += (std::expm1(2 * t) + e * e) / 2 - t;
+    }
+  }
+  void add(const Distances& d) {
+    square += d.square, difference2 += d.difference2, in_sigma += d.in_sigma, log_ratio += d.log_ratio, kl += d.kl;
+    parameters += d.parameters, both += d.both, one += d.one;
+    sigma_a = d.sigma_a, sigma_b = d.sigma_b;
+  }
+  json object() const {
+    const double relative = square > 0 ? std::sqrt(difference2 / square) : difference2 > 0 ? INFINITY : 0;
+    json j{{"parameters", parameters}, {"means_relative_l2", relative}, {"pruned_in_one", one}};
+    if (sigma_a) j["mean_difference_in_sigma"] = both ? in_sigma / double(both) : NAN;
+    if (!sigma_a || !sigma_b) return j;
+    j["sigma_ratio"] = both ? std::exp(log_ratio / double(both)) : NAN;
+    j["kl"] = kl;
+    return j;
+  }
+};
+
+// How the two histories belong together.
+json relation(const Model& a, const Model& b) {
+  int shared = 0;
+  while (shared < std::min(a.stages(), b.stages()) && a.history[size_t(shared)] == b.history[size_t(shared)]) shared++;
+  const auto parent = [&](const Model& m) {
+    return shared < m.stages() ? text_in(m.history[size_t(shared)], "parent") : std::string();
+  };
+  const std::string of_a = fingerprint(a), of_b = fingerprint(b);
+  std::string kind, words;
+  if (of_a == of_b) kind = "same", words = "they are the same model";
+  else if (parent(b) == of_a)
+    kind = "descendant",
+    words = "the other goes on from the model itself: " + plural(b.stages() - shared, "stage") + " more";
+  else if (parent(a) == of_b)
+    kind = "ancestor",
+    words = "the model goes on from the other itself: " + plural(a.stages() - shared, "stage") + " more";
+  else if (!parent(a).empty() && parent(a) == parent(b))
+    kind = "siblings", words = "both go on from one model (fingerprint " + printable(parent(a)) +
+                               "), which had learned " + plural(shared, "stage");
+  else if (shared > 0) kind = "shared stages", words = "both have learned the same first " + plural(shared, "stage");
+  else if (a.origin == b.origin && a.seed == b.seed && a.stages() + b.stages() == 0)
+    kind = "same beginning", words = "neither has learned anything; they began alike (prior, pretrained weights, seed)";
+  else kind = "none", words = "no stage in common";
+  return {{"kind", kind}, {"shared_stages", shared}, {"in_words", words}};
+}
+
+// Everything of a model that a person chose, by name.
+json settings_of(const Model& m) {
+  json s = training_json(m);
+  s["seed"] = m.seed;
+  s["posterior"] = in_words(m.posterior);
+  s["normalisation"] = in_words(m.normalisation, m.architecture.channels);
+  s["class_names"] = m.class_names;
+  s["pruned"] = m.pruned;
+  s["first_prior"] = text_in(m.origin, "prior");
+  s["pretrained"] = text_in(m.origin, "pretrained");
+  return s;
+}
+
+class CompareCommand : public Command {
+ public:
+  const char* name() const override { return "compare"; }
+  const char* summary() const override { return "how far apart two models of one architecture are"; }
+  const char* examples() const override {
+    return "  baton compare --model model.safetensors --other next.safetensors\n"
+           "      how far an update has moved the weights, by layer, in units of their uncertainty\n"
+           "  baton compare --model ffg.safetensors --other pruned.safetensors --data photos/\n"
+           "      and on which share of images they predict the same\n";
+  }
+  void add_options(CLI::App& app) override {
+    app.add_option("--model", model_, "a model, A")->required();
+    app.add_option("--other", other_, "another of the same architecture, B; the families may differ")->required();
+    data_.add_to(app, "images to compare the predictions on, with or without labels", false);
+    prediction_.add_to(app);
+  }
+
+  json run() override {
+    const Model a = load_model(model_), b = load_model(other_);
+    if (const std::string what = difference(a.architecture, b.architecture); !what.empty())
+      throw InputError(model_ + " and " + other_ + " cannot be compared: " + what);
+    OwnData data;
+    if (data_.given()) {
+      if (!a.class_names.empty() && !b.class_names.empty() && a.class_names != b.class_names)
+        throw InputError("the classes of " + model_ + " and " + other_ +
+                         " have other names or another order: predictions cannot be compared");
+      data = data_.load(a.class_names.empty() ? b : a, false);
+    }
+    Device device;
+    json r;
+    r["command"] = "compare";
+    r["model"] = description_of(a);
+    r["other"] = description_of(b);
+    r["history"] = relation(a, b);
+    r["settings"] = json::array();
+    const json of_a = settings_of(a), of_b = settings_of(b);
+    for (const auto& [key, value] : of_a.items())
+      if (value != of_b[key]) r["settings"].push_back({{"setting", key}, {"model", value}, {"other", of_b[key]}});
+
+    std::vector<Belief> beliefs_a, beliefs_b;
+    for (auto [model, beliefs] : {std::pair{&a, &beliefs_a}, {&b, &beliefs_b}}) {
+      Arena arena;
+      *beliefs = beliefs_of(device, *posterior_of(device, arena, *model));
+    }
+    Distances all;
+    r["layers"] = json::array();
+    for (const std::string& layer : layers_of(a.architecture.network()()->layout())) {
+      Distances of_layer;
+      for (size_t i = 0; i < beliefs_a.size(); i++)
+        if (layer_of(beliefs_a[i].tensor.name) == layer) of_layer.add(beliefs_a[i], beliefs_b[i]);
+      json row{{"layer", layer}};
+      row.update(of_layer.object());
+      r["layers"].push_back(row);
+      all.add(of_layer);
+    }
+    r["all_layers"] = all.object();
+    if (data_.given()) add_predictions(r, device, a, b, data);
+    return r;
+  }
+
+  std::string text(const json& r) const override {
+    std::string t = "A           " + model_text(r["model"]) + "\nB           " + model_text(r["other"]) + "\n";
+    t += "history     " + r["history"]["in_words"].get<std::string>() + "\n";
+    if (r["settings"].empty()) t += "settings    the same\n";
+    else {
+      std::vector<std::vector<std::string>> rows{{"Settings that differ", "A", "B"}};
+      std::string long_ones;  // whole sentences would tear the table apart
+      for (const json& s : r["settings"]) {
+        const std::string of_a = shown(s["model"]), of_b = shown(s["other"]), key = words(s["setting"]);
+        if (of_a.size() + of_b.size() <= 60) rows.push_back({key, of_a, of_b});
+        else long_ones += key + "\n  A: " + of_a + "\n  B: " + of_b + "\n";
+      }
+      t += "\n" + (rows.size() > 1 ? table(rows) : rows[0][0] + "\n") + long_ones;
+    }
+    t += "\n" + layers_text(r);
+    if (r.contains("predictions")) t += "\n" + predictions_text(r);
+    return t;
+  }
+
+ private:
+  void add_predictions(json& r, Device& device, const Model& a, const Model& b, const OwnData& data) const {
+    const Predictions of_a = predict_images(prediction_, device, a, data.images),
+                      of_b = predict_images(prediction_, device, b, data.images);
+    const size_t classes = size_t(a.architecture.classes);
+    double agree = 0, variation = 0;
+    for (size_t i = 0; i < size_t(data.images.count); i++) {
+      const float *p = &of_a.probability[i * classes], *q = &of_b.probability[i * classes];
+      agree += std::max_element(p, p + classes) - p == std::max_element(q, q + classes) - q;
+      for (size_t c = 0; c < classes; c++) variation += std::abs(double(p[c]) - q[c]) / 2;
+    }
+    r["data"] = description_of(data);
+    r["seed"] = prediction_.seed();
+    r["samples"] = {prediction_.samples(a), prediction_.samples(b)};
+    json p{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
+    if (data.labelled) {
+      p["model"] = judged(of_a, data.images, int(classes));
+      p["other"] = judged(of_b, data.images, int(classes));
+    }
+    r["predictions"] = p;
+  }
+
+  static std::string words(const std::string& key) {
+    std::string text = key;
+    std::replace(text.begin(), text.end(), '_', ' ');
+    return text;
+  }
+
+  static std::string shown(const json& value) {
+    if (value.is_null() || (value.is_string() && value.get<std::string>().empty())) return "-";
+    if (value.is_number_float()) return brief(value);
+    if (value.is_string()) return printable(value.get<std::string>());
+    if (value.is_array() && value.empty()) return "-";
+    if (value.is_object() && value.contains("fraction"))  // "pruned"
+      return percent(number_in(value, "fraction")) + " by " + printable(text_in(value, "by")) + ", " +
+             printable(text_in(value, "scope"));
+    return printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
+  }
+
+  static std::string layers_text(const json& r) {
+    const json& all = r["all_layers"];
+    const bool in_sigma = all.contains("mean_difference_in_sigma"), both = all.contains("kl");
+    const bool pruned = all["pruned_in_one"] > 0;
+    std::vector<std::vector<std::string>> rows{{"layer", "parameters", "distance of means"}};
+    if (in_sigma) rows[0].push_back("in sigmas of A");
+    if (both) rows[0].push_back("sigma B / A"), rows[0].push_back("KL of B to A");
+    if (pruned) rows[0].push_back("pruned in one");
+    const auto row = [&](const std::string& name, const json& l) {
+      rows.push_back({name, grouped(l["parameters"]), brief(number_in(l, "means_relative_l2"))});
+      if (in_sigma) rows.back().push_back(brief(number_in(l, "mean_difference_in_sigma")));
+      if (both) {
+        rows.back().push_back(brief(number_in(l, "sigma_ratio")));
+        rows.back().push_back(decimals(number_in(l, "kl"), 1));
+      }
+      if (pruned) rows.back().push_back(grouped(l["pruned_in_one"]));
+    };
+    for (const json& l : r["layers"]) row(l["layer"], l);
+    row("all", all);
+    std::string t =
+        table(rows) + "distance of means: |B - A| / |A|, Euclidean, of all weights and biases of a layer.\n";
+    if (in_sigma) t += "in sigmas of A: |B - A| of the means over A's standard deviation, the weights' average.\n";
+    else t += "A has no standard deviations (ft): nothing to measure the differences by.\n";
+    if (both)
+      t += "sigma B / A: ratio of the standard deviations, geometric mean. KL of B to A: in nats, as of independent "
+           "Gaussians.\n";
+    for (const char* side : {"model", "other"}) {
+      const std::string name = std::string(side) == "model" ? "A" : "B", family = r[side]["family"];
+      if (family == "mnf") t += name + " is mnf: w given z, with z at its flow's mean, stands for the weights.\n";
+      if (family == "cfg") t += name + " is cfg: marginal standard deviations, without the covariances.\n";
+      if (family == "ft" && name == "B") t += "B has no standard deviations (ft).\n";
+    }
+    if (pruned) t += "Weights that are pruned in one of the two count in the distance of means alone.\n";
+    return t;
+  }
+
+  static std::string predictions_text(const json& r) {
+    const json& p = r["predictions"];
+    const int of_a = r["samples"][0], of_b = r["samples"][1];
+    const auto draws = [](int n) {
+      return n ? "an average over " + plural(n, "draw") + " of the weights" : std::string("one pass at the mean");
+    };
+    std::string t = "Predictions of " + data_text(r["data"]) + ": " + draws(of_a) +
+                    (of_a == of_b ? "" : " (A), " + draws(of_b) + " (B)") + "\n";
+    std::vector<std::vector<std::string>> rows{
+        {"the same class", percent(p["agree"]) + " of images"},
+        {"total variation", decimals(p["total_variation"], 4) + " (mean; 0: the same probabilities, 1: disjoint)"}};
+    if (p.contains("model"))
+      for (const char* side : {"model", "other"})
+        rows.push_back({std::string(side) == "model" ? "accuracy of A" : "accuracy of B",
+                        percent(p[side]["accuracy"]) + ", NLL " + decimals(p[side]["nll"], 4) + " nats an image"});
+    for (const auto& row : rows) t += row[0] + std::string(17 - row[0].size(), ' ') + row[1] + "\n";
+    return t;
+  }
+
+  std::string model_, other_;
+  DataArguments data_;
+  PredictionArguments prediction_;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> compare_command() { return std::make_unique<CompareCommand>(); }
+
+}  // namespace baton
