@@ -27,6 +27,7 @@
 
 #include "engine/dataset.h"
 #include "engine/error.h"
+#include "engine/stop.h"
 #include "kernels/acquisition.h"
 
 namespace baton {
@@ -692,6 +693,7 @@ ActiveLearningCurve run_active_learning(Device& device, const FeatureRows<Real>&
   MapOptions fit;  // Newton
   ActiveLearningCurve curve;
   for (int cycle = 0;; cycle++) {
+    if (stop_requested()) throw_stopped("the curve under way is not kept");
     const int count = int(labelled.size());
     std::vector<int32_t> picked;
     for (int i : labelled) picked.push_back(labels[i]);

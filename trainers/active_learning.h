@@ -67,6 +67,7 @@ struct ActiveLearningCurve {
   std::vector<std::vector<int>> chosen;  // of every cycle
   double selection_seconds = 0;          // choosing, the updates between choices among it
 };
+// Throws Stopped, between two cycles or while fitting, when a signal asks the program to end.
 template <class Real>
 ActiveLearningCurve run_active_learning(Device&, const FeatureRows<Real>& pool, const FeatureRows<Real>& test,
                                         int classes, const ActiveLearningPlan&);

@@ -7,6 +7,7 @@
 
 #include "engine/files.h"
 #include "engine/progress.h"
+#include "engine/stop.h"
 #include "trainers/metrics.h"
 #include "trainers/parse.h"
 
@@ -24,7 +25,10 @@ struct Progression {
   json runs = json::array();     // finished jobs'
   json current = json::array();  // this job's, one a seed, with the stages so far
   double stage_seconds = 0;      // of training, in the stage under way
+  double epoch_seconds = 0;      // and in its epoch under way
 };
+
+[[noreturn]] void stop() { throw_stopped("the checkpoint is written; --resume goes on from it"); }
 
 class Runner {
  public:
@@ -50,16 +54,15 @@ class Runner {
   }
 
   json run() {
-    long total = 0, before = 0;
+    long total = 0;
     for (size_t j = 0; j < jobs_.size(); j++) {
-      const long images = images_of(jobs_[j]);
-      total += images;
-      if (j < at_.job) before += images;
+      if (j == at_.job) before_job_ = total;
+      total += images_of(jobs_[j]);
     }
-    if (resuming_job_) before += long(resume_step_) * jobs_[at_.job].plan.batch * int(jobs_[at_.job].plan.seeds.size());
-    done_ = before;
+    if (at_.job == jobs_.size()) before_job_ = total;
     ProgressOptions progress_options;
-    progress_options.images_before = before;
+    progress_options.images_before = before_job_;
+    if (resuming_job_) progress_options.images_before += resume_step_ * images_a_step(jobs_[at_.job]);
     Progress progress(options_.experiment, total, stderr, progress_options);
     for (; at_.job < jobs_.size(); at_.job++) {
       run_job(jobs_[at_.job], progress);
@@ -69,6 +72,8 @@ class Runner {
       next.job++;
       save_state(next);
       log_.result(result());
+      before_job_ += images_of(jobs_[at_.job]);
+      if (next.job < jobs_.size() && stop_requested()) stop();
     }
     progress.finish();
     const json final_result = result();
@@ -83,11 +88,12 @@ class Runner {
     for (const auto& part : split_parts(data_.train.count, parts, 0)) sizes.push_back(int(part.size()));
     return sizes;
   }
+  static long images_a_step(const Job& job) { return long(job.plan.batch) * long(job.plan.seeds.size()); }
   long images_of(const Job& job) const {
     long steps = 0;
     for (int size : part_sizes(job.parts))
       steps += std::max(1L, std::lround(std::ceil(job.plan.epochs * size / job.plan.batch - 1e-9)));
-    return steps * job.plan.batch * long(job.plan.seeds.size());
+    return steps * images_a_step(job);
   }
 
   json identity() const {
@@ -154,6 +160,7 @@ class Runner {
     j["job"] = at_.job;
     j["current"] = at_.current;
     j["stage_seconds"] = at_.stage_seconds;
+    j["epoch_seconds"] = at_.epoch_seconds;
     trainer.save(folder_ / "job.safetensors", j.dump());
     last_save_ = now();
   }
@@ -185,11 +192,12 @@ class Runner {
       const json j = json::parse(trainer.restore(folder_ / "job.safetensors"));
       at_.current = j["current"];
       at_.stage_seconds = j["stage_seconds"];
+      at_.epoch_seconds = j["epoch_seconds"];
       stage = trainer.stage();
       if (int(at_.current[0]["stages"].size()) > stage) stage++, at_.stage_seconds = 0;  // it had been judged
     } else {
       at_.current = json::array();
-      at_.stage_seconds = 0;
+      at_.stage_seconds = at_.epoch_seconds = 0;
       for (int r = 0; r < replicas; r++) {
         json run;
         run["method"] = job.method;
@@ -209,7 +217,12 @@ class Runner {
       }
       progress.stage(label_of(job) + " " + std::to_string(stage + 1) + "/" + std::to_string(job.parts));
       train_stage(job, trainer, progress);
-      judge_stage(job, trainer, predictor);
+      try {
+        judge_stage(job, trainer, predictor);
+      } catch (const Stopped&) {  // it will be judged when it is resumed
+        save_job(trainer);
+        stop();
+      }
       save_job(trainer);
     }
     for (json& run : at_.current) run["final_test_accuracy"] = run["stages"].back()["test_accuracy"];
@@ -223,14 +236,20 @@ class Runner {
     int step_before = 0;
     for (int s = 0; s < stage; s++) step_before += trainer.steps_of(s);
     while (trainer.stage_step() < steps) {
-      const int count = std::min(an_epoch, steps - trainer.stage_step());
+      const int count = std::min(an_epoch - trainer.stage_step() % an_epoch, steps - trainer.stage_step());
       const double start = now();
-      const std::vector<EpochTotals> totals = trainer.run(count);
+      const bool stopped = trainer.advance(count) < count;
+      std::vector<EpochTotals> totals;
+      if (!stopped) totals = trainer.take_totals();
       device_.synchronize();
       const double seconds = now() - start;
       at_.stage_seconds += seconds;
+      at_.epoch_seconds += seconds;
+      if (stopped) {
+        save_job(trainer);
+        stop();
+      }
       double loss = 0, accuracy = 0;
-      long examples = 0;
       for (size_t r = 0; r < totals.size(); r++) {
         json line;
         line["job"] = at_.job;
@@ -244,14 +263,13 @@ class Runner {
         line["train_accuracy"] = totals[r].accuracy;
         line["kl"] = totals[r].kl;
         if (job.plan.posterior.family != Family::point) line["kl_by_layer"] = by_layer(trainer, totals[r].kl_by_name);
-        line["seconds"] = seconds;
+        line["seconds"] = at_.epoch_seconds;
         log_.epoch(line);
         loss += totals[r].loss / double(totals.size());
         accuracy += totals[r].accuracy / double(totals.size());
-        examples += totals[r].examples;
       }
-      done_ += examples;
-      progress.update(done_, loss, accuracy);
+      at_.epoch_seconds = 0;
+      progress.update(before_job_ + (step_before + trainer.stage_step()) * images_a_step(job), loss, accuracy);
       if (now() - last_save_ > options_.checkpoint_seconds) save_job(trainer);
     }
   }
@@ -272,6 +290,7 @@ class Runner {
     const bool last = stage + 1 == trainer.stages();
     const std::vector<std::vector<double>> kl = trainer.posterior().kl_by_name();
     const std::vector<double> log_sd = trainer.posterior().mean_log_sd();
+    std::vector<json> judged;
     for (size_t r = 0; r < at_.current.size(); r++) {
       const int samples = job.plan.posterior.family == Family::point ? 0
                           : last                                     ? options_.samples
@@ -295,8 +314,9 @@ class Runner {
       s["examples_per_second"] = double(trainer.steps_of(stage)) * job.plan.batch * double(at_.current.size()) /
                                  std::max(at_.stage_seconds, 1e-9);
       s["test_seconds"] = now() - start;
-      at_.current[r]["stages"].push_back(s);
+      judged.push_back(s);
     }
+    for (size_t r = 0; r < judged.size(); r++) at_.current[r]["stages"].push_back(judged[r]);  // all or none
   }
 
   json result() const {
@@ -326,7 +346,7 @@ class Runner {
   Progression at_;
   bool resuming_job_ = false;
   int64_t resume_step_ = 0;
-  long done_ = 0;
+  long before_job_ = 0;  // images
   double last_save_ = 0;
 };
 

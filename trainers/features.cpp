@@ -6,12 +6,17 @@
 
 #include "engine/npy.h"
 #include "engine/safetensors.h"
+#include "engine/stop.h"
 
 namespace baton {
 
 namespace {
 
 constexpr int most_features = 32768;
+
+void stop_if_asked() {
+  if (stop_requested()) throw_stopped("nothing of these features is kept");
+}
 
 // "FILE.npy" or "FILE.safetensors[:NAME]"; a safetensors file without a name must hold one tensor of this rank.
 Tensor load_tensor(const std::string& where, size_t rank) {
@@ -89,6 +94,7 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
   result.source = std::string(network->architecture()) + ", " + layers[layers.size() - 2].layer;
   result.labels.assign(images.labels.begin(), images.labels.end());
   for (int b = 0; b < batches; b++) {
+    stop_if_asked();
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
                    device.stream());
     network->forward(device, {mean, nullptr, network->layout().stride()}, nullptr);
@@ -137,15 +143,19 @@ FeatureSet fourier_features(const FeatureSet& from, int dim, double length, uint
   for (double& b : phase) b = 2 * M_PI * random.uniform();
   result.x.resize(size_t(from.count) * dim);
   const double scale = amplitude * std::sqrt(2.0 / dim);
+  constexpr int rows_at_once = 1024;  // between two looks at whether to stop
+  for (int first = 0; first < from.count; first += rows_at_once) {
+    stop_if_asked();
 #pragma omp parallel for schedule(static)
-  for (int n = 0; n < from.count; n++)
-    for (int d = 0; d < dim; d++) {
-      const float *w = &frequency[size_t(d) * wide], *x = &from.x[size_t(n) * from.dim];
-      float sum = 0;
-      SIMT_SIMD(reduction(+ : sum))
-      for (int i = 0; i < from.dim; i++) sum += w[i] * x[i];
-      result.x[size_t(n) * dim + d] = float(scale * std::cos(sum / length + phase[d]));
-    }
+    for (int n = first; n < std::min(from.count, first + rows_at_once); n++)
+      for (int d = 0; d < dim; d++) {
+        const float *w = &frequency[size_t(d) * wide], *x = &from.x[size_t(n) * from.dim];
+        float sum = 0;
+        SIMT_SIMD(reduction(+ : sum))
+        for (int i = 0; i < from.dim; i++) sum += w[i] * x[i];
+        result.x[size_t(n) * dim + d] = float(scale * std::cos(sum / length + phase[d]));
+      }
+  }
   return result;
 }
 

@@ -17,6 +17,7 @@ struct FeatureSet {
 
 // The input of the network's output layer for every image: its last hidden layer at these weights (of a point
 // posterior, or the mean of another). weights: a value for each of its tensors (InputError else), as layers name them.
+// This and fourier_features() throw Stopped when a signal asks the program to end.
 FeatureSet extract_features(Device&, const NetworkFactory&, const NamedWeights& weights, const Images&,
                             const Normalisation&, int head = 0);
 // The pixels themselves, normalised.

@@ -8,6 +8,7 @@
 #include "engine/files.h"
 #include "engine/runlog.h"
 #include "engine/safetensors.h"
+#include "engine/stop.h"
 
 namespace baton {
 
@@ -778,6 +779,7 @@ std::vector<double> Reweighting<Real>::predict(const Real* x, int n) {
   upload(device_, weight, share);
   std::vector<double> result;
   for (int first = 0; first < n; first += chunk) {
+    if (stop_requested()) throw_stopped("a prediction was under way");
     const int count = std::min(chunk, n - first);
     multiply(device_, false, true, count, wide, dim_, Real(1), x + size_t(first) * dim_, dim_, weights_, dim_, Real(0),
              logits, wide);

@@ -15,6 +15,7 @@
 
 #include "engine/dataset.h"
 #include "engine/error.h"
+#include "engine/stop.h"
 
 namespace baton {
 namespace {
@@ -343,6 +344,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
   int idle = 0;
   double best = at.top;
   while (true) {
+    if (stop_requested()) throw_stopped("nothing of this fit is kept");
     result.converged = at.top <= limit;
     if (result.converged || result.iterations == o.iterations) break;
     double step = 1;
@@ -403,6 +405,7 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
   const int64_t steps = int64_t(o.epochs) * ((n + batch - 1) / batch);
   int step = 0;
   for (int epoch = 0; epoch < o.epochs; epoch++) {
+    if (stop_requested()) throw_stopped("nothing of this fit is kept");
     for (int i = n - 1; i > 0; i--) std::swap(order[i], order[random.below(uint64_t(i) + 1)]);
     for (int i = 0; i < n; i++) order[n + i] = labels[order[i]];
     upload(device, plan, order);

@@ -44,7 +44,8 @@ struct MapResult {
 // Newton: conjugate gradients on H d = -g with H v = sum_n (G_n V phi_n) phi_n' + tau V, stopped early as the gradient
 // asks (Eisenstat and Walker), and a backtracking line search. L-BFGS: Nocedal and Wright, algorithm 7.5, with a line
 // search for the strong Wolfe conditions. Throws InputError for n = 0, tau <= 0, labels outside [0, classes), features
-// that are not finite, or a start of the wrong size; RunError when J stops being finite.
+// that are not finite, or a start of the wrong size; RunError when J stops being finite; Stopped when a signal asks the
+// program to end.
 template <class Real>
 MapResult fit_map(Device&, const FeatureRows<Real>&, int classes, const MapOptions&);
 

@@ -8,9 +8,10 @@
 
 #include "engine/files.h"
 #include "engine/progress.h"
-#include "engine/select.h"
+#include "engine/stop.h"
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"
+#include "trainers/task_pruning.h"
 
 namespace baton {
 
@@ -73,6 +74,11 @@ struct Judgement {
   Metrics metrics;
 };
 
+// What is left to do at the step where a run stands, beside going on.
+enum class Due { nothing, judgement, end_of_task };
+
+[[noreturn]] void stop() { throw_stopped("the checkpoint is written; --resume goes on from it"); }
+
 class TaskRunner {
  public:
   TaskRunner(const TaskExperimentOptions& options, const TaskData& data, const std::vector<TaskRun>& runs)
@@ -97,13 +103,13 @@ class TaskRunner {
   json run() {
     long total = 0;
     for (size_t j = 0; j < runs_.size(); j++) {
-      if (j == run_) done_ = total;
+      if (j == run_) before_run_ = total;
       total += images_of(runs_[j]);
     }
-    if (run_ == runs_.size()) done_ = total;
-    if (resuming_) done_ += long(resume_step_) * runs_[run_].plan.batch;
+    if (run_ == runs_.size()) before_run_ = total;
     ProgressOptions progress_options;
-    progress_options.images_before = done_;
+    progress_options.images_before = before_run_;
+    if (resuming_) progress_options.images_before += long(resume_step_) * runs_[run_].plan.batch;
     Progress progress(options_.experiment, total, stderr, progress_options);
     for (; run_ < runs_.size(); run_++) {
       run_one(runs_[run_], progress);
@@ -111,6 +117,8 @@ class TaskRunner {
       current_ = json::object();
       save_state(run_ + 1);
       log_.result(result());
+      before_run_ += images_of(runs_[run_]);
+      if (run_ + 1 < runs_.size() && stop_requested()) stop();
     }
     progress.finish();
     const json final_result = result();
@@ -173,6 +181,9 @@ class TaskRunner {
     j["run"] = run_;
     j["current"] = current_;
     j["seconds"] = seconds_;
+    j["epoch_seconds"] = epoch_seconds_;
+    j["due"] = int(due_);
+    j["figures"] = figures_;
     trainer.save(folder_ / "run.safetensors", identity().dump(), j.dump());
     last_save_ = now();
   }
@@ -193,6 +204,9 @@ class TaskRunner {
       const json j = json::parse(trainer.restore(folder_ / "run.safetensors", identity().dump()));
       current_ = j["current"];
       seconds_ = j["seconds"];
+      epoch_seconds_ = j["epoch_seconds"];
+      due_ = Due(int(j["due"]));
+      figures_ = j["figures"];
       stage = trainer.stage();
     } else {
       current_ = json::object();
@@ -204,7 +218,8 @@ class TaskRunner {
       current_["parameters"] = trainer.network().layout().parameters();
       current_["inference"] = name_of(run.inference);
       current_["stages"] = json::array();
-      seconds_ = 0;
+      seconds_ = epoch_seconds_ = 0;
+      due_ = Due::nothing;
     }
     last_save_ = now();
     for (; stage < trainer.stages(); stage++) {
@@ -221,7 +236,12 @@ class TaskRunner {
     current_["final_test_accuracy"] = current_["stages"].back()["test_accuracy"];
     if (auto* bgd = dynamic_cast<BgdLearner*>(&trainer.learner())) note_sigma(run, *bgd);
     if (options_.save_models) save_model(run, trainer);
-    if (!run.pruned.empty()) prune(run, trainer);
+    if (run.pruned.empty()) return;
+    try {
+      prune(run, trainer);
+    } catch (const Stopped&) {  // from the checkpoint of the last judgement it is all done again
+      stop();
+    }
   }
 
   // At which steps of a stage it is judged.
@@ -240,15 +260,25 @@ class TaskRunner {
   void train_stage(const TaskRun& run, TaskTrainer& trainer, Progress& progress) {
     BATON_RANGE("stage");
     const int stage = trainer.stage(), steps = trainer.steps_of(stage), an_epoch = trainer.steps_an_epoch(stage);
+    if (due_ != Due::nothing) finish_epoch(run, trainer);
     while (trainer.stage_step() < steps) {
       const int first = trainer.stage_step();
       int last = first + 1;  // to the end of the epoch, or to a judgement
       while (last < steps && last % an_epoch != 0 && !judged_at(run, trainer, last)) last++;
       const double start = now();
-      const EpochTotals totals = trainer.run(last - first);
+      const bool stopped = trainer.advance(last - first) < last - first;
+      EpochTotals totals;
+      if (!stopped) totals = trainer.take_totals();
       device_.synchronize();
       const double seconds = now() - start;
       seconds_ += seconds;
+      epoch_seconds_ += seconds;
+      if (stopped) {
+        save_run(trainer);
+        stop();
+      }
+      figures_ = json::object();
+      for (const auto& [name, value] : trainer.learner().figures()) figures_[name] = value;
       json line;
       line["run"] = run_;
       line["method"] = run.method;
@@ -259,8 +289,8 @@ class TaskRunner {
       line["step"] = trainer.step();
       line["train_loss"] = totals.loss;
       line["train_accuracy"] = totals.accuracy;
-      for (const auto& [name, value] : trainer.learner().figures()) line[name] = value;
-      line["seconds"] = seconds;
+      line.update(figures_);
+      line["seconds"] = epoch_seconds_;
       const std::string warning = trainer.warning();
       if (!warning.empty()) {
         line["warning"] = warning;
@@ -269,13 +299,28 @@ class TaskRunner {
                 std::to_string(run.seed).c_str(), warning.c_str());
       }
       log_.epoch(line);
-      done_ += totals.examples;
-      progress.update(done_, totals.loss, totals.accuracy);
-      if (last == steps) end_task(run, trainer);
-      const bool judged = judged_at(run, trainer, last);
-      if (judged) judge(run, trainer);
-      if (judged || now() - last_save_ > options_.checkpoint_seconds) save_run(trainer);
+      epoch_seconds_ = 0;
+      progress.update(before_run_ + trainer.step() * run.plan.batch, totals.loss, totals.accuracy);
+      due_ = last == steps ? Due::end_of_task : judged_at(run, trainer, last) ? Due::judgement : Due::nothing;
+      finish_epoch(run, trainer);
     }
+  }
+
+  // Does what is due. Where a signal ends that, the checkpoint stands before what was not finished.
+  void finish_epoch(const TaskRun& run, TaskTrainer& trainer) {
+    const bool judged = due_ != Due::nothing;
+    try {
+      if (due_ == Due::end_of_task) {
+        end_task(run, trainer);
+        due_ = Due::judgement;
+      }
+      if (due_ == Due::judgement) judge(run, trainer);
+      due_ = Due::nothing;
+    } catch (const Stopped&) {
+      save_run(trainer);
+      stop();
+    }
+    if (judged || now() - last_save_ > options_.checkpoint_seconds) save_run(trainer);
   }
 
   void end_task(const TaskRun& run, TaskTrainer& trainer) {
@@ -366,7 +411,7 @@ class TaskRunner {
     s["test_ece"] = ece;
     s["by_inference"] = ways;
     s["by_task"] = by_task;
-    for (const auto& [name, value] : trainer.learner().figures()) s[name] = value;
+    s.update(figures_);
     s["seconds"] = seconds_;
     s["examples_per_second"] = double(trainer.stage_step()) * run.plan.batch / std::max(seconds_, 1e-9);
     s["test_seconds"] = now() - start;
@@ -385,57 +430,17 @@ class TaskRunner {
     for (int b = first; b < last; b++) to["counts"].push_back(s.histogram[b]);
   }
 
-  static std::vector<Stretch> prunable(const ParameterLayout& layout) {
-    std::vector<Stretch> stretches;  // weights, not biases: under one threshold
-    for (const TensorSpec& t : layout.tensors())
-      if (!t.bias) stretches.push_back({int(t.offset), int(t.size)});
-    return stretches;
-  }
-
   void prune(const TaskRun& run, TaskTrainer& trainer) {
-    Learner& learner = trainer.learner();
-    const ParameterLayout& layout = learner.store().layout();
-    const std::vector<Stretch> stretches = prunable(layout);
-    int weights = 0;
-    for (const Stretch& s : stretches) weights += s.count;
-    const size_t stride = layout.stride();
-    const std::vector<float> mean = download(device_, learner.means(), stride);
-    const std::vector<float> sd =
-        learner.deviations() ? download(device_, learner.deviations(), stride) : std::vector<float>();
-    Arena arena;
-    float* score = arena.take<float>(weights);
-    uint8_t* marked = arena.take<uint8_t>(weights);
     const int task = trainer.sequence().tasks() - 1;
-    const double whole = 1 - judge_task(run, trainer, task, true).accuracies.of(run.inference);
-    std::vector<Ranking> rankings{Ranking::magnitude};
-    if (learner.deviations()) rankings.insert(rankings.begin(), Ranking::signal_to_noise);
-    json list = json::array();
-    for (Ranking ranking : rankings)
-      for (double fraction : run.pruned) {
-        prune_scores(score, learner.means(), learner.deviations(), stretches, ranking, device_.stream());
-        const int lowest = int(std::lround(fraction * weights));
-        const Selection selection = mark_lowest(device_, marked, score, weights, lowest);
-        prune_weights(learner.means(), learner.deviations(), marked, stretches, device_.stream());
-        const Judgement j = judge_task(run, trainer, task, true);
-        const double error = 1 - j.accuracies.of(run.inference);
-        json one;
-        one["ranking"] = ranking == Ranking::magnitude ? "magnitude" : "signal-to-noise";
-        one["fraction"] = fraction;
-        one["threshold"] = selection.threshold;
-        one["weights_left"] = weights - selection.count;
-        one["error"] = error;
-        one["error_ratio"] = error / std::max(whole, 1e-12);
-        one["layers"] = layers_left(learner, layout);
-        const int64_t values = learner.deviations() ? 2 : 1;
-        one["bytes_dense"] = 4 * values * weights;
-        one["bytes_sparse"] = (4 * values + 4) * int64_t(weights - selection.count);  // and an index each
-        list.push_back(one);
-        if (options_.save_models && ranking == rankings[0])
-          save_pruned(run, learner, options_.out / (file_name(run) + "_pruned" + percent(fraction) + ".safetensors"));
-        upload(device_, learner.means(), mean);
-        if (learner.deviations()) upload(device_, learner.deviations(), sd);
-      }
-    current_["pruning"] = {{"error", whole}, {"weights", weights}, {"results", list}};
+    current_["pruning"] = prune_and_judge(
+        device_, trainer.learner(), run.pruned,
+        [&] { return 1 - judge_task(run, trainer, task, true).accuracies.of(run.inference); },
+        [&](double fraction) {
+          if (!options_.save_models) return;
+          TensorFile file = model_file(run);
+          add_pruned(file, device_, trainer.learner());
+          save_safetensors(options_.out / (file_name(run) + "_pruned" + percent(fraction) + ".safetensors"), file);
+        });
   }
 
   static std::string percent(double fraction) {
@@ -448,16 +453,6 @@ class TaskRunner {
     for (char& c : name)
       if (!isalnum(static_cast<unsigned char>(c))) c = '_';
     return name;
-  }
-
-  json layers_left(Learner& learner, const ParameterLayout& layout) {
-    json layers = json::object();
-    for (const TensorSpec& t : layout.tensors()) {
-      if (t.bias) continue;
-      const std::vector<float> w = learner.store().read(device_, "mean", 0, t);
-      layers[t.name] = double(w.size() - std::count(w.begin(), w.end(), 0.f)) / double(w.size());
-    }
-    return layers;
   }
 
   TensorFile model_file(const TaskRun& run) const {
@@ -479,30 +474,6 @@ class TaskRunner {
       file.tensors[t.name + ".log_std"] = Tensor::of<float>(sd, t.shape);
     }
     save_safetensors(options_.out / (file_name(run) + ".safetensors"), file);
-  }
-  // Of every weight tensor only what is left: indices into the flattened tensor, means and standard deviations. A
-  // weight that is not named is 0 exactly. Biases are whole.
-  void save_pruned(const TaskRun& run, Learner& learner, const fs::path& path) {
-    TensorFile file = model_file(run);
-    for (const TensorSpec& t : learner.store().layout().tensors()) {
-      const std::vector<float> mean = learner.store().read(device_, "mean", 0, t);
-      const std::vector<float> sd =
-          learner.deviations() ? learner.store().read(device_, "std", 0, t) : std::vector<float>();
-      std::vector<int32_t> index;
-      std::vector<float> left_mean, left_sd;
-      for (size_t i = 0; i < mean.size(); i++)
-        if (t.bias || mean[i] != 0 || (!sd.empty() && sd[i] != 0)) {
-          index.push_back(int32_t(i));
-          left_mean.push_back(mean[i]);
-          if (!sd.empty()) left_sd.push_back(sd[i]);
-        }
-      const int64_t n = int64_t(index.size());
-      file.tensors[t.name + ".index"] = Tensor::of<int32_t>(index, {n});
-      file.tensors[t.name + ".mean"] = Tensor::of<float>(left_mean, {n});
-      if (!sd.empty()) file.tensors[t.name + ".std"] = Tensor::of<float>(left_sd, {n});
-      file.metadata[t.name + ".shape"] = shape_text(t.shape);
-    }
-    save_safetensors(path, file);
   }
 
   int test_images() const {
@@ -536,10 +507,12 @@ class TaskRunner {
   std::vector<std::unique_ptr<Predictor>> predictors_;
   size_t run_ = 0;
   json finished_ = json::array(), current_ = json::object();
-  double seconds_ = 0, last_save_ = 0;
+  double seconds_ = 0, epoch_seconds_ = 0, last_save_ = 0;  // of the task, of its epoch under way
+  Due due_ = Due::nothing;
+  json figures_ = json::object();  // the learner's, at the end of the newest epoch
   bool resuming_ = false;
   int64_t resume_step_ = 0;
-  long done_ = 0;
+  long before_run_ = 0;  // images
 };
 
 }  // namespace

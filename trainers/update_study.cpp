@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 
+#include "engine/stop.h"
 #include "trainers/metrics.h"
 
 namespace baton {
@@ -24,6 +25,10 @@ std::vector<int> shuffled(int count, uint64_t seed) {
   SplitMix64 random(seed, 21);
   for (int i = count - 1; i > 0; i--) std::swap(order[i], order[random.below(uint64_t(i) + 1)]);
   return order;
+}
+
+void stop_if_asked() {
+  if (stop_requested()) throw_stopped("the unit under way is not kept");
 }
 
 struct Judged {
@@ -182,6 +187,7 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
           const auto timed = [&](const LastLayer<Real>& from, const std::function<void()>& update) {
             std::vector<double> seconds;
             for (int k = 0; k < o.repeats; k++) {
+              stop_if_asked();
               layer.copy_from(from);
               device.synchronize();
               const double start = now();
@@ -195,6 +201,7 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
           update.gamma = o.gamma;
           update.duplicates = true;  // a set may hold equal samples
           for (UpdateMethod method : o.methods) {
+            stop_if_asked();
             double seconds = 0;
             switch (method) {
               case UpdateMethod::base:

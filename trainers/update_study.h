@@ -44,7 +44,8 @@ struct UpdateStudy {
 // For every tau, base, seed, number of new samples and method a line {tau, base, seed, new, method, accuracy, nll, ece,
 // flips (share of the test samples whose class changes), gain (accuracy minus the base model's), seconds}. Seconds are
 // those of the update alone, features in device memory: not of the base fit, nor of the covariance that a retrained
-// model would need for the next update. `line` is called with each. Throws InputError when base + new exceed the pool.
+// model would need for the next update. `line` is called with each. Throws InputError when base + new exceed the pool;
+// Stopped, within a unit too, when a signal asks the program to end.
 template <class Real>
 void run_update_study(Device&, const FeatureSet& pool, const FeatureSet& test, const UpdateStudy&,
                       const std::function<void(const json&)>& line);

@@ -5,13 +5,16 @@
 //   ffg             prior N(0, prior_sd^2)             ffg_grid       prior N(w*, sigma^2), sigma by a grid search
 //   ffg_laplace     prior N(w*, 1 / precision), a diagonal Laplace approximation from the old data
 // and cfg_grid, cfg_laplace, mnf_grid, mnf_laplace likewise. w* is the pretrained network. sigma is chosen on a
-// hold-out of the first part: its grid runs as replicas of one training run, on the rest of that part.
+// hold-out of the first part: its grid runs as replicas of one training run, on the rest of that part. Pretraining and
+// grids have checkpoints of their own, beside the experiment's.
 #include <cmath>
 #include <set>
 
 #include "bench/common/bil.h"
+#include "bench/common/resume.h"
 #include "engine/files.h"
 #include "engine/program.h"
+#include "engine/stop.h"
 #include "layers/conv3fc3.h"
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"
@@ -71,20 +74,40 @@ struct Prelude {
   NetworkFactory make = [] { return std::make_unique<Conv3Fc3>(5); };
 };
 
+json pretraining_of(const Prelude& prelude, const Preset& p, uint64_t seed) {
+  return {{"classes", prelude.old_classes},
+          {"images", prelude.old_set.train.count},
+          {"epochs", p.pretrain_epochs},
+          {"batch", p.batch},
+          {"lr", p.ft.lr},
+          {"schedule", name_of(p.ft.schedule)},
+          {"augment", p.augment},
+          {"seed", seed},
+          {"source", prelude.old_set.source}};
+}
+
+// Where checkpoints go; one that a fresh run finds is none of its own.
+struct Checkpoints {
+  Checkpoints(const fs::path& out, bool resume_, double seconds_)
+      : folder(out / "checkpoint"), resume(resume_), seconds(seconds_) {
+    make_directories(folder);
+    if (resume) return;
+    for (const fs::directory_entry& entry : fs::directory_iterator(folder))
+      if (const std::string name = entry.path().filename(); name.starts_with("pretraining_") || name.starts_with("sd_"))
+        fs::remove(entry.path());
+  }
+  fs::path folder;
+  bool resume;
+  double seconds;
+};
+
 // One network trained on the old classes, all at once, or read from the file that an earlier run left.
-NamedWeights pretrain(const Prelude& prelude, const Preset& p, uint64_t seed, const fs::path& path, bool reuse) {
-  json identity{{"classes", prelude.old_classes},
-                {"images", prelude.old_set.train.count},
-                {"epochs", p.pretrain_epochs},
-                {"batch", p.batch},
-                {"lr", p.ft.lr},
-                {"schedule", name_of(p.ft.schedule)},
-                {"augment", p.augment},
-                {"seed", seed},
-                {"source", prelude.old_set.source}};
+NamedWeights pretrain(const Prelude& prelude, const Preset& p, uint64_t seed, const fs::path& path,
+                      const Checkpoints& checkpoints) {
+  const json identity = pretraining_of(prelude, p, seed), extra{{"identity", identity}};
   const std::unique_ptr<Network> network = prelude.make();
   NamedWeights weights;
-  if (reuse && fs::exists(path)) {
+  if (checkpoints.resume && fs::exists(path)) {
     const TensorFile file = load_safetensors(path);
     const auto found = file.metadata.find("pretraining");
     if (found != file.metadata.end() && found->second == identity.dump()) {
@@ -106,9 +129,17 @@ NamedWeights pretrain(const Prelude& prelude, const Preset& p, uint64_t seed, co
   IncrementalTrainer trainer(device, arena, prelude.make, train, plan, order, {prelude.old_set.train.count});
   Predictor predictor(device, arena, prelude.make,
                       upload_images(device, arena, prelude.old_set.test, prelude.normalisation));
-  trainer.begin_stage(0);
-  trainer.run(trainer.steps_of(0));
-  const Predictions predicted = predictor.predict(trainer.posterior(), 0, 0, 0);
+  const fs::path checkpoint = checkpoints.folder / ("pretraining_seed" + std::to_string(seed) + ".safetensors");
+  if (left_by_earlier_run(checkpoint, identity).is_null()) trainer.begin_stage(0);
+  else trainer.restore(checkpoint);
+  finish_stage(trainer, checkpoint, extra, checkpoints.seconds);
+  Predictions predicted;
+  try {
+    predicted = predictor.predict(trainer.posterior(), 0, 0, 0);
+  } catch (const Stopped&) {
+    trainer.save(checkpoint, extra.dump());
+    stop_at_checkpoint();
+  }
   const Metrics m =
       evaluate(predicted.probability, prelude.old_set.test.labels, 5, predicted.entropy, predicted.mutual_information);
   printf("pretrained on classes %s, seed %llu: test accuracy %.4f on them\n", joined(prelude.old_classes).c_str(),
@@ -125,6 +156,7 @@ NamedWeights pretrain(const Prelude& prelude, const Preset& p, uint64_t seed, co
   file.metadata["pretraining"] = identity.dump();
   file.metadata["test_accuracy"] = std::to_string(m.accuracy);
   save_safetensors(path, file);
+  fs::remove(checkpoint);
   return weights;
 }
 
@@ -144,48 +176,91 @@ struct GridPoint {
   double sd, accuracy, nll;
 };
 
-// Trains the first part with every sigma of the grid at once, a replica each, on nine tenths of it, and judges the
-// rest.
-std::vector<GridPoint> search_sd(const Prelude& prelude, const Preset& p, Family family, int parts, uint64_t seed,
-                                 const std::shared_ptr<const Pretrained>& pretrained, int at_once) {
-  const std::vector<int32_t> part = split_parts(prelude.new_set.train.count, parts, seed)[0];
-  const size_t held = std::max<size_t>(1, part.size() / 10);
-  const std::vector<int32_t> rest(part.begin(), part.end() - long(held)), hold_out(part.end() - long(held), part.end());
-  const Images judged = subset(prelude.new_set.train, hold_out);
-  std::vector<GridPoint> points;
-  for (size_t first = 0; first < p.grid.size(); first += size_t(at_once)) {
+// Trains the first part with every sigma of the grid, as many at once as shall be, a replica each, on nine tenths of
+// it, and judges the rest. What is finished is kept in checkpoint/, so that a resumed run does not search again.
+class SdSearch {
+ public:
+  SdSearch(const Prelude& prelude, const Preset& p, const json& identity, const Checkpoints& checkpoints, int at_once)
+      : prelude_(prelude), p_(p), checkpoints_(checkpoints), at_once_(at_once) {
+    kept_["identity"] = identity;
+    kept_["points"] = json::object();
+    const json before = left_by_earlier_run(kept_path(), identity);
+    if (!before.is_null()) kept_ = before;
+  }
+
+  std::vector<GridPoint> points(const std::string& method, Family family, int parts, uint64_t seed,
+                                const std::shared_ptr<const Pretrained>& pretrained) {
+    const std::string which = method + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);
+    json& found = kept_["points"][which];  // [sd, accuracy, NLL]
+    if (found.is_null()) found = json::array();
+    const std::vector<int32_t> part = split_parts(prelude_.new_set.train.count, parts, seed)[0];
+    while (found.size() < p_.grid.size()) {
+      const size_t first = found.size(), end = std::min(p_.grid.size(), first + size_t(at_once_));
+      search(which, std::vector<double>(p_.grid.begin() + long(first), p_.grid.begin() + long(end)), family, seed,
+             pretrained, part, found);
+      write_file_atomically(kept_path(), kept_.dump());
+      fs::remove(running_path());
+    }
+    std::vector<GridPoint> points;
+    for (const json& f : found) points.push_back({f[0], f[1], f[2].is_null() ? NAN : double(f[2])});
+    return points;
+  }
+
+ private:
+  fs::path kept_path() const { return checkpoints_.folder / "sd_search.json"; }
+  fs::path running_path() const { return checkpoints_.folder / "sd_search.safetensors"; }
+
+  void search(const std::string& which, const std::vector<double>& sds, Family family, uint64_t seed,
+              const std::shared_ptr<const Pretrained>& pretrained, const std::vector<int32_t>& part, json& found) {
+    const size_t held = std::max<size_t>(1, part.size() / 10);
+    const std::vector<int32_t> rest(part.begin(), part.end() - long(held)),
+        hold_out(part.end() - long(held), part.end());
+    const Images judged = subset(prelude_.new_set.train, hold_out);
     Device device;
     Arena arena;
     TrainingPlan plan;
-    plan.posterior = p.posterior;
+    plan.posterior = p_.posterior;
     plan.posterior.family = family;
-    plan.scale_rule = p.scale_rule;
-    plan.batch = p.batch;
-    plan.augment = p.augment;
-    plan.epochs = p.grid_epochs;
-    std::vector<std::vector<int32_t>> orders;
-    for (size_t i = first; i < std::min(p.grid.size(), first + size_t(at_once)); i++) {
-      TrainingSettings s = Preset(p).of(family);
+    plan.scale_rule = p_.scale_rule;
+    plan.batch = p_.batch;
+    plan.augment = p_.augment;
+    plan.epochs = p_.grid_epochs;
+    for (double sd : sds) {
+      TrainingSettings s = Preset(p_).of(family);
       s.pretrained = pretrained;
-      s.pretrained_sd = p.grid[i];
+      s.pretrained_sd = sd;
       plan.seeds.push_back(seed);
       plan.settings.push_back(s);
-      orders.push_back(rest);
     }
-    const DeviceImages train = upload_images(device, arena, prelude.new_set.train, prelude.normalisation);
-    IncrementalTrainer trainer(device, arena, prelude.make, train, plan, orders, {int(rest.size())});
-    Predictor predictor(device, arena, prelude.make, upload_images(device, arena, judged, prelude.normalisation));
-    trainer.begin_stage(0);
-    trainer.run(trainer.steps_of(0));
-    for (size_t r = 0; r < plan.seeds.size(); r++) {
-      const Predictions predicted = predictor.predict(trainer.posterior(), int(r), p.samples, seed);
-      const Metrics m =
-          evaluate(predicted.probability, judged.labels, 5, predicted.entropy, predicted.mutual_information);
-      points.push_back({plan.settings[r].pretrained_sd, m.accuracy, m.nll});
+    const DeviceImages train = upload_images(device, arena, prelude_.new_set.train, prelude_.normalisation);
+    IncrementalTrainer trainer(device, arena, prelude_.make, train, plan,
+                               std::vector<std::vector<int32_t>>(sds.size(), rest), {int(rest.size())});
+    Predictor predictor(device, arena, prelude_.make, upload_images(device, arena, judged, prelude_.normalisation));
+    const json extra{{"identity", kept_["identity"]}, {"search", which}, {"sds", sds}};
+    if (left_by_earlier_run(running_path(), kept_["identity"]) == extra) trainer.restore(running_path());
+    else trainer.begin_stage(0);  // there is none, or it is of a search that has ended since
+    finish_stage(trainer, running_path(), extra, checkpoints_.seconds);
+    json points = json::array();
+    try {
+      for (size_t r = 0; r < sds.size(); r++) {
+        const Predictions predicted = predictor.predict(trainer.posterior(), int(r), p_.samples, seed);
+        const Metrics m =
+            evaluate(predicted.probability, judged.labels, 5, predicted.entropy, predicted.mutual_information);
+        points.push_back({sds[r], m.accuracy, m.nll});
+      }
+    } catch (const Stopped&) {
+      trainer.save(running_path(), extra.dump());
+      stop_at_checkpoint();
     }
+    for (const json& point : points) found.push_back(point);
   }
-  return points;
-}
+
+  const Prelude& prelude_;
+  const Preset& p_;
+  const Checkpoints& checkpoints_;
+  int at_once_;
+  json kept_;  // as the file holds it
+};
 
 std::string sentence_of(const json& result, const std::vector<std::string>& methods, int parts) {
   std::string sentence;
@@ -303,7 +378,7 @@ int run(int argc, char** argv) {
   prelude.normalisation = standardise(prelude.old_set.train);  // what the pretrained network saw
   const std::vector<int> parts = options.part_numbers(prelude.new_set.train.count);
   const fs::path out = options.out_folder();
-  make_directories(out);
+  const Checkpoints checkpoints(out, options.resume, options.checkpoint_seconds);
   printf("bil_cifar5p5: %s, old classes %s (%d images), new classes %s (%d training and %d test images)%s, preset %s\n",
          all.generated ? "GENERATED images (no CIFAR-10 was found)" : "CIFAR-10", joined(prelude.old_classes).c_str(),
          prelude.old_set.train.count, joined(prelude.new_classes).c_str(), prelude.new_set.train.count,
@@ -319,7 +394,7 @@ int run(int argc, char** argv) {
   for (uint64_t seed : seeds) {
     if (!any_pretrained) break;
     const fs::path path = out / ("pretrained_seed" + std::to_string(seed) + ".safetensors");
-    const NamedWeights weights = pretrain(prelude, p, seed, path, options.resume);
+    const NamedWeights weights = pretrain(prelude, p, seed, path, checkpoints);
     Pretrained from;
     for (const std::string& name : names) from.weights[name] = weights.at(name);
     char epochs[40];
@@ -329,8 +404,13 @@ int run(int argc, char** argv) {
     flat[seed] = std::make_shared<Pretrained>(from);
     if (!any_laplace) continue;
     Device device;
-    const NamedWeights log_sd = laplace_log_sd(
-        curvature_diagonal(device, prelude.make, prelude.old_set.train, prelude.normalisation, weights, kind), laplace);
+    NamedWeights squares;
+    try {
+      squares = curvature_diagonal(device, prelude.make, prelude.old_set.train, prelude.normalisation, weights, kind);
+    } catch (const Stopped&) {
+      throw_stopped("the pretrained network is kept; --resume goes on from it");
+    }
+    const NamedWeights log_sd = laplace_log_sd(squares, laplace);
     double sum = 0, count = 0;
     for (const std::string& name : names) {
       from.prior_log_sd[name] = log_sd.at(name);
@@ -351,6 +431,24 @@ int run(int argc, char** argv) {
 #else
   const int at_once = options.at_once ? options.at_once : 1;
 #endif
+  ExperimentOptions experiment = options.experiment("bil_cifar5p5", p);
+  json of_search{{"pretraining", pretraining_of(prelude, p, 0)},
+                 {"set", {prelude.new_set.source, prelude.new_set.train.count}},
+                 {"transfer", transfer},
+                 {"grid", p.grid}};
+  for (const Method& m : methods) {
+    if (m.prior != "grid") continue;
+    Job job;
+    job.plan.posterior = p.posterior;
+    job.plan.posterior.family = m.family;
+    job.plan.scale_rule = p.scale_rule;
+    job.plan.batch = p.batch;
+    job.plan.augment = p.augment;
+    job.plan.epochs = p.grid_epochs;
+    job.plan.settings = {p.of(m.family)};
+    of_search["settings"][m.name] = settings_json(job, experiment, 0);
+  }
+  SdSearch search(prelude, p, of_search, checkpoints, at_once);
   json searches = json::array();
   std::vector<Job> jobs;
   for (const Method& m : methods)
@@ -372,20 +470,20 @@ int run(int argc, char** argv) {
           if (m.prior == "pretrained" || m.prior == "grid") s.pretrained = flat.at(seed);
           if (m.prior == "laplace") s.pretrained = curved.at(seed);
           if (m.prior == "grid") {
-            const std::vector<GridPoint> points = search_sd(prelude, p, m.family, t, seed, s.pretrained, at_once);
+            const std::vector<GridPoint> points = search.points(m.name, m.family, t, seed, s.pretrained);
             const GridPoint best = *std::min_element(points.begin(), points.end(),
                                                      [](const auto& a, const auto& b) { return a.nll < b.nll; });
             s.pretrained_sd = best.sd;
-            json search{{"method", m.name}, {"parts", t}, {"seed", seed}, {"chosen_sd", best.sd}};
+            json said{{"method", m.name}, {"parts", t}, {"seed", seed}, {"chosen_sd", best.sd}};
             printf("%s T=%d seed %llu, sigma on the hold-out of the first part:", m.name.c_str(), t,
                    static_cast<unsigned long long>(seed));
             for (const GridPoint& g : points) {
-              search["points"].push_back({{"sd", g.sd}, {"holdout_accuracy", g.accuracy}, {"holdout_nll", g.nll}});
+              said["points"].push_back({{"sd", g.sd}, {"holdout_accuracy", g.accuracy}, {"holdout_nll", g.nll}});
               printf(" %g: NLL %.3f (%.3f)", g.sd, g.nll, g.accuracy);
             }
             printf("; chosen %g\n", best.sd);
             fflush(stdout);
-            searches.push_back(search);
+            searches.push_back(said);
           }
           job.plan.seeds.push_back(seed);
           job.plan.settings.push_back(s);
@@ -393,7 +491,6 @@ int run(int argc, char** argv) {
         jobs.push_back(job);
       }
 
-  ExperimentOptions experiment = options.experiment("bil_cifar5p5", p);
   experiment.normalisation = prelude.normalisation;
   experiment.extra = {{"old_classes", prelude.old_classes},
                       {"new_classes", prelude.new_classes},

@@ -1,17 +1,19 @@
 // Finds the settings that the paper leaves out. Each candidate is a replica: candidates that share shapes (family,
 // scale rule, batch, epochs, parts) train side by side, on the first --train-limit training images in parts, and are
 // judged on the last --hold-out training images, which no candidate trains on. The test set is not looked at.
-// Candidates come from a JSON file; the table of all that was tried goes to
-// --out as table.csv, a row a candidate, appended as it is found.
+// Candidates come from a JSON file; the table of all that was tried goes to --out as table.csv, a row a candidate,
+// appended as it is found. --resume goes on with the candidates under way.
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <map>
 
+#include "bench/common/resume.h"
 #include "engine/files.h"
 #include "engine/program.h"
 #include "engine/runlog.h"
+#include "engine/stop.h"
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/metrics.h"
@@ -89,8 +91,29 @@ std::string draws_of(const PosteriorOptions& o) {
   return text;
 }
 
-void train_group(const Images& images, const Normalisation& normalisation, const NetworkFactory& make, int train_count,
-                 int hold_out_count, const std::vector<Candidate>& group, int samples, std::ofstream& table) {
+// A search under way: how many groups are finished, and what of the table is theirs or of earlier searches.
+struct Progression {
+  std::filesystem::path folder, table;
+  json identity;
+  size_t groups = 0;
+  double checkpoint_seconds = 20;
+
+  std::filesystem::path path() const { return folder / "search.json"; }
+  std::filesystem::path of_group() const { return folder / "group.safetensors"; }
+  void save() const {
+    write_file_atomically(
+        path(),
+        json{{"identity", identity}, {"groups", groups}, {"table_bytes", std::filesystem::file_size(table)}}.dump());
+  }
+  // Of the group under way: its curves so far, and its seconds.
+  json extra(const std::vector<std::string>& curve, double seconds) const {
+    return {{"identity", identity}, {"group", groups}, {"curve", curve}, {"seconds", seconds}};
+  }
+};
+
+void train_group(const Progression& at, const Images& images, const Normalisation& normalisation,
+                 const NetworkFactory& make, int train_count, int hold_out_count, const std::vector<Candidate>& group,
+                 int samples, std::ofstream& table) {
   const Candidate& first = group[0];
   std::vector<int32_t> order, held;
   std::vector<int> sizes;
@@ -116,22 +139,40 @@ void train_group(const Images& images, const Normalisation& normalisation, const
   Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, normalisation));
   std::vector<std::string> curve(group.size());
   std::vector<Metrics> last(group.size());
-  std::vector<bool> broken(group.size(), false);
+  double before = 0;  // seconds, when it was stopped
+  int stage = 0;
+  const json left = left_by_earlier_run(at.of_group(), at.identity);
+  if (!left.is_null() && left["group"] == at.groups) {
+    trainer.restore(at.of_group());
+    stage = trainer.stage();
+    curve = left["curve"].get<std::vector<std::string>>();
+    before = left["seconds"];
+  }
   const auto start = std::chrono::steady_clock::now();
-  for (int stage = 0; stage < trainer.stages(); stage++) {
-    trainer.begin_stage(stage);
-    trainer.run(trainer.steps_of(stage));
+  const auto seconds_so_far = [&] {
+    return before + std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  for (; stage < trainer.stages(); stage++) {
+    if (trainer.stage() != stage) trainer.begin_stage(stage);
+    finish_stage(trainer, at.of_group(), at.extra(curve, seconds_so_far()), at.checkpoint_seconds);
     const bool final_stage = stage + 1 == trainer.stages();
     if (!final_stage && stage != 0 && stage != 1 && stage != 4) continue;
+    try {
+      for (size_t r = 0; r < group.size(); r++) {
+        const Predictions p = predictor.predict(trainer.posterior(), int(r), final_stage ? samples : samples / 4, 99);
+        last[r] = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
+      }
+    } catch (const Stopped&) {
+      trainer.save(at.of_group(), at.extra(curve, seconds_so_far()).dump());
+      stop_at_checkpoint();
+    }
     for (size_t r = 0; r < group.size(); r++) {
-      const Predictions p = predictor.predict(trainer.posterior(), int(r), final_stage ? samples : samples / 4, 99);
-      last[r] = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
       char text[32];
       snprintf(text, sizeof text, "%s%.4f", curve[r].empty() ? "" : " ", last[r].accuracy);
       curve[r] += text;
     }
   }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = seconds_so_far();
   const std::vector<double> log_sd = trainer.posterior().mean_log_sd();
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
@@ -153,6 +194,8 @@ int run(int argc, char** argv) {
       "Searches the settings of bil_mnist or bil_cifar10 on a hold-out of the training parts (never on the test set)"};
   std::string candidates_file, set_name = "mnist", data, out = "results/bil_search";
   int samples = 20, train_limit = 30000, hold_out = 10000, at_once = 1;
+  bool resume = false;
+  Progression at;
   app.add_option("candidates", candidates_file, "JSON: a list of objects of settings")->required();
   app.add_option("--set", set_name, "mnist (LeNet5) or cifar10 (3Conv3FC)")
       ->check(CLI::IsMember({"mnist", "cifar10"}))
@@ -163,6 +206,9 @@ int run(int argc, char** argv) {
   app.add_option("--train-limit", train_limit, "train on the first N images")->capture_default_str();
   app.add_option("--hold-out", hold_out, "judge on the last N training images")->capture_default_str();
   app.add_option("--at-once", at_once, "candidates that train side by side, where they share shapes");
+  app.add_flag("--resume", resume, "go on from the checkpoint in --out");
+  app.add_option("--checkpoint-seconds", at.checkpoint_seconds, "between checkpoints, at the ends of epochs")
+      ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
 
   const auto folder = data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data);
@@ -179,10 +225,21 @@ int run(int argc, char** argv) {
   const std::vector<uint8_t> bytes = read_file(candidates_file);
   const json list = json::parse(bytes.begin(), bytes.end(), nullptr, false);
   if (!list.is_array()) throw InputError(candidates_file + ": not a JSON list");
-  make_directories(out);
-  const std::filesystem::path path = std::filesystem::path(out) / "table.csv";
-  const bool fresh = !std::filesystem::exists(path);
-  std::ofstream table(path, std::ios::app);
+  at.folder = std::filesystem::path(out) / "checkpoint";
+  at.table = std::filesystem::path(out) / "table.csv";
+  at.identity = {{"candidates", list},         {"set", set.source},    {"samples", samples},
+                 {"train_limit", train_limit}, {"hold_out", hold_out}, {"at_once", at_once}};
+  make_directories(at.folder);
+  if (!resume) {
+    for (const auto& path : {at.path(), at.of_group()}) std::filesystem::remove(path);
+  } else if (const json before = left_by_earlier_run(at.path(), at.identity); !before.is_null()) {
+    at.groups = before["groups"];
+    const size_t bytes = before["table_bytes"];  // a row behind them is of a group that will run again
+    if (std::filesystem::exists(at.table) && std::filesystem::file_size(at.table) > bytes)
+      std::filesystem::resize_file(at.table, bytes);
+  }
+  const bool fresh = !std::filesystem::exists(at.table);
+  std::ofstream table(at.table, std::ios::app);
   if (fresh)
     table << "method,draws,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_sd,beta,warmup_epochs,"
              "seed,"
@@ -195,13 +252,18 @@ int run(int argc, char** argv) {
       groups.back().push_back(c);
     else groups.push_back({c});
   }
-  for (const auto& group : groups) {
+  if (at.groups == 0) at.save();
+  while (at.groups < groups.size()) {
     try {
-      train_group(set.train, normalisation, make, train_limit, hold_out, group, samples, table);
+      train_group(at, set.train, normalisation, make, train_limit, hold_out, groups[at.groups], samples, table);
     } catch (const RunError& e) {
       printf("# %s\n", e.what());
     }
+    at.groups++;
+    at.save();
+    if (at.groups < groups.size() && stop_requested()) stop_at_checkpoint();
   }
+  std::filesystem::remove_all(at.folder);
   return 0;
 }
 

@@ -9,6 +9,7 @@
 
 #include "bench/common/bil.h"
 #include "engine/program.h"
+#include "engine/stop.h"
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/active_learning.h"
@@ -625,5 +626,11 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("laplace_update", [&] { return run(argc, argv); });
+  return run_program("laplace_update", [&] {
+    try {
+      return run(argc, argv);
+    } catch (const Stopped&) {  // whatever was under way
+      throw_stopped("what is finished is in log.jsonl; --resume goes on from it");
+    }
+  });
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Runs the programs bgd_mnist, bgd_permuted_mnist, bgd_cifar10 and bgd_cifar_tasks as a user would, on a few generated
-images: the files they write, the models they save, SIGKILL and --resume, a sigma that diverges, and bad input.
+images: the files they write, the models they save, SIGKILL, SIGTERM, SIGINT and --resume, a sigma that diverges, and bad input.
 
 Usage: bgd_test.py FOLDER_OF_THE_PROGRAMS
 """
@@ -455,6 +455,19 @@ class BgdPermutedMnist(BgdTest):
         self.finish_with_kills(*arguments, out="killed", lines=[1, 10, 14, 17])
         self.check_same_runs("killed", "whole")
 
+    def test_signals(self):
+        """SIGTERM and SIGINT in the middle of tasks, in their judgements and in EWC's Fisher information."""
+        arguments = options({**self.SMALL, "samples": 40, "epochs": 2, "batch": 8, "fisher_examples": 320},
+                            {"methods": "bgd,si,ewc,bgd_continuous"})
+        self.finish(*arguments, out="whole")
+        places = []
+        # Six lines a run, two a task, and a judgement after the second.
+        self.finish_with_stops(*arguments, out="stopped", when=[1, (2, 0.02), 5, (8, 0.01), 13, (14, 0.01), 15, 20],
+                               check=lambda: places.append(self.where("stopped/checkpoint/run.safetensors")))
+        self.check_same_runs("stopped", "whole")
+        self.assertFalse((self.folder / "stopped/checkpoint").exists())
+        self.assertGreaterEqual(len([steps for _, steps in places if steps % 40]), 2, places)
+
     def test_the_first_task_is_the_set_itself(self):
         """Task 1 shows the pixels as they are, so it does not depend on how many tasks come; a seed's orders do."""
         def stages(out, **changes):
@@ -511,6 +524,18 @@ class BgdCifar10(BgdTest):
                       f"{sigma['initial']:.3g} to median {sigma['median']:.3g}, largest {sigma['largest']:.3g}",
                       done.stdout)
         self.assertIn(f"SGD, seed 0: MAP {100 * sgd['final_test_accuracy']:.2f} %\n", done.stdout)
+
+    def test_signals(self):
+        """In a step, and when VGG11 is judged and pruned: nothing of that is done twice, and all is judged."""
+        write_cifar10(self.folder / "few", 40)
+        arguments = options({"train_limit": 48, "test_limit": 40, "epochs": 2, "batch": 8, "draws": 1, "samples": 2},
+                            {"methods": "bgd", "prune": "0.5,0.9", "data": "few"})
+        self.finish(*arguments, "--save-models", out="whole")
+        self.finish_with_stops(*arguments, "--save-models", out="stopped",
+                               when=[1, (2, 0.1), (pathlib.Path("BGD_seed0.safetensors"), 0.3)])
+        self.check_same_runs("stopped", "whole")
+        for path in (self.folder / "whole").glob("*.safetensors"):
+            self.assertEqual((self.folder / "stopped" / path.name).read_bytes(), path.read_bytes(), path.name)
 
     def test_bad_input(self):
         write_cifar10(self.folder / "cut", 2)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs the programs bil_cifar10 and bil_cifar5p5 as a user would, on a few generated images: the files they write, the
-search for the prior's width, SIGKILL and --resume, and bad input.
+"""Runs the programs bil_cifar10, bil_cifar5p5 and bil_search as a user would, on a few generated images: the files they
+write, the search for the prior's width, SIGKILL, SIGTERM, SIGINT and --resume, and bad input.
 
 Usage: bil_cifar_test.py FOLDER_OF_THE_PROGRAMS
 """
+import json
 import pathlib
 import sys
 import unittest
@@ -44,6 +45,14 @@ class BilCifar(ProgramTest):
             self.assertTrue(lines)
             self.assertLess(abs(lines[0]["kl"]), 0.02 * first, run["method"])
 
+    def small_set(self):
+        """A folder with a thousand training images: quicker to read than sixty thousand are to generate."""
+        folder = self.folder / "few"
+        folder.mkdir()
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+            write_cifar(folder, name, 200)
+        return ["--data", "few"]
+
     def check_bad_data(self, *options):
         self.expect_refusal(2, ["nowhere"], *options, "--out", "refused", "--data", "nowhere")
         cut = self.folder / "cut"
@@ -75,6 +84,15 @@ class BilCifar10(BilCifar):
         # A line a stage: killed in FFG's first, CFG's second and MNF's.
         self.finish_with_kills(*arguments, out="killed", lines=[3, 5, 7])
         self.check_same_runs("killed", "whole")
+
+    def test_signals(self):
+        arguments = [*tiny(methods="ft,cfg", epochs=2, batch=10, train_limit=100), "--augment", *self.small_set()]
+        self.finish(*arguments, out="whole")
+        places = []
+        self.finish_with_stops(*arguments, out="stopped", when=[1, (4, 0.1), (6, 0.1)],
+                               check=lambda: places.append(self.where("stopped/checkpoint/job.safetensors")))
+        self.check_same_runs("stopped", "whole")
+        self.assertTrue(any(steps % 5 for _, steps in places), places)
 
     def test_augmentation_is_deterministic_and_makes_a_difference(self):
         figures = []
@@ -151,6 +169,34 @@ class BilCifar5p5(BilCifar):
         self.assertEqual([run["method"] for run in whole["runs"]], ["cfg_laplace", "mnf_grid"])
         self.check_stages_start_at_their_priors(whole, log)
 
+    def test_signals(self):
+        """In pretraining, in the Laplace approximation, in the search for the prior's width, and in the experiment."""
+        def those(**changes):
+            return tiny_5p5(**{"methods": "ft_pretrained,ffg_grid,ffg_laplace", "batch": 20, "train_limit": 100,
+                               "old_limit": 100, "pretrain_epochs": 6, "data": "few", **changes})
+        self.small_set()
+        arguments = those()
+        self.finish(*arguments, out="whole")
+        kept, search = pathlib.Path("pretrained_seed0.safetensors"), pathlib.Path("checkpoint/sd_search.json")
+        places = []
+
+        def check():
+            places.append({p.name: self.where(p) for p in (self.folder / "stopped/checkpoint").glob("*.safetensors")})
+        messages = self.finish_with_stops(*arguments, out="stopped", check=check, when=[
+            ("old classes", 0.1), (kept, 0.05), ("Laplace prior", 0.1), (search, 0.1), 1, 3])
+        self.check_same_runs("stopped", "whole")
+        self.assertEqual((self.folder / "stopped" / kept).read_bytes(), (self.folder / "whole" / kept).read_bytes())
+        self.assertFalse((self.folder / "stopped/checkpoint").exists())
+        self.assertEqual([list(p) for p in places],
+                         [["pretraining_seed0.safetensors"], [], *[["sd_search.safetensors"]] * 2,
+                          *[["job.safetensors"]] * 2])
+        self.assertIn("pretrained network is kept", messages[1])
+
+        # Each of them is of its own options.
+        for number, (when, changes) in enumerate(((("old classes", 0.1), {"pretrain_epochs": 7}),
+                                                  (("Laplace prior", 0.1), {"sigma_grid": "0.01,0.2"}))):
+            self.expect_another_experiment(*arguments, changed=those(**changes), when=when, out=f"other{number}")
+
     def test_other_draws_of_the_classes(self):
         for seed in (0, 1):
             self.finish(*tiny(methods="ft", train_limit=60, test_limit=20, parts=1, class_seed=seed), out=f"seed{seed}")
@@ -172,6 +218,39 @@ class BilCifar5p5(BilCifar):
         self.check_bad_data(*tiny_5p5())
         self.expect_refusal(2, ["--transfer", "head"], *tiny_5p5(transfer="head", out="transfer"))
         self.assertEqual(self.run_program("--help").returncode, 0)
+
+
+class BilSearch(BilCifar):
+    program = FOLDER / "bil_search"
+
+    def test_signals(self):
+        candidates = [{"method": "ffg", "lr": lr, "epochs": 2, "batch": 10, "parts": 2, "prior_sd": sd}
+                      for lr, sd in ((1e-3, 1), (1e-3, 0.5), (2e-3, 1))]
+        candidates[2]["method"] = "ft"
+        (self.folder / "list.json").write_text(json.dumps(candidates))
+        arguments = ["list.json", "--set", "cifar10", *self.small_set(), "--train-limit", 120, "--hold-out", 50,
+                     "--samples", 8]
+
+        def table(out):  # less the clock's column, the last
+            return [row.rsplit(",", 1)[0] for row in (self.folder / out / "table.csv").read_text().splitlines()]
+        self.finish(*arguments, out="whole")
+        self.assertEqual([row.split(",")[0] for row in table("whole")], ["method", "ffg", "ffg", "ft"])
+        checkpoint, first = pathlib.Path("checkpoint/search.json"), "ffg,"
+        places = []
+        self.finish_with_stops(*arguments, out="stopped", when=[(checkpoint, 0.3), (first, 0.2), (checkpoint, 0.4)],
+                               check=lambda: places.append(self.where("stopped/checkpoint/group.safetensors")))
+        self.assertEqual(table("stopped"), table("whole"))
+        self.assertFalse((self.folder / "stopped/checkpoint").exists())
+        self.assertTrue(any(steps % 6 for _, steps in places), places)
+
+        # Another search appends; a resumed one takes nobody's rows but its own.
+        (self.folder / "one.json").write_text(json.dumps(candidates[2:]))
+        arguments[0] = "one.json"
+        self.finish_with_stops(*arguments, out="stopped", when=[(checkpoint, 0.2)])
+        self.assertEqual(table("stopped"), table("whole") + table("whole")[3:])
+        self.expect_another_experiment(*arguments, changed=["list.json", *arguments[1:]], when=checkpoint, out="other")
+        (self.folder / "bad.json").write_text('[{"speed": 1}]')
+        self.expect_refusal(2, ["unknown setting", "speed"], "bad.json", *arguments[1:], "--out", "bad")
 
 
 if __name__ == "__main__":

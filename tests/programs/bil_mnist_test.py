@@ -69,6 +69,26 @@ class BilMnist(ProgramTest):
         self.finish_with_kills(*arguments, out="killed", lines=[1, 6, 7])
         self.check_same_runs("killed", "whole")
 
+    def test_signals(self):
+        """SIGTERM and SIGINT in the middle of epochs, at their ends and in predictions, several times over."""
+        arguments = ["--train-limit", "600", "--test-limit", "100", "--epochs", "2", "--parts", "1,3", "--methods",
+                     "ft,ffg,mnf", "--seeds", "0,1", "--at-once", "2", "--batch", "20", "--samples", "20",
+                     "--stage-samples", "2"]
+        self.finish(*arguments, out="whole")
+        # Two lines an epoch, 4 to learn all at once and 12 to do so in parts, for each method. The last line before a
+        # judgement by 20 draws: 20 and 32 of FFG, 48 of MNF.
+        places = []
+        messages = self.finish_with_stops(
+            *arguments, out="stopped", when=[(2, 0.05), 6, 18, (20, 0.1), 26, (32, 0.15), 38, (48, 0.2)],
+            check=lambda: places.append(self.where("stopped/checkpoint/job.safetensors")))
+        self.assertEqual({m.split(": ")[2] for m in messages},
+                         {"the checkpoint is written; --resume goes on from it"})
+        self.check_same_runs("stopped", "whole")
+        self.assertFalse((self.folder / "stopped/checkpoint").exists())
+        # Thirty or ten steps an epoch.
+        within = [steps for _, steps in places if steps % 10]
+        self.assertGreaterEqual(len(within), 2, places)
+
     def test_a_stage_starts_at_its_prior(self):
         """Steps too small to move anything: the second stage's KL, to what was handed on, is 0 but for rounding."""
         self.finish(*TINY, "--methods", "ffg,cfg,mnf", "--epochs", "1", "--lr", "1e-12", "--lr-scale", "1e-12",

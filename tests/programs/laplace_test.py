@@ -116,6 +116,14 @@ class LaplaceUpdate(ProgramTest):
         self.assertEqual(figures(self.log("killed")), figures(self.log("whole")))
         self.expect_refusal(2, ["--resume", "other settings"], *options, "--gamma", "5", "--out", "killed", "--resume")
 
+    def test_stopped_and_resumed_is_the_same(self):
+        """SIGTERM and SIGINT while a network is trained for its features, in updates and in active learning."""
+        options = ["--sets", "pixels,lenet5", *changed(SMALL, ["--extractor-epochs", "20"])]
+        self.finish(*options, out="whole")
+        # 105 lines of each set, and the settings: 81 of updates, then 24 of active learning.
+        self.finish_with_stops(*options, out="stopped", when=[10, 60, 90, (105, 0.2), 130, 190])
+        self.check_same_runs("stopped", "whole")
+
     def test_features_from_files(self):
         options = self.clusters("train", 200) + self.clusters("test", 100, seed=1)
         self.finish("--sets", "file", *options, "--bases", "20", "--new", "10", "--seeds", "0,1,2", "--adam-epochs", "5",

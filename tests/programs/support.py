@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import struct
 import subprocess
 import tempfile
 import time
@@ -95,6 +96,71 @@ class ProgramTest(unittest.TestCase):
                 break
             kills += 1
         self.assertGreater(kills, 0)
+
+    def finish_with_stops(self, *arguments, out, when, program=None, check=None):
+        """Ends the run by SIGTERM and SIGINT in turn, at each of `when`, and lets it finish at last. One of `when` is a
+        number of lines in the log, a text that stands in what the program says, or a file in `out` (a Path), each with
+        the seconds that pass after it, or without. `check` is called after every stop. Gives what stopped runs said."""
+        name = pathlib.Path(program or self.program).name
+        command = [program or self.program, *arguments, "--out", out]
+        messages = []
+        for number, moment in enumerate([*when, None]):
+            said, errors = (self.folder / f"{out}.{stream}" for stream in ("stdout", "stderr"))
+            with open(said, "w") as stdout, open(errors, "w") as stderr:
+                process = subprocess.Popen([*map(str, command)] + (["--resume"] if number else []), cwd=self.folder,
+                                           env=self.environment, stdout=stdout, stderr=stderr)
+                sent = signal.SIGINT if number % 2 else signal.SIGTERM
+                if moment is not None:
+                    self.signal_at(process, sent, moment, out, said)
+                code = process.wait(timeout=120)
+            message = errors.read_text()
+            if moment is None:
+                self.assertEqual(code, 0, message)
+                return messages
+            self.assertEqual(code, 128 + sent, f"at {moment}: {message}")
+            lines = [line for line in message.splitlines() if not re.match(rf"{name} .* loss ", line)]
+            self.assertEqual(len(lines), 1, message)
+            self.assertRegex(lines[0], rf"^{name}: stopped by {sent.name}: .*; --resume goes on from it$")
+            self.assertNotIn("Traceback", message)
+            messages.append(lines[0])
+            if check:
+                check()
+
+    def signal_at(self, process, number, moment, out, said):
+        what, seconds = moment if isinstance(moment, tuple) else (moment, 0)
+        log = self.folder / out / "log.jsonl"
+
+        def has_come():
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            if not int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1:
+                return False  # it would end at once
+            if isinstance(what, int):  # and its images are read or generated
+                return said.stat().st_size > 0 and log.exists() and log.read_bytes().count(b"\n") >= what
+            if isinstance(what, pathlib.PurePath):
+                return (self.folder / out / what).exists()
+            return what in said.read_text()
+        while process.poll() is None:
+            if has_come():
+                time.sleep(seconds)
+                process.send_signal(number)
+                return
+            time.sleep(0.002)
+
+    def expect_another_experiment(self, *arguments, changed, when, out):
+        """Stopped at `when`, it does not go on with other options."""
+        said = self.folder / f"{out}.stdout"
+        with open(said, "w") as stdout:
+            process = subprocess.Popen([str(self.program), *map(str, arguments), "--out", out], cwd=self.folder,
+                                       env=self.environment, stdout=stdout, stderr=subprocess.DEVNULL)
+            self.signal_at(process, signal.SIGTERM, when, out, said)
+            self.assertEqual(process.wait(timeout=120), 143)
+        self.expect_refusal(2, ["--resume", "another experiment"], *changed, "--out", out, "--resume")
+
+    def where(self, checkpoint):
+        """(stage, steps in it) of a trainer's checkpoint."""
+        data = (self.folder / checkpoint).read_bytes()
+        metadata = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+        return int(metadata["stage"]), int(metadata["stage_step"])
 
     def check_same_runs(self, one, other):
         """Two folders hold the same figures, bit for bit."""

@@ -2,8 +2,10 @@
 
 #include <unistd.h>
 
+#include <csignal>
 #include <nlohmann/json.hpp>
 
+#include "engine/stop.h"
 #include "engine/synthetic.h"
 #include "layers/lenet5.h"
 #include "tests/support/device.h"
@@ -488,6 +490,177 @@ TEST_F(Checkpoint, AResumedRunIsTheUninterruptedOne) {
     }
 }
 
+// As if a signal came, until the end of the block.
+struct Signal {
+  explicit Signal(int signal) { pretend_signal(signal); }
+  ~Signal() { pretend_signal(0); }
+};
+
+// Stopped in the middle of an epoch, at its start and at its end, and taken up in fresh trainers: their totals, their
+// KLs and all else are those of an epoch that nothing interrupted.
+TEST_F(Checkpoint, AStoppedEpochIsTheUninterruptedOne) {
+  BATON_NEEDS_DEVICE();
+  for (const Kind& kind : kinds) {
+    SCOPED_TRACE(kind.name);
+    TrainingPlan plan = plan_of(kind.posterior, {7, 2}, 2, 8);
+    plan.scale_rule = kind.rule;
+    plan.epochs = 2;
+    Training whole(plan, 96);
+    whole.train(0);
+    Training again(plan, 96);  // as whole, but in epochs
+    std::vector<EpochTotals> want;
+    for (int stage : {0, 1}) {
+      again.trainer.begin_stage(stage);
+      for (int epoch = 0; epoch < 2; epoch++)
+        for (const EpochTotals& t : again.trainer.run(6)) want.push_back(t);
+    }
+
+    auto run = std::make_unique<Training>(plan, 96);
+    std::vector<EpochTotals> got;
+    const auto stop = [&](int asked, int done) {
+      {
+        const Signal signal(SIGTERM);
+        EXPECT_EQ(run->trainer.advance(asked), done);
+      }
+      run->trainer.save(path_, "more");
+      const auto state = run->state();
+      run = std::make_unique<Training>(plan, 96);
+      EXPECT_EQ(run->trainer.restore(path_), "more");
+      EXPECT_EQ(run->state(), state);
+    };
+    const auto take = [&] {
+      for (const EpochTotals& t : run->trainer.take_totals()) got.push_back(t);
+    };
+    run->trainer.begin_stage(0);
+    EXPECT_EQ(run->trainer.advance(2), 2);
+    stop(4, 0);
+    EXPECT_EQ(run->trainer.stage_step(), 2);
+    stop(4, 1);  // the first step of a trainer always runs
+    EXPECT_EQ(run->trainer.advance(3), 3);
+    stop(0, 0);  // at the epoch's end, its totals untaken
+    take();
+    stop(0, 0);  // and taken
+    EXPECT_EQ(run->trainer.advance(6), 6);
+    take();
+    run->trainer.begin_stage(1);
+    stop(6, 0);
+    EXPECT_EQ(run->trainer.stage(), 1);
+    EXPECT_EQ(run->trainer.advance(6), 6);
+    take();
+    stop(6, 0);
+    stop(6, 1);
+    stop(5, 1);
+    EXPECT_EQ(run->trainer.advance(4), 4);
+    take();
+    ASSERT_EQ(got.size(), want.size());
+    for (size_t i = 0; i < got.size(); i++) expect_same(got[i], want[i]);
+    for (int r : {0, 1}) {
+      EXPECT_EQ(run->state(r), again.state(r));
+      EXPECT_EQ(run->state(r), whole.state(r));
+    }
+    EXPECT_EQ(run->trainer.posterior().kl(), whole.trainer.posterior().kl());
+  }
+}
+
+TEST(Incremental, RunEndsWithTheSignal) {
+  BATON_NEEDS_DEVICE();
+  for (const auto& [number, name, code] : {std::tuple(SIGINT, "SIGINT", 130), {SIGTERM, "SIGTERM", 143}}) {
+    Training run(plan_of(Family::gaussian, {7}, 1, 8), 64);
+    run.trainer.begin_stage(0);
+    const Signal signal(number);
+    try {
+      run.trainer.run(4);
+      ADD_FAILURE() << "not stopped";
+    } catch (const Stopped& e) {
+      EXPECT_EQ(e.exit_code(), code);
+      expect_says(e.what(), {"stopped by ", name});
+    }
+  }
+}
+
+// What Posterior::save() keeps after a stage is all that the next one needs: taken up in a trainer that has that part
+// alone, it is learned as if nothing had come between. To the same bits, but that load() computes the variances anew,
+// and exp() rounds otherwise where the compiler has vectorised it otherwise; with the very variances, to the same bits.
+TEST_F(Checkpoint, AStageGoesOnFromASavedPosterior) {
+  BATON_NEEDS_DEVICE();
+  const auto arrays_of = [](Memory& m, Posterior& posterior, const std::string& only = {}) {
+    std::vector<std::vector<float>> arrays;
+    for (const StateArray& a : posterior.state_arrays())
+      for (const TensorSpec& t : a.store->layout().tensors())
+        if (only.empty() || a.array == only) arrays.push_back(a.store->read(m.device(), a.array, 0, t));
+    return arrays;
+  };
+  for (const Kind& kind : kinds)
+    for (bool exact_variances : {false, true}) {
+      SCOPED_TRACE(kind.name + std::string(exact_variances ? ", with its variances" : ""));
+      const bool same = exact_variances || kind.posterior.family == Family::point;
+      TrainingPlan plan = plan_of(kind.posterior, {7}, 2, 8);
+      plan.scale_rule = kind.rule;
+      plan.epochs = 2;
+      Training first(plan, 101);
+      first.trainer.begin_stage(0);
+      first.trainer.run(first.trainer.steps_of(0));
+      TensorFile model;
+      first.trainer.posterior().save(model);
+      save_safetensors(path_, model);
+      const uint32_t steps = first.trainer.steps_in_all();
+      EXPECT_EQ(steps, uint32_t(first.trainer.steps_of(0)));
+      const auto variances = arrays_of(first.memory, first.trainer.posterior(), "variance");
+      first.trainer.begin_stage(1);
+      const int half = 5, rest = first.trainer.steps_of(1) - half;
+      const std::vector<EpochTotals> want{first.trainer.run(half)[0], first.trainer.run(rest)[0]};
+      const std::vector<double> kl = first.trainer.posterior().kl();
+      const auto state = arrays_of(first.memory, first.trainer.posterior());
+      const auto expect = [&](const EpochTotals& got, const EpochTotals& wanted) {
+        if (same) return expect_same(got, wanted);
+        EXPECT_NEAR(got.loss, wanted.loss, 1e-5 * wanted.loss);
+        EXPECT_NEAR(got.kl, wanted.kl, 1e-4 * wanted.kl);
+        EXPECT_EQ(got.steps, wanted.steps);
+      };
+
+      TrainingPlan second = plan;
+      second.parts = 1;
+      second.stages_before = 1;
+      second.goes_on_from = "the first";
+      const std::vector<int32_t> part = split_parts(101, 2, 7)[1];
+      const auto make = [&](Memory& m) {
+        return std::make_unique<IncrementalTrainer>(
+            m.device(), m.arena(), small(), upload_images(m.device(), m.arena(), generate_digits(101, 11), unit_range),
+            second, std::vector<std::vector<int32_t>>{part}, std::vector<int>{int(part.size())});
+      };
+      Memory memory, memory_of_resumed;
+      const auto trainer = make(memory);
+      trainer->resume_from(load_safetensors(path_), steps);
+      size_t next = 0;
+      for (const StateArray& a : trainer->posterior().state_arrays())
+        for (const TensorSpec& t : a.store->layout().tensors())
+          if (exact_variances && a.array == "variance")
+            a.store->write(memory.device(), a.array, 0, t, variances[next++]);
+      trainer->begin_stage(0);
+      EXPECT_EQ(trainer->steps_of(0), half + rest);
+      expect(trainer->run(half)[0], want[0]);
+      // Stopped and taken up, too.
+      trainer->save(path_, "");
+      EXPECT_EQ(load_safetensors(path_).metadata.at("prior"), "posterior of stage 1");
+      const auto resumed = make(memory_of_resumed);
+      resumed->restore(path_);
+      const EpochTotals last = trainer->run(rest)[0];
+      expect(last, want[1]);
+      expect_same(resumed->run(rest)[0], last);
+      const auto end = arrays_of(memory, trainer->posterior());
+      EXPECT_EQ(arrays_of(memory_of_resumed, resumed->posterior()), end);
+      if (same) {
+        EXPECT_EQ(end, state);
+        EXPECT_EQ(trainer->posterior().kl(), kl);
+      }
+      EXPECT_EQ(trainer->steps_in_all(), steps + half + rest);
+      // A checkpoint of it is of no other history.
+      second.goes_on_from = "another";
+      Memory memory_of_other;
+      EXPECT_THROW(make(memory_of_other)->restore(path_), InputError);
+    }
+}
+
 // A trainer that has been somewhere else forgets it all when it restores.
 TEST_F(Checkpoint, RestoringUndoesWhatCameAfter) {
   BATON_NEEDS_DEVICE();
@@ -522,13 +695,14 @@ TEST_F(Checkpoint, NamesAndShapesArePyTorchs) {
     for (const char* array : {"mean", "log_std", "variance", "prior_mean", "prior_log_std", "mean.adam_m",
                               "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
       EXPECT_EQ(file.at(name + "." + array).shape, shape) << name << "." << array;
-  EXPECT_EQ(file.tensors.size(), shapes.size() * 9 + 1);  // and step_state
+  EXPECT_EQ(file.tensors.size(), shapes.size() * 9 + 3);  // and step_state, totals, booked_kl
+  EXPECT_EQ(file.at("booked_kl").as<double>().size(), shapes.size());
   const ParameterStore& store = run.trainer.posterior().store();
   EXPECT_TRUE(exact(file.at("conv2.weight.log_std").as<float>(),
                     store.read(run.memory.device(), "log_std", 0, store.layout()[2])));
   EXPECT_EQ(file.metadata.at("architecture"), "lenet5");
   EXPECT_EQ(file.metadata.at("family"), "ffg");
-  EXPECT_EQ(file.metadata.at("format"), "baton-training-1");
+  EXPECT_EQ(file.metadata.at("format"), "baton-training-2");
   EXPECT_EQ(file.metadata.at("stage"), "0");
   EXPECT_EQ(file.metadata.at("stage_step"), "1");
   EXPECT_EQ(file.metadata.at("step"), "1");
@@ -547,7 +721,7 @@ TEST_F(Checkpoint, PointPosteriorsAndReplicas) {
   run.trainer.save(path_, "");
   const TensorFile file = load_safetensors(path_);
   EXPECT_EQ(file.metadata.at("family"), "ft");
-  EXPECT_EQ(file.tensors.size(), 2u * 6 * 3 + 1);
+  EXPECT_EQ(file.tensors.size(), 2u * 6 * 3 + 3);
   for (const char* replica : {"replica0/", "replica1/"}) {
     EXPECT_EQ(file.at(std::string(replica) + "conv1.weight.mean").shape, (std::vector<int64_t>{3, 1, 5, 5}));
     EXPECT_FALSE(file.has(std::string(replica) + "conv1.weight.log_std"));
@@ -638,6 +812,11 @@ TEST_F(Checkpoint, RefusesDamagedFiles) {
   refuses("a tensor is too short",
           [](TensorFile& f) { f.tensors["fc2.bias.mean"] = Tensor::of<float>(std::vector<float>(9), {9}); });
   refuses("no step state", [](TensorFile& f) { f.tensors.erase("step_state"); });
+  refuses("no totals", [](TensorFile& f) { f.tensors.erase("totals"); });
+  refuses("short totals",
+          [](TensorFile& f) { f.tensors["totals"] = Tensor::of<uint8_t>(std::vector<uint8_t>(5), {5}); });
+  refuses("no booked KL", [](TensorFile& f) { f.tensors.erase("booked_kl"); });
+  refuses("an older format", [](TensorFile& f) { f.metadata["format"] = "baton-training-1"; });
   refuses("a short step state",
           [](TensorFile& f) { f.tensors["step_state"] = Tensor::of<uint8_t>(std::vector<uint8_t>(5), {5}); });
   fs::resize_file(path_, fs::file_size(path_) / 2);

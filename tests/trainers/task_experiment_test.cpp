@@ -3,9 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <fstream>
 #include <numeric>
 
+#include "engine/stop.h"
 #include "engine/synthetic.h"
 #include "layers/mlp.h"
 #include "tests/support/device.h"
@@ -462,6 +464,107 @@ TEST_F(TaskExperiment, ARunKilledInAStageGoesOn) {
     EXPECT_EQ(timeless(run_task_experiment(options("killed" + std::to_string(after), true), data, several())), want);
     EXPECT_EQ(timeless(lines(o)), timeless(lines(whole)));
   }
+}
+
+// ---- a signal: at a step, in a prediction (of a judgement, or after pruning), in the Fisher information of a task
+int events_left = 0;  // until the signal comes
+
+void event() {
+  if (events_left-- == 0) pretend_signal(SIGINT);
+}
+
+template <class L>
+class Signalled : public L {
+ public:
+  using L::L;
+  void step(StepState* states) override {
+    event();
+    L::step(states);
+  }
+  void sample(float* w, int first, int count, Key key) override {
+    event();
+    L::sample(w, first, count, key);
+  }
+  void mean_weights(float* w) override {
+    event();
+    L::mean_weights(w);
+  }
+};
+
+std::vector<TaskRun> signalled() {
+  std::vector<TaskRun> runs = several();
+  for (TaskRun& r : runs) r.judge_every = 1;
+  runs[0].learner = [](Device& device, Arena& arena, const ParameterLayout& layout) {
+    BgdSettings s;
+    s.draws = 4, s.at_once = 2, s.sigma = 0.04, s.warn_ratio = 1.0001;
+    return std::make_unique<Signalled<BgdLearner>>(device, arena, layout, s);
+  };
+  for (const auto& [run, rule, anchor] :
+       {std::tuple(1, PointRule::adam, Anchor::path), {2, PointRule::sgd, Anchor::fisher}}) {
+    PointSetup s;
+    s.rule.rule = rule, s.rule.strength = 0.5f;
+    s.anchor = anchor;
+    runs[run].learner = [s](Device& device, Arena& arena, const ParameterLayout& layout) {
+      return std::make_unique<Signalled<PointLearner>>(device, arena, layout, s);
+    };
+    runs[run].sequence = permuted(2);
+  }
+  runs[2].network = [] {
+    event();
+    return std::make_unique<Mlp>(784, std::vector<int>{8}, 10);
+  };
+  return runs;
+}
+
+TEST_F(TaskExperiment, ASignalledExperimentGoesOn) {
+  BATON_NEEDS_DEVICE();
+  const TaskData data = digits();
+  const TaskExperimentOptions whole = options("whole");
+  events_left = 1 << 30;
+  const json want = timeless(run_task_experiment(whole, data, signalled()));
+  const int events = (1 << 30) - events_left;
+  ASSERT_EQ(want["runs"][0]["warnings"].size(), 1u);
+  // Once, at many an event.
+  int stops = 0;
+  for (int at = 0; at < events; at += 11) {
+    SCOPED_TRACE(testing::Message() << "signal at event " << at << " of " << events);
+    const std::string name = "stopped" + std::to_string(at);
+    events_left = at;
+    try {
+      run_task_experiment(options(name), data, signalled());
+    } catch (const Stopped& e) {
+      stops++;
+      EXPECT_EQ(e.exit_code(), 130);
+      EXPECT_STREQ(e.what(), "stopped by SIGINT: the checkpoint is written; --resume goes on from it");
+      EXPECT_TRUE(fs::exists(folder_ / name / "checkpoint"));
+      pretend_signal(0);
+      events_left = 1 << 30;
+      run_task_experiment(options(name, true), data, signalled());
+    }
+    pretend_signal(0);
+    EXPECT_EQ(timeless(result(options(name))), want);
+    EXPECT_EQ(timeless(lines(options(name))), timeless(lines(whole)));
+    EXPECT_FALSE(fs::exists(folder_ / name / "checkpoint"));
+    if (HasFailure()) break;
+    fs::remove_all(folder_ / name);
+  }
+  EXPECT_GT(stops, events / 11 - 4);
+  // Again and again, on the way to one end.
+  stops = 0;
+  for (bool resume = false;; resume = true) {
+    events_left = 20 + 7 * stops % 31;
+    try {
+      run_task_experiment(options("often", resume), data, signalled());
+      break;
+    } catch (const Stopped&) {
+      pretend_signal(0);
+      ASSERT_LT(++stops, 100);
+    }
+  }
+  pretend_signal(0);
+  EXPECT_GT(stops, 3);
+  EXPECT_EQ(timeless(result(options("often"))), want);
+  EXPECT_EQ(timeless(lines(options("often"))), timeless(lines(whole)));
 }
 
 // A warning belongs to the run: resumed after it, the run does not warn again, and its result still tells of it.

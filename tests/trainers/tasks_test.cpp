@@ -3,9 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <map>
 #include <numeric>
 
+#include "engine/stop.h"
 #include "engine/synthetic.h"
 #include "layers/mlp.h"
 #include "tests/support/device.h"
@@ -622,6 +624,99 @@ TEST_F(TaskCheckpoint, AResumedRunIsTheUninterruptedOne) {
     }
 }
 
+// As if a signal came, until the end of the block.
+struct Signal {
+  explicit Signal(int signal) { pretend_signal(signal); }
+  ~Signal() { pretend_signal(0); }
+};
+
+// Stopped in the middle of an epoch, at its start and at its end, and taken up in fresh trainers.
+TEST_F(TaskCheckpoint, AStoppedEpochIsTheUninterruptedOne) {
+  BATON_NEEDS_DEVICE();
+  const Images headed = for_heads(digits(60));
+  for (const Kind& kind : kinds()) {
+    SCOPED_TRACE(kind.name);
+    TaskPlan plan = plan_of(8, kind.lr);
+    plan.kl_weight = kind.kl_weight;
+    const auto make = [&] {
+      return std::make_unique<Training>(plan, by_head(digits(60)), kind.learner, two_heads(), headed);
+    };
+    const auto whole = make();
+    std::vector<EpochTotals> want, got;
+    for (int stage : {0, 1}) want.push_back(whole->stage(stage));
+    ASSERT_EQ(want[0].steps, 4);
+    ASSERT_EQ(want[0].examples, 32);
+
+    auto run = make();
+    const auto stop = [&](int asked, int done) {
+      {
+        const Signal signal(SIGINT);
+        EXPECT_EQ(run->trainer.advance(asked), done);
+      }
+      run->trainer.save(path_, "this run", "more");
+      const auto state = run->state();
+      run = make();
+      EXPECT_EQ(run->trainer.restore(path_, "this run"), "more");
+      EXPECT_EQ(run->state(), state);
+    };
+    run->trainer.begin_stage(0);
+    stop(4, 1);  // the first step of a trainer always runs
+    EXPECT_EQ(run->trainer.advance(1), 1);
+    stop(2, 1);
+    stop(1, 1);
+    EXPECT_EQ(run->trainer.stage_step(), 4);
+    got.push_back(run->trainer.take_totals());
+    stop(0, 0);
+    run->end_task();
+    run->trainer.begin_stage(1);
+    stop(0, 0);
+    EXPECT_EQ(run->trainer.advance(2), 2);
+    stop(2, 0);
+    const int rest = run->trainer.steps_of(1) - 2;
+    EXPECT_EQ(run->trainer.advance(rest), rest);
+    got.push_back(run->trainer.take_totals());
+    run->end_task();
+    for (int stage : {0, 1}) expect_same(got[stage], want[stage]);
+    EXPECT_EQ(run->state(), whole->state());
+    EXPECT_EQ(run->trainer.step(), whole->trainer.step());
+  }
+}
+
+// How many draws run at once is no part of a run: what was added up goes over.
+TEST_F(TaskCheckpoint, TotalsOfOtherDrawsAtOnce) {
+  BATON_NEEDS_DEVICE();
+  Training two(plan_of(), plain(60), bgd(4, 2), mlp(6), digits(60));
+  two.trainer.begin_stage(0);
+  two.trainer.advance(3);
+  two.trainer.save(path_, "", "");
+  two.trainer.advance(2);
+  const EpochTotals want = two.trainer.take_totals();
+  for (int at_once : {1, 4}) {
+    Training other(plan_of(), plain(60), bgd(4, at_once), mlp(6), digits(60));
+    other.trainer.restore(path_, "");
+    other.trainer.advance(2);
+    const EpochTotals got = other.trainer.take_totals();
+    EXPECT_EQ(got.steps, 5);
+    EXPECT_EQ(got.examples, want.examples);
+    EXPECT_NEAR(got.loss, want.loss, 1e-5 * want.loss);
+    EXPECT_EQ(got.accuracy, want.accuracy);
+  }
+}
+
+TEST(Tasks, RunEndsWithTheSignal) {
+  BATON_NEEDS_DEVICE();
+  Training run(plan_of(), plain(60), bgd(2), mlp(6), digits(60));
+  run.trainer.begin_stage(0);
+  const Signal signal(SIGTERM);
+  try {
+    run.trainer.run(4);
+    ADD_FAILURE() << "not stopped";
+  } catch (const Stopped& e) {
+    EXPECT_EQ(e.exit_code(), 143);
+    expect_says(e.what(), {"stopped by SIGTERM"});
+  }
+}
+
 TEST_F(TaskCheckpoint, ContinuousTasksToo) {
   BATON_NEEDS_DEVICE();
   TaskSequence sequence = permuted(3, 60);
@@ -696,8 +791,8 @@ TEST_F(TaskCheckpoint, NamesShapesAndSchedule) {
       EXPECT_EQ(file.at(name + "." + array).shape, shape);
       EXPECT_TRUE(exact(file.at(name + "." + array).as<float>(), run.tensor(array, name)));
     }
-  EXPECT_EQ(file.tensors.size(), 10u);  // and the step's state, and what the trip-wire noted
-  const std::map<std::string, std::string> metadata{{"format", "baton-tasks-1"}, {"architecture", "mlp-784-6-10"},
+  EXPECT_EQ(file.tensors.size(), 11u);  // and the step's state, the totals, and what the trip-wire noted
+  const std::map<std::string, std::string> metadata{{"format", "baton-tasks-2"}, {"architecture", "mlp-784-6-10"},
                                                     {"method", "bgd"},           {"stage", "1"},
                                                     {"stage_step", "7"},         {"step", "17"},
                                                     {"plan", "identity"},        {"extra", "more"}};
@@ -737,7 +832,12 @@ TEST_F(TaskCheckpoint, RefusesOtherRunsAndDamage) {
   };
   using F = TensorFile&;
   refuses("no metadata", [](F f) { f.metadata.clear(); });
-  for (const char* key : {"plan", "stage", "stage_step", "step", "extra"})
+  refuses("an older format", [](F f) { f.metadata["format"] = "baton-tasks-1"; });
+  refuses("no totals", [](F f) { f.tensors.erase("totals"); });
+  for (int bytes : {0, 5})
+    refuses("short totals",
+            [&](F f) { f.tensors["totals"] = Tensor::of<uint8_t>(std::vector<uint8_t>(bytes), {int64_t(bytes)}); });
+  for (const char* key : {"format", "plan", "stage", "stage_step", "step", "extra"})
     refuses(key, [&](F f) { f.metadata.erase(key); });
   for (const char* text : {"2", "-1", "", "x", "1x", "99999999999999999999", "0.5"})
     refuses(text, [&](F f) { f.metadata["stage"] = text; });
