@@ -71,15 +71,15 @@ class BilMnist(ProgramTest):
 
     def test_signals(self):
         """SIGTERM and SIGINT in the middle of epochs, at their ends and in predictions, several times over."""
-        arguments = ["--train-limit", "600", "--test-limit", "100", "--epochs", "2", "--parts", "1,3", "--methods",
-                     "ft,ffg,mnf", "--seeds", "0,1", "--at-once", "2", "--batch", "20", "--samples", "20",
+        arguments = ["--train-limit", "600", "--test-limit", "100", "--epochs", "3", "--parts", "1,3", "--methods",
+                     "ft,ffg", "--seeds", "0,1", "--at-once", "2", "--batch", "20", "--samples", "20",
                      "--stage-samples", "2"]
         self.finish(*arguments, out="whole")
-        # Two lines an epoch, 4 to learn all at once and 12 to do so in parts, for each method. The last line before a
-        # judgement by 20 draws: 20 and 32 of FFG, 48 of MNF.
+        # Two lines an epoch, 6 to learn all at once and 18 to do so in parts, for each method. The last line before a
+        # judgement by 20 draws: 30 and 48.
         places = []
         messages = self.finish_with_stops(
-            *arguments, out="stopped", when=[(2, 0.05), 6, 18, (20, 0.1), 26, (32, 0.15), 38, (48, 0.2)],
+            *arguments, out="stopped", when=[(2, 0.05), 8, 24, 26, (30, 0.2), 32, (46, 0.05), (48, 0.1)],
             check=lambda: places.append(self.where("stopped/checkpoint/job.safetensors")))
         self.assertEqual({m.split(": ")[2] for m in messages},
                          {"the checkpoint is written; --resume goes on from it"})
