@@ -31,7 +31,7 @@ struct ExperimentOptions {
 // Runs the jobs in turn and returns the object that result.json holds (it is written after every job). Files in
 // options.out: log.jsonl, result.json, checkpoint/ while it runs. Throws InputError for more parts than images, or when
 // --resume finds the checkpoint of another experiment; RunError when a file cannot be written or the loss is not
-// finite.
+// finite; Stopped when a signal asks to end, with the checkpoint written.
 json run_experiment(const ExperimentOptions&, const Dataset&, const NetworkFactory&, const std::vector<Job>&);
 
 // The settings of one of a plan's replicas as result.json shows them.

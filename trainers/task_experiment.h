@@ -61,7 +61,8 @@ struct TaskData {
 
 // Files in options.out: log.jsonl, result.json, checkpoint/ while it runs; MODEL.safetensors (and its pruned form) for
 // every run where save_models is set. Throws InputError when --resume finds another experiment's checkpoint; RunError
-// when a file cannot be written, a loss is not finite, or sigma diverged.
+// when a file cannot be written, a loss is not finite, or sigma diverged; Stopped when a signal asks to end, with the
+// checkpoint written.
 json run_task_experiment(const TaskExperimentOptions&, const TaskData&, const std::vector<TaskRun>&);
 
 // Means over seeds, by label: final accuracy by inference, NLL, time.

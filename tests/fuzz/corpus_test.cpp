@@ -34,6 +34,8 @@ void report_crash() {
   std::ofstream(saved, std::ios::binary)
       .write(reinterpret_cast<const char*>(current.data()), static_cast<std::streamsize>(current.size()));
   std::fprintf(stderr, "crash: %s; the input is %s\n", doing.c_str(), saved.c_str());
+  std::error_code ignored;
+  fs::remove_all(scratch(), ignored);
 }
 
 Bytes content_of(const fs::path& path) {

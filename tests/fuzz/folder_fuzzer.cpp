@@ -68,7 +68,7 @@ FUZZ(folder) {
     fuzz::succeeds([&] { check_set(load_cifar100(folder.root)); });
   }
   OwnDataOptions options;
-  options.most_bytes = uint64_t{1} << 26;
+  options.most_bytes = uint64_t{1} << 22;  // more takes seconds, and on a busy machine seems to hang
   options.split = choice & 1 ? Split::test : Split::train;
   options.labels_needed = choice & 2;
   if (choice & 4) options.channels = choice & 8 ? 3 : 1;
