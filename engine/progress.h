@@ -8,9 +8,9 @@
 namespace baton {
 
 struct ProgressOptions {
-  std::optional<bool> terminal;   // redraw in place? unset: ask isatty(out)
-  double interval = 10;           // seconds between two plain lines, at least
-  long images_before = 0;         // what a resumed run had done already: it counts as progress, not as speed
+  std::optional<bool> terminal;  // redraw in place? unset: ask isatty(out)
+  double interval = 10;          // seconds between two plain lines, at least
+  long images_before = 0;        // what a resumed run had done already: it counts as progress, not as speed
   std::string loss_name = "loss";
   int width = 0;                  // columns of the terminal; 0: ask it, 80 if it does not say
   std::function<double()> clock;  // seconds, for tests; unset: the steady clock

@@ -62,8 +62,8 @@ struct Plan {
     const struct {
       const char* name;
       int value;
-    } known[] = {{"ENOSPC", ENOSPC}, {"EIO", EIO}, {"EACCES", EACCES}, {"EINTR", EINTR}, {"EDQUOT", EDQUOT},
-                 {"EMFILE", EMFILE}};
+    } known[] = {{"ENOSPC", ENOSPC}, {"EIO", EIO},       {"EACCES", EACCES},
+                 {"EINTR", EINTR},   {"EDQUOT", EDQUOT}, {"EMFILE", EMFILE}};
     for (const auto& k : known)
       if (!strcmp(how, k.name)) return k.value;
     return EIO;
