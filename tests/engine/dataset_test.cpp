@@ -2,10 +2,8 @@
 #include "engine/dataset.h"
 
 #include <gtest/gtest.h>
-#include <lzma.h>
 #include <sys/resource.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <csignal>
@@ -17,12 +15,13 @@
 
 #include "engine/error.h"
 #include "engine/files.h"
+#include "tests/support/packed.h"
 
 namespace baton {
 namespace {
 
 namespace fs = std::filesystem;
-using Bytes = std::vector<uint8_t>;
+using test::Bytes, test::gzip, test::xz;
 
 // A folder of its own that goes with the test.
 class Folder {
@@ -63,30 +62,6 @@ class Surroundings {
 void write(const fs::path& path, const Bytes& bytes) {
   fs::create_directories(path.parent_path());
   std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-}
-
-Bytes gzip(const Bytes& bytes) {
-  z_stream stream{};
-  deflateInit2(&stream, 9, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY);
-  Bytes out(deflateBound(&stream, bytes.size()));
-  stream.next_in = const_cast<Bytef*>(bytes.data());
-  stream.avail_in = bytes.size();
-  stream.next_out = out.data();
-  stream.avail_out = out.size();
-  EXPECT_EQ(deflate(&stream, Z_FINISH), Z_STREAM_END);
-  out.resize(stream.total_out);
-  deflateEnd(&stream);
-  return out;
-}
-
-Bytes xz(const Bytes& bytes) {
-  Bytes out(lzma_stream_buffer_bound(bytes.size()));
-  size_t size = 0;
-  EXPECT_EQ(
-      lzma_easy_buffer_encode(1, LZMA_CHECK_CRC64, nullptr, bytes.data(), bytes.size(), out.data(), &size, out.size()),
-      LZMA_OK);
-  out.resize(size);
-  return out;
 }
 
 void append_word(Bytes& bytes, uint32_t value) {

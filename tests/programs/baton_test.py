@@ -508,4 +508,4 @@ if __name__ == "__main__":
     BatonTest.program = str(pathlib.Path(sys.argv[1]).resolve())
     if len(sys.argv) > 2 and not sys.argv[2].startswith("-") and sys.argv[2].endswith(".so"):
         IO_FAULTS = pathlib.Path(sys.argv.pop(2)).resolve()
-    unittest.main(argv=[sys.argv[0], *sys.argv[2:]])
+    unittest.main(argv=[sys.argv[0], *sys.argv[2:]], verbosity=2)  # a skipped test says why

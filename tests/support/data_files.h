@@ -1,10 +1,8 @@
 // Data sets in every format that load_own_data() reads, written for a test into a folder of its own.
 #pragma once
 #include <gtest/gtest.h>
-#include <lzma.h>
 #include <png.h>
 #include <turbojpeg.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <cctype>
@@ -20,11 +18,11 @@
 #include "engine/files.h"
 #include "engine/npy.h"
 #include "engine/own_data.h"
+#include "tests/support/packed.h"
 
 namespace baton::test {
 
 namespace fs = std::filesystem;
-using Bytes = std::vector<uint8_t>;
 
 // The folder goes with the test.
 class DataFiles : public ::testing::Test {
@@ -94,30 +92,6 @@ inline Bytes idx(const Images& images) {
   return joined(words({2051, uint32_t(images.count), uint32_t(images.height), uint32_t(images.width)}), images.pixels);
 }
 inline Bytes idx_of_labels(const Bytes& labels) { return joined(words({2049, uint32_t(labels.size())}), labels); }
-
-inline Bytes gzip(const Bytes& bytes) {
-  z_stream stream{};
-  deflateInit2(&stream, 9, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY);
-  Bytes out(deflateBound(&stream, bytes.size()));
-  stream.next_in = const_cast<Bytef*>(bytes.data());
-  stream.avail_in = static_cast<uInt>(bytes.size());
-  stream.next_out = out.data();
-  stream.avail_out = static_cast<uInt>(out.size());
-  EXPECT_EQ(deflate(&stream, Z_FINISH), Z_STREAM_END);
-  out.resize(stream.total_out);
-  deflateEnd(&stream);
-  return out;
-}
-
-inline Bytes xz(const Bytes& bytes) {
-  Bytes out(lzma_stream_buffer_bound(bytes.size()));
-  size_t size = 0;
-  EXPECT_EQ(
-      lzma_easy_buffer_encode(1, LZMA_CHECK_CRC64, nullptr, bytes.data(), bytes.size(), out.data(), &size, out.size()),
-      LZMA_OK);
-  out.resize(size);
-  return out;
-}
 
 inline Bytes cifar(const Images& images, bool fine = false) {
   Bytes bytes;

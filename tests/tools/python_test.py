@@ -787,4 +787,4 @@ class Predictions(Case):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    unittest.main(verbosity=2)  # a skipped test says why

@@ -16,14 +16,12 @@ CLI::Option* DataArguments::add_to(CLI::App& app, const std::string& what, bool 
                          ": an IDX file, a CIFAR batch, .npy, .npz, a data set's folder, or a folder of PNG/JPEG for "
                          "each class");
   if (required) option->required();
-  app.add_option(flag_ == "--data" ? "--labels" : flag_ + "-labels", labels_,
-                 "their labels, where they lie in a file of their own (IDX or .npy)");
+  app.add_option(companion("labels"), labels_, "their labels, where they lie in a file of their own (IDX or .npy)");
   split_text_ = split_ == Split::train ? "train" : "test";
-  app.add_option(flag_ == "--data" ? "--split" : flag_ + "-split", split_text_,
-                 "train or test: which half of a data set's folder or file")
+  app.add_option(companion("split"), split_text_, "train or test: which half of a data set's folder or file")
       ->check(CLI::IsMember({"train", "test"}))
       ->capture_default_str();
-  app.add_option(flag_ == "--data" ? "--images" : flag_ + "-images", range_,
+  app.add_option(companion("images"), range_,
                  "FIRST:LAST, as 0:6000 for the first 6,000 (LAST is not among them); either may be left out");
   return option;
 }
@@ -31,8 +29,7 @@ CLI::Option* DataArguments::add_to(CLI::App& app, const std::string& what, bool 
 OwnData DataArguments::load(const Model& model, bool labels_needed) const {
   OwnDataOptions o = data_options(model);
   o.labels_needed = labels_needed;
-  const bool foreign = flag_ == "--ood";  // images of other classes, whatever they are
-  if (foreign) o.classes = 0, o.class_names.clear();
+  if (foreign_) o.classes = 0, o.class_names.clear();
   o.split = split_text_ == "train" ? Split::train : Split::test;
   if (!labels_.empty()) o.labels = labels_;
   if (!range_.empty()) {
@@ -40,15 +37,14 @@ OwnData DataArguments::load(const Model& model, bool labels_needed) const {
     const auto number = [&](const std::string& text, int otherwise) {
       if (text.empty()) return otherwise;
       if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
-        throw InputError((flag_ == "--data" ? "--images" : flag_ + "-images") + " is '" + range_ +
-                         "'; expected FIRST:LAST, as 0:6000");
+        throw InputError(companion("images") + " is '" + range_ + "'; expected FIRST:LAST, as 0:6000");
       return std::stoi(text);
     };
     o.first = number(colon == std::string::npos ? "x" : range_.substr(0, colon), 0);
     o.last = number(range_.substr(colon + 1), 0);
   }
   OwnData data = load_own_data(path_, o);
-  if (!foreign) check_classes(model, data);
+  if (!foreign_) check_classes(model, data);
   return data;
 }
 

@@ -32,17 +32,21 @@ std::unique_ptr<Command> compare_command();
 std::unique_ptr<Command> export_command();
 
 // --data and what says more about it. `flag` may be another, as "--ood": then the others are "--ood-labels", ...
+// foreign: images of other classes than the model's, whatever they are.
 class DataArguments {
  public:
-  explicit DataArguments(std::string flag = "--data", Split split = Split::test) : flag_(flag), split_(split) {}
+  explicit DataArguments(std::string flag = "--data", Split split = Split::test, bool foreign = false)
+      : flag_(flag), split_(split), foreign_(foreign) {}
   CLI::Option* add_to(CLI::App&, const std::string& what, bool required);
   bool given() const { return !path_.empty(); }
   // The images, read as the model takes them.
   OwnData load(const Model&, bool labels_needed) const;
 
  private:
+  std::string companion(const std::string& name) const { return flag_ == "--data" ? "--" + name : flag_ + "-" + name; }
   std::string flag_, path_, labels_, split_text_, range_;
   Split split_;
+  bool foreign_;
 };
 
 // --samples, --mean, --seed.

@@ -339,7 +339,7 @@ class Evaluate : public Command {
 
   std::string model_, out_;
   bool overwrite_ = false;
-  DataArguments data_, foreign_{"--ood"};
+  DataArguments data_, foreign_{"--ood", Split::test, true};
   PredictionArguments prediction_;
 };
 
