@@ -88,7 +88,7 @@ class Evaluate : public Command {
  public:
   const char* name() const override { return "evaluate"; }
   const char* summary() const override {
-    return "Accuracy, calibration and confusions on labelled images; how well foreign images are told";
+    return "accuracy, calibration and confusions on labelled images; how well foreign images are told";
   }
   const char* examples() const override {
     return "  baton evaluate --model model.safetensors --data mnist/\n"

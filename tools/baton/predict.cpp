@@ -113,7 +113,7 @@ double mean(const std::vector<float>& values) {
 class Predict : public Command {
  public:
   const char* name() const override { return "predict"; }
-  const char* summary() const override { return "Class probabilities of images, and how uncertain they are"; }
+  const char* summary() const override { return "class probabilities of images, and how uncertain they are"; }
   const char* examples() const override {
     return "  baton predict --model model.safetensors --data photos/ --out predictions.csv\n"
            "      a row for every PNG or JPEG of the folder: class, probabilities, uncertainties\n"
