@@ -48,15 +48,43 @@ std::string number(double x) {
 }
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------------------ BGD
-BgdLearner::BgdLearner(Device& device, Arena& arena, const ParameterLayout& layout, const BgdSettings& settings)
-    : Learner(device, arena, layout), settings_(settings) {
-  settings_.at_once = at_once_of(settings.at_once, settings.draws);
-  if (!(settings.sigma > 0)) throw InputError("the initial sigma must be positive");
+// ---------------------------------------------------------------------------------------------------------- drawn
+DrawnLearner::DrawnLearner(Device& device, Arena& arena, const ParameterLayout& layout, int draws, int at_once,
+                           double sigma)
+    : Learner(device, arena, layout), draws_(draws), at_once_(at_once_of(at_once, draws)) {
+  if (!(sigma > 0)) throw InputError("the initial sigma must be positive");
   mean_ = state("mean");
   sd_ = state("std");
   moments_ = {store_.add("moments.sum"), store_.add("moments.noise")};
-  drawn_ = arena.take<float>(layout.stride() * settings_.at_once);
+  drawn_ = arena.take<float>(layout.stride() * at_once_);
+}
+
+void DrawnLearner::draw(int first_draw, const StepState* states) {
+  draw_weights(drawn_, store_.layout().stride(), mean_, sd_, count(), first_draw, at_once_, states, device_.stream());
+}
+
+GradientsView DrawnLearner::gradients(int first_draw) {
+  GradientsView g{nullptr, nullptr, store_.layout().stride()};
+  g.moments = moments_;
+  g.pass = {first_draw, at_once_, first_draw > 0};
+  return g;
+}
+
+void DrawnLearner::head_changed() {
+  fill_zero(device_, moments_.sum, store_.bytes());
+  fill_zero(device_, moments_.noise, store_.bytes());
+}
+
+void DrawnLearner::sample(float* w, int first, int draws, Key key) {
+  draw_weights(w, store_.layout().stride(), mean_, sd_, count(), first, draws, key, device_.stream());
+}
+
+void DrawnLearner::mean_weights(float* w) { copy_on_device(device_, w, mean_, store_.row_bytes()); }
+
+// ------------------------------------------------------------------------------------------------------------ BGD
+BgdLearner::BgdLearner(Device& device, Arena& arena, const ParameterLayout& layout, const BgdSettings& settings)
+    : DrawnLearner(device, arena, layout, settings.draws, settings.at_once, settings.sigma), settings_(settings) {
+  settings_.at_once = at_once_;
   partial_ = arena.take<float>(bgd_partials(count()));
   statistics_ = arena.take<SigmaStatistics>(1);
   wire_ = arena.take<TripWire>(1);
@@ -65,18 +93,6 @@ BgdLearner::BgdLearner(Device& device, Arena& arena, const ParameterLayout& layo
 void BgdLearner::initialise(const StepState* states) {
   initialise_weights(mean_, true, states);
   fill(device_, store_, sd_, float(settings_.sigma));
-}
-
-void BgdLearner::draw(int first_draw, const StepState* states) {
-  draw_weights(drawn_, store_.layout().stride(), mean_, sd_, count(), first_draw, settings_.at_once, states,
-               device_.stream());
-}
-
-GradientsView BgdLearner::gradients(int first_draw) {
-  GradientsView g{nullptr, nullptr, store_.layout().stride()};
-  g.moments = moments_;
-  g.pass = {first_draw, settings_.at_once, first_draw > 0};
-  return g;
 }
 
 void BgdLearner::step(StepState* states) {
@@ -88,13 +104,7 @@ void BgdLearner::step(StepState* states) {
   rule.initial_sd = float(settings_.sigma);
   rule.warn_ratio = float(settings_.warn_ratio);
   rule.halt_ratio = float(settings_.halt_ratio);
-  bgd_update(mean_, sd_, moments_, count(), rule, statistics_, wire_, states, settings_.at_once, partial_,
-             device_.stream());
-}
-
-void BgdLearner::head_changed() {
-  fill_zero(device_, moments_.sum, store_.bytes());
-  fill_zero(device_, moments_.noise, store_.bytes());
+  bgd_update(mean_, sd_, moments_, count(), rule, statistics_, wire_, states, at_once_, partial_, device_.stream());
 }
 
 SigmaStatistics BgdLearner::statistics() {
@@ -156,64 +166,32 @@ void BgdLearner::note(const std::vector<uint8_t>& bytes) {
   warned_ = bytes.back() != 0;
 }
 
-void BgdLearner::sample(float* w, int first, int draws, Key key) {
-  draw_weights(w, store_.layout().stride(), mean_, sd_, count(), first, draws, key, device_.stream());
-}
-
-void BgdLearner::mean_weights(float* w) { copy_on_device(device_, w, mean_, store_.row_bytes()); }
-
 // ------------------------------------------------------------------------------------------------------------ BBB
 BbbLearner::BbbLearner(Device& device, Arena& arena, const ParameterLayout& layout, const BbbSetup& setup)
-    : Learner(device, arena, layout), setup_(setup) {
-  setup_.at_once = at_once_of(setup.at_once, setup.rule.draws);
-  setup_.rule.gradient_scale = 1.f / float(setup_.rule.draws);
-  if (!(setup.sigma > 0)) throw InputError("the initial sigma must be positive");
-  arrays_.mean = state("mean");
+    : DrawnLearner(device, arena, layout, setup.rule.draws, setup.at_once, setup.sigma), setup_(setup) {
+  setup_.rule.gradient_scale = 1.f / float(draws_);
+  arrays_.mean = mean_;
+  arrays_.sd = sd_;
+  arrays_.moments = moments_;
   arrays_.rho = state("rho");
-  arrays_.sd = state("std");
   arrays_.mean_m = state("mean.m");
   arrays_.mean_v = state("mean.v");
   arrays_.rho_m = state("rho.m");
   arrays_.rho_v = state("rho.v");
-  arrays_.moments = {store_.add("moments.sum"), store_.add("moments.noise")};
-  drawn_ = arena.take<float>(layout.stride() * setup_.at_once);
 }
 
 void BbbLearner::initialise(const StepState* states) {
-  initialise_weights(arrays_.mean, true, states);
+  initialise_weights(mean_, true, states);
   // The gaps between tensors too: the update takes ln sd of every place.
-  upload(device_, arrays_.sd, std::vector<float>(store_.layout().stride(), float(setup_.sigma)));
-  rho_of_sd(arrays_.rho, arrays_.sd, count(), device_.stream());
-}
-
-void BbbLearner::draw(int first_draw, const StepState* states) {
-  draw_weights(drawn_, store_.layout().stride(), arrays_.mean, arrays_.sd, count(), first_draw, setup_.at_once, states,
-               device_.stream());
-}
-
-GradientsView BbbLearner::gradients(int first_draw) {
-  GradientsView g{nullptr, nullptr, store_.layout().stride()};
-  g.moments = arrays_.moments;
-  g.pass = {first_draw, setup_.at_once, first_draw > 0};
-  return g;
+  upload(device_, sd_, std::vector<float>(store_.layout().stride(), float(setup_.sigma)));
+  rho_of_sd(arrays_.rho, sd_, count(), device_.stream());
 }
 
 void BbbLearner::step(StepState* states) { bbb_update(arrays_, count(), setup_.rule, states, device_.stream()); }
 
-void BbbLearner::head_changed() {
-  fill_zero(device_, arrays_.moments.sum, store_.bytes());
-  fill_zero(device_, arrays_.moments.noise, store_.bytes());
-}
-
 void BbbLearner::restart_optimizer() {
   for (float* a : {arrays_.mean_m, arrays_.mean_v, arrays_.rho_m, arrays_.rho_v}) fill_zero(device_, a, store_.bytes());
 }
-
-void BbbLearner::sample(float* w, int first, int draws, Key key) {
-  draw_weights(w, store_.layout().stride(), arrays_.mean, arrays_.sd, count(), first, draws, key, device_.stream());
-}
-
-void BbbLearner::mean_weights(float* w) { copy_on_device(device_, w, arrays_.mean, store_.row_bytes()); }
 
 // ---------------------------------------------------------------------------------------------------------- points
 PointLearner::PointLearner(Device& device, Arena& arena, const ParameterLayout& layout, const PointSetup& setup)

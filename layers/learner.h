@@ -79,6 +79,32 @@ class Learner {
   std::vector<std::string> state_arrays_;
 };
 
+// ---- what the two that draw their weights share: a mean and a standard deviation of every weight, K draws of all of
+// them a step in passes of some side by side, and the moments of the draws' gradients.
+class DrawnLearner : public Learner {
+ public:
+  int draws() const override { return draws_; }
+  int draws_at_once() const override { return at_once_; }
+  float loss_scale(int) const override { return 1.f; }
+  void draw(int first_draw, const StepState*) override;
+  WeightsView weights() const override { return {drawn_, nullptr, store_.layout().stride()}; }
+  GradientsView gradients(int first_draw) override;
+  void head_changed() override;
+  void sample(float* w, int first, int count, Key) override;
+  void mean_weights(float* w) override;
+  float* means() override { return mean_; }
+  float* deviations() override { return sd_; }
+
+ protected:
+  // at_once: replicas of a pass, 0 for all draws at once. InputError unless it divides draws, and sigma is positive.
+  DrawnLearner(Device&, Arena&, const ParameterLayout&, int draws, int at_once, double sigma);
+  bool draws_are_made() const override { return true; }
+
+  int draws_, at_once_;
+  float *mean_, *sd_, *drawn_;
+  Moments moments_;
+};
+
 // ---- Bayesian gradient descent (kernels/bgd.h)
 struct BgdSettings {
   int draws = 10;       // K
@@ -89,41 +115,26 @@ struct BgdSettings {
   double warn_ratio = 10, halt_ratio = 100;
 };
 
-class BgdLearner : public Learner {
+class BgdLearner : public DrawnLearner {
  public:
   BgdLearner(Device&, Arena&, const ParameterLayout&, const BgdSettings&);
   const char* method() const override { return "bgd"; }
-  int draws() const override { return settings_.draws; }
-  int draws_at_once() const override { return settings_.at_once; }
-  float loss_scale(int) const override { return 1.f; }
   void initialise(const StepState*) override;
-  void draw(int first_draw, const StepState*) override;
-  WeightsView weights() const override { return {drawn_, nullptr, store_.layout().stride()}; }
-  GradientsView gradients(int first_draw) override;
   void step(StepState*) override;
-  void head_changed() override;
   std::string warning(int batch) override;
   std::string failure(int batch) override;
   Figures figures() override;
   std::vector<uint8_t> noted() override;
   void note(const std::vector<uint8_t>&) override;
-  void sample(float* w, int first, int count, Key) override;
-  void mean_weights(float* w) override;
-  float* means() override { return mean_; }
-  float* deviations() override { return sd_; }
 
   const BgdSettings& settings() const { return settings_; }
   SigmaStatistics statistics();  // of the standard deviations as they are
   TripWire trip_wire();
 
- protected:
-  bool draws_are_made() const override { return true; }
-
  private:
   std::string cause(int batch) const;
   BgdSettings settings_;
-  float *mean_, *sd_, *drawn_, *partial_;
-  Moments moments_;
+  float* partial_;
   SigmaStatistics* statistics_;
   TripWire* wire_;
   bool warned_ = false;
@@ -136,32 +147,17 @@ struct BbbSetup {
   double sigma = 0.05;
 };
 
-class BbbLearner : public Learner {
+class BbbLearner : public DrawnLearner {
  public:
   BbbLearner(Device&, Arena&, const ParameterLayout&, const BbbSetup&);
   const char* method() const override { return "bbb"; }
-  int draws() const override { return setup_.rule.draws; }
-  int draws_at_once() const override { return setup_.at_once; }
-  float loss_scale(int) const override { return 1.f; }
   void initialise(const StepState*) override;
-  void draw(int first_draw, const StepState*) override;
-  WeightsView weights() const override { return {drawn_, nullptr, store_.layout().stride()}; }
-  GradientsView gradients(int first_draw) override;
   void step(StepState*) override;
-  void head_changed() override;
   void restart_optimizer() override;
-  void sample(float* w, int first, int count, Key) override;
-  void mean_weights(float* w) override;
-  float* means() override { return arrays_.mean; }
-  float* deviations() override { return arrays_.sd; }
-
- protected:
-  bool draws_are_made() const override { return true; }
 
  private:
   BbbSetup setup_;
   BbbArrays arrays_{};
-  float* drawn_;
 };
 
 // ---- point estimates
