@@ -49,6 +49,7 @@ class BgdOptions {
   }
   TaskExperimentOptions experiment(const std::string& name) const;
   bool sigma_given() const { return bool(*given_.sigma); }
+  bool eta_given() const { return bool(*given_.eta); }
 
  private:
   struct Given {

@@ -86,7 +86,9 @@ int run(int argc, char** argv) {
   options.methods = "bgd,sgd";
   options.out_prefix = "results/bgd_mnist_";
   std::string widths;
-  options.add_to(app, known, "quick (2x400, 4 epochs) or paper (600 epochs): sets what is not given");
+  options.add_to(app, known,
+                 "quick (2x400, 4 epochs; sigma 0.01, eta with eta sigma^2 batch = 0.46) or paper (600 epochs): sets\n"
+                 "what is not given");
   app.add_option("--widths", widths, "of the hidden layers [quick: 400; paper: 400,800,1200]");
   bool validate = false;
   app.add_flag("--validate", validate, "judge on the last 10,000 training images instead of the test images");
@@ -95,8 +97,12 @@ int run(int argc, char** argv) {
   } catch (const HelpShown&) {
     return 0;
   }
-  BgdPreset p = preset_of(options.preset);
+  const BgdPreset usual = preset_of(options.preset);
+  BgdPreset p = usual;
   options.apply(p);
+  // Another sigma0 or batch keeps the step of the means, eta sigma0^2 B, and with it its stability.
+  if (options.preset == "quick" && !options.eta_given())
+    p.bgd.lr = usual.bgd.lr * std::pow(usual.sigma / p.sigma, 2) * usual.batch / p.batch;
   if (widths.empty()) widths = options.preset == "paper" ? "400,800,1200" : "400";
   const std::vector<uint64_t> hidden = numbers_of("--widths", widths), seeds = options.seed_numbers();
   const std::vector<std::string> methods = options.method_names(known);

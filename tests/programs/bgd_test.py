@@ -271,7 +271,8 @@ class BgdMnist(BgdTest):
             self.check_pruning(run, self.LAYERS, [0.5, 0.95])
             self.check_models("whole", run)
         self.assertIn("edges", result["runs"][0]["sigma"])
-        self.assertEqual(result["runs"][0]["settings"]["sigma"], 0.02)
+        self.assertEqual(result["runs"][0]["settings"]["sigma"], 0.01)
+        self.assertAlmostEqual(result["runs"][0]["settings"]["step_scale"], 36 * 0.01 ** 2 * 128)
 
         # What it says is what the file says.
         bgd, sgd = (100 * (1 - run["final_test_accuracy"]) for run in result["runs"][:2])
@@ -348,6 +349,11 @@ class BgdMnist(BgdTest):
             self.assertLess(abs(a - b), 1e-5 * b)
         for number, changes in enumerate(({"eta": 2}, {"sigma": 0.04}, {"draws": 2}, {"seeds": 1})):
             self.assertNotEqual(figures(f"other{number}", at_once=1, **changes), one)
+        # Another sigma keeps the means' step of the preset: eta follows unless it is given.
+        first, other = (self.result(out)["runs"][0]["settings"] for out in ("one", "other1"))
+        self.assertAlmostEqual(other["step_scale"], first["step_scale"])
+        self.assertNotEqual(other["eta"], first["eta"])
+        self.assertEqual(self.result("other0")["runs"][0]["settings"]["eta"], 2)
 
     def test_a_sigma_that_diverges(self):
         hot = {"widths": 20, "sigma": 0.5, "eta": 8, "batch": 256, "train_limit": 512, "test_limit": 50, "epochs": 1,
