@@ -31,6 +31,7 @@ BgdPreset preset_of(const std::string& name) {
     p.judge_every = 2;
     p.sigma = 0.01;
     p.bgd.lr = 36;
+    p.sgd.lr = 0.1;
   } else {
     throw InputError("unknown preset '" + name + "': quick or paper");
   }
