@@ -1,6 +1,8 @@
 // Products and convolutions of small integers are exact in float32, whatever the order of the sums.
 #include "engine/blas.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <numeric>
 #include <random>

@@ -1,0 +1,85 @@
+// The emulated target of simt.h: a fiber per CUDA thread (simt_emulated.cpp). Included by simt.h alone.
+#pragma once
+#include "engine/simt_host.h"
+
+#define SIMT_UNROLL
+#define SIMT_SIMD(...)
+
+namespace baton::simt {
+struct Index {
+  unsigned x, y, z;
+};  // as in CUDA
+}  // namespace baton::simt
+
+#define __global__ inline
+#define __shared__ static __attribute__((section("simt_shared")))  // so that the emulator can find and poison it
+#define SIMT_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(baton::simt::emu::dynamic_shared)
+extern baton::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+namespace baton::simt {
+constexpr int warp_size = 32, warps_per_block = 4, threads_per_block = 256;
+namespace emu {
+extern unsigned char* dynamic_shared;
+struct Site {
+  const char* file;
+  int line;
+};
+void block_barrier(Site);
+void warp_exchange(unsigned mask, int source_lane, void* value, size_t bytes, Site);  // source_lane < 0: just wait
+void preempt();                                                                       // a chance to switch
+int lane();
+void run(Index grid, Index block, size_t smem, void (*kernel)(void*), void* args, const char* name);
+void set_seed(uint64_t seed);  // 0: threads and blocks in order; otherwise a random schedule
+}  // namespace emu
+}  // namespace baton::simt
+#define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+inline void __syncthreads(SIMT_SITE) { baton::simt::emu::block_barrier({file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) {
+  baton::simt::emu::warp_exchange(mask, -1, nullptr, 0, {file, line});
+}
+inline void __threadfence() { baton::simt::emu::preempt(); }
+template <class T>
+T __shfl_sync(unsigned mask, T v, int src, SIMT_SITE) {
+  baton::simt::emu::warp_exchange(mask, src & 31, &v, sizeof v, {file, line});
+  return v;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int bits, SIMT_SITE) {
+  return __shfl_sync(mask, v, baton::simt::emu::lane() ^ bits, file, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, int by, SIMT_SITE) {
+  int l = baton::simt::emu::lane();
+  return __shfl_sync(mask, v, l + by < 32 ? l + by : l, file, line);
+}
+inline unsigned __ballot_sync(unsigned mask, bool p, SIMT_SITE) {
+  unsigned bits = 0;
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1) bits |= unsigned(__shfl_sync(mask, p, l, file, line)) << l;
+  return bits;
+}
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+  baton::simt::emu::preempt();
+  return std::atomic_ref<T>(*p).fetch_add(v, std::memory_order_relaxed);
+}
+
+// ---------------------------------------------------------------------------------------------------- launching
+namespace baton::simt {
+template <auto kernel, class... A>
+void launch(Blocks shape, Stream, A... args) {
+  auto call = [=] { kernel(args...); };
+  emu::run(
+      {unsigned(shape.n), unsigned(shape.rows), 1}, {unsigned(shape.threads), 1, 1}, shape.smem,
+      [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call, __PRETTY_FUNCTION__);
+}
+template <auto kernel, class... A>
+void launch(Each shape, Stream stream, A... args) {
+  launch<kernel>(Blocks{(shape.n + threads_per_block - 1) / threads_per_block, threads_per_block, 0, shape.rows},
+                 stream, args...);
+}
+template <auto kernel, class... A>
+void launch(Warps shape, Stream stream, A... args) {
+  launch<kernel>(Blocks{(shape.n + warps_per_block - 1) / warps_per_block, warps_per_block * warp_size, 0, shape.rows},
+                 stream, args...);
+}
+}  // namespace baton::simt
