@@ -1,10 +1,11 @@
 // PTX text to kernels. The text is what nvcc writes: directives, statements that end with ';', labels and scopes.
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <array>
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
-#include <cxxabi.h>
-#include <optional>
 
 #include "tests/ptx/device_memory.h"
 #include "tests/ptx/rules.h"
@@ -260,12 +261,16 @@ class ModuleParser {
   uint32_t shared_bytes = 0, shared_used = 0;
   std::string dynamic_shared;  // the name of the extern array
 
+  // Reads ".loc FILE LINE COLUMN [, function_name NAME, inlined_at FILE LINE COLUMN]".
+  int read_place(const Statement&);
+
  private:
   void declare(const Statement&);
   void parse_kernel(const Statement& head);
 
   std::string text_;
   Scanner scanner_;
+  std::map<std::array<int, 3>, int> places_;  // the last that was read of this file, line and column
   std::unique_ptr<Module> module_ = std::make_unique<Module>();
 };
 
@@ -325,7 +330,7 @@ class KernelParser : public Names {
   std::vector<std::pair<size_t, std::string>> branches_;  // instructions that jump to a label
   std::map<std::pair<uint64_t, int>, uint32_t> constant_places_;
   uint32_t next_place_ = 0;
-  Origin loc_;  // the last .loc
+  int place_ = -1;  // of the last .loc
 };
 
 // Constants get places behind the registers, whose number is known at the end only; until then they carry this mark.
@@ -397,9 +402,7 @@ void KernelParser::add_instruction(const Statement& statement) {
   std::string_view s = statement.words;
   Instruction i;
   i.number = uint32_t(kernel_.code.size());
-  Origin origin = loc_;
-  origin.text = statement.words;
-  origin.line = statement.line;
+  Origin origin{statement.words, statement.line, place_};
   if (s.front() == '@') {
     const size_t end = s.find(' ');
     std::string guard(s.substr(1, end - 1));
@@ -439,12 +442,7 @@ void KernelParser::parse_body(Scanner& scanner) {
       case Statement::close: scopes_.pop_back(); break;
       case Statement::label: labels_[s.words] = int32_t(kernel_.code.size()); break;
       case Statement::line_directive:
-        if (s.words.starts_with(".loc")) {
-          const std::vector<std::string> words = words_of(s.words);
-          if (words.size() < 3) refuse(s.words, s.line);
-          loc_.file = std::atoi(words[1].c_str());
-          loc_.source_line = std::atoi(words[2].c_str());
-        }
+        if (s.words.starts_with(".loc")) place_ = module_.read_place(s);
         break;
       case Statement::text:
         if (s.words.front() != '.') add_instruction(s);
@@ -469,7 +467,7 @@ void KernelParser::finish() {
   end.handler = [](Warp&, const Instruction&) {};
   end.number = uint32_t(kernel_.code.size());
   kernel_.code.push_back(end);
-  kernel_.origins.push_back({"<end>", 0, 0, 0});
+  kernel_.origins.push_back({"<end>", 0, -1});
   for (const auto& [at, label] : branches_) {
     const auto found = labels_.find(label);
     if (found == labels_.end()) refuse("no label " + label, kernel_.origins[at].line);
@@ -484,6 +482,26 @@ void KernelParser::finish() {
     settle(i.d), settle(i.a), settle(i.b), settle(i.c), settle(i.e);
     for (uint32_t& place : i.vector) settle(place);
   }
+}
+
+int ModuleParser::read_place(const Statement& s) {
+  std::string plain = s.words;
+  std::replace(plain.begin(), plain.end(), ',', ' ');
+  const std::vector<std::string> words = words_of(plain);
+  const auto three = [&](size_t from) {
+    if (words.size() < from + 3) refuse(s.words, s.line);
+    return std::array<int, 3>{std::atoi(words[from].c_str()), std::atoi(words[from + 1].c_str()),
+                              std::atoi(words[from + 2].c_str())};
+  };
+  const std::array<int, 3> here = three(1);
+  SourcePlace place{here[0], here[1], here[2], -1};
+  if (const auto at = std::find(words.begin(), words.end(), "inlined_at"); at != words.end())
+    if (const auto caller = places_.find(three(size_t(at - words.begin()) + 1)); caller != places_.end())
+      place.caller = caller->second;
+  if (const auto known = places_.find(here); known != places_.end())
+    if (module_->places[size_t(known->second)].caller == place.caller) return known->second;
+  module_->places.push_back(place);
+  return places_[here] = int(module_->places.size()) - 1;
 }
 
 void ModuleParser::declare(const Statement& s) {

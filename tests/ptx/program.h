@@ -79,12 +79,19 @@ struct Instruction {
   uint8_t read_count = 0, write_count = 0;
 };
 
+// A place in the source, where line information is there (-lineinfo).
+struct SourcePlace {
+  int file = 0;    // index of Module::files
+  int line = 0;
+  int column = 0;
+  int caller = -1;  // where the function that it lies in was inlined: index of Module::places, -1: it was not
+};
+
 // Where an instruction comes from.
 struct Origin {
-  std::string text;       // as in the module, on one line
-  int line = 0;           // in the module's text
-  int file = 0;           // index of Module::files, 0: unknown
-  int source_line = 0;
+  std::string text;  // as in the module, on one line
+  int line = 0;      // in the module's text
+  int place = -1;    // index of Module::places, -1: not known
 };
 
 struct Variable {
@@ -113,7 +120,8 @@ struct Kernel {
 struct Module {
   std::map<std::string, std::unique_ptr<Kernel>> kernels;  // by symbol
   std::map<std::string, uint64_t> globals;                 // device addresses of module variables
-  std::vector<std::string> files{""};                      // of line information
+  std::vector<std::string> files;                          // of line information
+  std::vector<SourcePlace> places;
 };
 
 // Throws Fault (unsupported) for text that is not understood outside kernels; an instruction that is not known makes

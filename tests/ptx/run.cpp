@@ -27,8 +27,14 @@ void fail(const Warp& w, const Instruction& i, int lane, const std::string& what
                         triple(w.block->x, w.block->y, w.block->z) + ", thread " +
                         triple(thread % b.x, thread / b.x % b.y, thread / (b.x * b.y)) + "\n  PTX line " +
                         std::to_string(origin.line) + ": " + origin.text;
-  if (origin.source_line > 0 && size_t(origin.file) < launch.module->files.size())
-    message += "\n  source " + launch.module->files[size_t(origin.file)] + ":" + std::to_string(origin.source_line);
+  const Module& module = *launch.module;
+  const char* word = "\n  source ";
+  for (int at = origin.place; at >= 0; at = module.places[size_t(at)].caller) {
+    const SourcePlace& place = module.places[size_t(at)];
+    if (size_t(place.file) < module.files.size())
+      message += word + module.files[size_t(place.file)] + ":" + std::to_string(place.line);
+    word = ", called at ";
+  }
   throw Fault(kind, message);
 }
 
