@@ -199,24 +199,30 @@ Addresses check_shared(Warp& w, const Instruction& i, const Addresses& a, Access
   if (beyond) fail_shared(w, i, a, access);
   uint8_t* state = block.shared_state.data();
   const bool reads = access != Access::store;
+  if (offsets.contiguous(i.bytes)) {
+    const uint8_t* first = state + offsets.of[0];
+    const uint8_t least = reads ? Block::written : Block::unwritten;
+    uint8_t below = 0;
+    for (int k = 0; k < lanes * i.bytes; k++) below |= uint8_t(first[k] < least);
+    if (below) fail_shared(w, i, a, access);
+    if (access != Access::load) std::memset(state + offsets.of[0], Block::written, size_t(lanes) * i.bytes);
+    return offsets;
+  }
+  const int different = offsets.uniform() ? 1 : lanes;
   bool good = true;
-  switch (i.bytes) {
-    case 1:
-      for (int lane = 0; lane < lanes; lane++) good &= state_is_good<uint8_t>(state + offsets.of[lane], reads);
-      break;
-    case 2:
-      for (int lane = 0; lane < lanes; lane++) good &= state_is_good<uint16_t>(state + offsets.of[lane], reads);
-      break;
-    case 4:
-      for (int lane = 0; lane < lanes; lane++) good &= state_is_good<uint32_t>(state + offsets.of[lane], reads);
-      break;
-    default:
-      for (int lane = 0; lane < lanes; lane++)
-        for (int k = 0; k < i.bytes; k += 8) good &= state_is_good<uint64_t>(state + offsets.of[lane] + k, reads);
+  for (int lane = 0; lane < different; lane++) {
+    const uint8_t* at = state + offsets.of[lane];
+    switch (i.bytes) {
+      case 1: good &= state_is_good<uint8_t>(at, reads); break;
+      case 2: good &= state_is_good<uint16_t>(at, reads); break;
+      case 4: good &= state_is_good<uint32_t>(at, reads); break;
+      case 16: good &= state_is_good<uint64_t>(at + 8, reads); [[fallthrough]];
+      default: good &= state_is_good<uint64_t>(at, reads);
+    }
   }
   if (!good) fail_shared(w, i, a, access);
   if (access != Access::load)
-    for (int lane = 0; lane < lanes; lane++) std::memset(state + offsets.of[lane], Block::written, i.bytes);
+    for (int lane = 0; lane < different; lane++) std::memset(state + offsets.of[lane], Block::written, i.bytes);
   return offsets;
 }
 

@@ -15,6 +15,11 @@ struct Addresses {
     for (int lane = 0; lane < lanes; lane++) differs |= of[lane] ^ (of[0] + uint64_t(lane) * bytes);
     return differs == 0;
   }
+  bool uniform() const {
+    uint64_t differs = 0;
+    for (int lane = 1; lane < lanes; lane++) differs |= of[lane] ^ of[0];
+    return differs == 0;
+  }
 };
 
 Addresses addresses_of(const Warp&, const Instruction&);

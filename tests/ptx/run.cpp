@@ -53,15 +53,17 @@ struct Choice {
   int pc = 0, others = INT_MAX;
 };
 Choice choose_in_order(const Warp& w, uint32_t runnable) {
+  int pcs[lanes];
   Choice c;
   c.pc = INT_MAX;
-  for (int lane = 0; lane < lanes; lane++)
-    if (has_lane(runnable, lane)) c.pc = std::min(c.pc, w.pc[lane]);
-  for (int lane = 0; lane < lanes; lane++)
-    if (has_lane(runnable, lane)) {
-      if (w.pc[lane] == c.pc) c.mask |= 1u << lane;
-      else c.others = std::min(c.others, w.pc[lane]);
-    }
+  for (int lane = 0; lane < lanes; lane++) {
+    pcs[lane] = has_lane(runnable, lane) ? w.pc[lane] : INT_MAX;
+    c.pc = std::min(c.pc, pcs[lane]);
+  }
+  for (int lane = 0; lane < lanes; lane++) {
+    c.mask |= uint32_t(pcs[lane] == c.pc) << lane;
+    c.others = std::min(c.others, pcs[lane] == c.pc ? INT_MAX : pcs[lane]);
+  }
   return c;
 }
 Choice choose_at_random(const Warp& w, uint32_t runnable, Random& random) {
