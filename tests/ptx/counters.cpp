@@ -125,7 +125,8 @@ void Counters::count_shared(const Warp& w, const Instruction& i, const Addresses
 void Counters::begin_block(const Launch& launch, int warps) {
   warps_.resize(size_t(warps));
   for (WarpTime& w : warps_) {
-    w.now = {};
+    w.begin = w.latest = {};
+    w.issued = 0;
     w.ready.assign(launch.kernel->constants_place / 4 + 1, {});
   }
 }
@@ -135,30 +136,40 @@ void Counters::count_instruction(const Warp& w, const Instruction& i) {
   warp_instructions[c]++;
   lane_instructions[c] += std::popcount(w.active);
   WarpTime& t = warps_[w.index];
-  Chain start = t.now;
+  Chain start = t.begin;
   for (int k = 0; k < i.read_count; k++)
     if (i.reads[k] / 4 < t.ready.size()) start = later(start, t.ready[i.reads[k] / 4]);
   Chain result = start;
   result.cycles += latency_of(i.cost);
   if (i.cost == Class::global_load || i.cost == Class::atomic) result.loads++;
   for (int k = 0; k < i.write_count; k++) t.ready[i.writes[k] / 4] = result;
-  t.now = start;
-  t.now.cycles += 1;
+  t.latest = later(t.latest, start);
+  t.issued++;
+  if (i.flow != Flow::next && i.flow != Flow::meeting) {
+    t.begin = t.latest = t.end();
+    t.issued = 0;
+  }
+}
+
+Chain Counters::WarpTime::end() const {
+  Chain by_issue = begin;
+  by_issue.cycles += issued;
+  return later(latest, by_issue);
 }
 
 void Counters::pass_barrier() {
-  Chain latest;
-  for (const WarpTime& w : warps_) latest = later(latest, w.now);
-  latest.cycles += latency_of(Class::barrier);
-  latest.barriers++;
-  for (WarpTime& w : warps_) w.now = latest;
+  Chain last;
+  for (const WarpTime& w : warps_) last = later(last, w.end());
+  last.cycles += latency_of(Class::barrier);
+  last.barriers++;
+  for (WarpTime& w : warps_) w.begin = w.latest = last, w.issued = 0;
 }
 
 void Counters::end_block() {
-  Chain latest;
-  for (const WarpTime& w : warps_) latest = later(latest, w.now);
-  block_cycles += latest.cycles;
-  longest = later(longest, latest);
+  Chain last;
+  for (const WarpTime& w : warps_) last = later(last, w.end());
+  block_cycles += last.cycles;
+  longest = later(longest, last);
 }
 
 void Counters::end_launch(uint64_t blocks_run, uint64_t threads_run) {

@@ -1,10 +1,11 @@
 // What a launch did, counted for tools/gpu-cost: instructions by class, memory requests and how well they use sectors
 // and banks, divergence, and the time that dependent instructions take one after the other.
 //
-// The last one is a scoreboard. A warp issues its instructions in order, one a cycle; an instruction waits for its
-// sources, and its result is there after a latency that its class has (latency_of). A barrier waits for the slowest warp
-// of the block. So `block_cycles` is the time that a block would take if nothing but its own dependences held it up, and
-// no load missed the L2 cache: a model, not a measurement.
+// The last one is a scoreboard. Between two branches the compiler may order instructions as it likes, so each waits for
+// its sources alone, and its result is there after a latency that its class has (latency_of); a warp issues one
+// instruction a cycle. What follows a branch waits until all before it has been issued. A barrier waits for the slowest
+// warp of the block. So `block_cycles` is the time that a block would take if nothing but its own dependences held it up,
+// and no load missed the L2 cache: a model, not a measurement.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -48,8 +49,12 @@ struct Counters {
 
  private:
   struct WarpTime {
-    Chain now;                 // when it can issue its next instruction
+    Chain begin;               // when the first instruction after the last branch can be issued
+    Chain latest;              // when the last of those after it is
+    float issued = 0;          // how many there were
     std::vector<Chain> ready;  // of each register, by its place / 4
+    // When all so far has been issued.
+    Chain end() const;
   };
   std::vector<WarpTime> warps_;
 };

@@ -36,7 +36,8 @@ def kernel(node, registers):
 
 
 # Tiles that a library may choose (rows, columns) and the share of the ordinary cores' rate that their inner loop reaches.
-TILES = [(128, 128, 0.75), (128, 64, 0.7), (64, 64, 0.6), (64, 32, 0.45), (32, 32, 0.35)]
+TILES = [(128, 128, 0.75), (128, 64, 0.7), (64, 128, 0.7), (64, 64, 0.6), (128, 32, 0.55), (32, 128, 0.55), (64, 32, 0.45),
+         (32, 64, 0.45), (32, 32, 0.35)]
 SPLITS = (1, 2, 4, 8, 16, 32)
 
 
@@ -59,10 +60,32 @@ def product(m, n, k, count=1, nbytes=0):
     return max(best, nbytes / chip.HBM) + chip.LIBRARY_FLOOR
 
 
+# What addressing an image as a matrix costs a convolution beside a plain product of the same extents.
+CONVOLUTION_FACTOR = 1.25
+CONVOLUTION = re.compile(r"cudnnConvolution(\w+) (\d+)x(\d+)x(\d+)x(\d+) to (\d+), kernel (\d+)x(\d+), padding (\d+)x(\d+), "
+                         r"stride (\d+)x(\d+)")
+
+
+def convolution_as_product(match):
+    """(m, n, k) of the product that a convolution is: outputs by places by inputs, or what its gradients are."""
+    batch, inputs, height, width, outputs, rows, columns, pad_y, pad_x, step_y, step_x = map(int, match.groups()[1:])
+    places = batch * ((height + 2 * pad_y - rows) // step_y + 1) * ((width + 2 * pad_x - columns) // step_x + 1)
+    if match[1] == "Forward":
+        return outputs, places, inputs * rows * columns
+    if match[1] == "BackwardData":
+        return inputs, batch * height * width, outputs * rows * columns
+    return outputs, inputs * rows * columns, places
+
+
 def call(node):
-    """The time of a library's call, whose name carries m, n, k and a count where it is a product."""
-    extents = {key: int(value) for key, value in re.findall(r"\b(m|n|k|count)=(\d+)", node["name"])}
+    """The time of a library's call, whose name carries its extents where it is a product or a convolution."""
+    name, nbytes = node["name"], node["bytes"]
+    memory, issue = nbytes / chip.HBM, node["flops"] / chip.FP32
+    if match := CONVOLUTION.match(name):
+        seconds = CONVOLUTION_FACTOR * product(*convolution_as_product(match), 1, nbytes)
+        return Estimate(seconds, "library", memory, issue, 0)
+    extents = {key: int(value) for key, value in re.findall(r"\b(m|n|k|count)=(\d+)", name)}
     if {"m", "n", "k"} <= extents.keys():
-        seconds = product(extents["m"], extents["n"], extents["k"], extents.get("count", 1), node["bytes"])
-        return Estimate(seconds, "library", node["bytes"] / chip.HBM, node["flops"] / chip.FP32, 0)
-    return Estimate(node["bytes"] / chip.L2 + chip.KERNEL_RAMP, "bytes", node["bytes"] / chip.L2, 0, 0)
+        seconds = product(extents["m"], extents["n"], extents["k"], extents.get("count", 1), nbytes)
+        return Estimate(seconds, "library", memory, issue, 0)
+    return Estimate(nbytes / chip.L2 + chip.KERNEL_RAMP, "bytes", nbytes / chip.L2, 0, 0)
