@@ -61,7 +61,9 @@ std::string hexadecimal(uint64_t address) {
 }
 
 const char* verb(Access access) {
-  return access == Access::store ? "a store to " : access == Access::atomic ? "an atomic operation on " : "a load from ";
+  return access == Access::store    ? "a store to "
+         : access == Access::atomic ? "an atomic operation on "
+                                    : "a load from ";
 }
 
 void check_alignment(const Warp& w, const Instruction& i, const Addresses& a) {
@@ -70,8 +72,8 @@ void check_alignment(const Warp& w, const Instruction& i, const Addresses& a) {
   if ((low & (i.bytes - 1)) == 0) return;
   for (int lane = 0; lane < lanes; lane++)
     if (has_lane(w.active, lane) && a.of[lane] % i.bytes != 0)
-      fail(w, i, lane, "an access of " + std::to_string(i.bytes) + " bytes at the misaligned address " +
-                           hexadecimal(a.of[lane]),
+      fail(w, i, lane,
+           "an access of " + std::to_string(i.bytes) + " bytes at the misaligned address " + hexadecimal(a.of[lane]),
            FaultKind::alignment);
 }
 
@@ -159,8 +161,9 @@ namespace {
     const uint64_t within = dynamic ? a.of[lane] - dynamic_window : a.of[lane];
     const uint64_t limit = dynamic ? block.launch->dynamic_bytes : block.static_bytes;
     if (within + i.bytes > limit)
-      fail(w, i, lane, std::string(verb(access)) + "byte " + std::to_string(within) + " of " + std::to_string(limit) +
-                           (dynamic ? " bytes of dynamic shared memory" : " bytes of static shared memory"),
+      fail(w, i, lane,
+           std::string(verb(access)) + "byte " + std::to_string(within) + " of " + std::to_string(limit) +
+               (dynamic ? " bytes of dynamic shared memory" : " bytes of static shared memory"),
            FaultKind::access);
     const uint8_t* state = &block.shared_state[(dynamic ? block.static_bytes : 0) + within];
     for (int k = 0; k < i.bytes; k++) {
@@ -213,11 +216,20 @@ Addresses check_shared(Warp& w, const Instruction& i, const Addresses& a, Access
   for (int lane = 0; lane < different; lane++) {
     const uint8_t* at = state + offsets.of[lane];
     switch (i.bytes) {
-      case 1: good &= state_is_good<uint8_t>(at, reads); break;
-      case 2: good &= state_is_good<uint16_t>(at, reads); break;
-      case 4: good &= state_is_good<uint32_t>(at, reads); break;
-      case 16: good &= state_is_good<uint64_t>(at + 8, reads); [[fallthrough]];
-      default: good &= state_is_good<uint64_t>(at, reads);
+      case 1:
+        good &= state_is_good<uint8_t>(at, reads);
+        break;
+      case 2:
+        good &= state_is_good<uint16_t>(at, reads);
+        break;
+      case 4:
+        good &= state_is_good<uint32_t>(at, reads);
+        break;
+      case 16:
+        good &= state_is_good<uint64_t>(at + 8, reads);
+        [[fallthrough]];
+      default:
+        good &= state_is_good<uint64_t>(at, reads);
     }
   }
   if (!good) fail_shared(w, i, a, access);

@@ -27,8 +27,8 @@ Addresses addresses_of(const Warp&, const Instruction&);
 enum class Access { load, load_read_only, store, atomic };
 
 // Checks an access to global memory and returns offsets into device memory's storage: aligned, within allocations,
-// written before where it is read, and not read through the read-only path (ld.global.nc) by a launch that stores there.
-// Marks what is stored as written. Throws Fault.
+// written before where it is read, and not read through the read-only path (ld.global.nc) by a launch that stores
+// there. Marks what is stored as written. Throws Fault.
 Addresses check_global(Warp&, const Instruction&, const Addresses&, Access);
 
 // The same for shared memory; returns offsets into Block::shared.

@@ -4,16 +4,11 @@
 #include <unordered_map>
 
 #include "tests/ptx/rules.h"
+#include "tests/ptx/scanner.h"
 
 namespace ptx {
 
 namespace {
-
-std::string_view trimmed(std::string_view s) {
-  while (!s.empty() && std::isspace(static_cast<unsigned char>(s.front()))) s.remove_prefix(1);
-  while (!s.empty() && std::isspace(static_cast<unsigned char>(s.back()))) s.remove_suffix(1);
-  return s;
-}
 
 bool starts_with_digit(std::string_view s) { return !s.empty() && std::isdigit(static_cast<unsigned char>(s.front())); }
 
@@ -30,22 +25,6 @@ bool read_number(const std::string& text, Type t, uint64_t& value) {
   if (negative) value = 0 - value;
   if (t.bits < 64) value &= t.bits <= 16 && !negative ? 0xffff : 0xffffffff;
   return true;
-}
-
-// The words between commas that stand in no bracket.
-std::vector<std::string> split_list(std::string_view text) {
-  std::vector<std::string> list;
-  int depth = 0;
-  size_t from = 0;
-  for (size_t at = 0; at <= text.size(); at++) {
-    if (at < text.size() && (text[at] == '{' || text[at] == '[')) depth++;
-    if (at < text.size() && (text[at] == '}' || text[at] == ']')) depth--;
-    if (at == text.size() || (text[at] == ',' && depth == 0)) {
-      list.emplace_back(trimmed(text.substr(from, at - from)));
-      from = at + 1;
-    }
-  }
-  return list;
 }
 
 }  // namespace
@@ -154,9 +133,9 @@ void Builder::source(uint32_t& place, Type t) { place = place_of(take("a source"
 bool Builder::destination_and_predicate(uint32_t& place, Type t, uint32_t& predicate) {
   const std::string both = take("a destination");
   const size_t bar = both.find('|');
-  place = place_of(std::string(trimmed(both.substr(0, bar))), t, true);
+  place = place_of(trimmed(std::string_view(both).substr(0, bar)), t, true);
   if (bar == std::string::npos) return false;
-  predicate = place_of(std::string(trimmed(both.substr(bar + 1))), {'p', 1}, true);
+  predicate = place_of(trimmed(std::string_view(both).substr(bar + 1)), {'p', 1}, true);
   return true;
 }
 
@@ -170,7 +149,8 @@ void Builder::guarded_source(uint32_t& place) {
 // Registers of a vector that are wider than its type are noted by Instruction::flag.
 int Builder::vector_destination(Type t) {
   const std::string operand = take("a destination");
-  const auto list = operand.front() == '{' ? split_list(operand.substr(1, operand.size() - 2)) : std::vector{operand};
+  const auto list = operand.front() == '{' ? split(std::string_view(operand).substr(1, operand.size() - 2), ',')
+                                           : std::vector{operand};
   if (list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
   for (size_t k = 0; k < list.size(); k++) {
     const Names::Register* r = names_.find_register(list[k]);
@@ -182,7 +162,8 @@ int Builder::vector_destination(Type t) {
 }
 int Builder::vector_source(Type t) {
   const std::string operand = take("a source");
-  const auto list = operand.front() == '{' ? split_list(operand.substr(1, operand.size() - 2)) : std::vector{operand};
+  const auto list = operand.front() == '{' ? split(std::string_view(operand).substr(1, operand.size() - 2), ',')
+                                           : std::vector{operand};
   if (list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
   for (size_t k = 0; k < list.size(); k++) {
     const Names::Register* r = names_.find_register(list[k]);
@@ -196,9 +177,9 @@ int Builder::vector_source(Type t) {
 void Builder::address() {
   const std::string operand = take("an address");
   if (operand.size() < 2 || operand.front() != '[' || operand.back() != ']') refuse("the address " + operand);
-  const std::string inside(trimmed(std::string_view(operand).substr(1, operand.size() - 2)));
+  const std::string inside = trimmed(std::string_view(operand).substr(1, operand.size() - 2));
   const size_t plus = inside.find_first_of("+-", 1);
-  const std::string base(trimmed(inside.substr(0, plus)));
+  const std::string base = trimmed(std::string_view(inside).substr(0, plus));
   if (const Names::Register* r = names_.find_register(base)) {
     instruction.has_base = true;
     instruction.wide_base = r->type.bits == 64;

@@ -48,10 +48,10 @@ const Chain& later(const Chain& a, const Chain& b) { return b.cycles > a.cycles 
 }  // namespace
 
 const char* name_of(Class c) {
-  constexpr const char* names[] = {"integer",     "integer64",    "division",    "float32",      "float64",
-                                   "special",     "exact32",      "exact64",     "conversion",   "global_load",
-                                   "global_store", "shared_load", "shared_store", "parameter",   "atomic",
-                                   "exchange",    "barrier",      "control"};
+  constexpr const char* names[] = {"integer",      "integer64",   "division",     "float32",    "float64",
+                                   "special",      "exact32",     "exact64",      "conversion", "global_load",
+                                   "global_store", "shared_load", "shared_store", "parameter",  "atomic",
+                                   "exchange",     "barrier",     "control"};
   static_assert(std::size(names) == size_t(Class::count));
   return names[size_t(c)];
 }
@@ -61,24 +61,39 @@ const char* name_of(Class c) {
 float latency_of(Class c) {
   switch (c) {
     case Class::integer:
-    case Class::float32: return 4;
-    case Class::integer64: return 8;
-    case Class::float64: return 16;
-    case Class::conversion: return 8;
-    case Class::special: return 20;
-    case Class::exact32: return 40;
-    case Class::exact64: return 120;
-    case Class::division: return 70;
-    case Class::parameter: return 8;
-    case Class::shared_load: return 30;
-    case Class::global_load: return 270;
-    case Class::atomic: return 300;
-    case Class::exchange: return 24;
-    case Class::barrier: return 20;
+    case Class::float32:
+      return 4;
+    case Class::integer64:
+      return 8;
+    case Class::float64:
+      return 16;
+    case Class::conversion:
+      return 8;
+    case Class::special:
+      return 20;
+    case Class::exact32:
+      return 40;
+    case Class::exact64:
+      return 120;
+    case Class::division:
+      return 70;
+    case Class::parameter:
+      return 8;
+    case Class::shared_load:
+      return 30;
+    case Class::global_load:
+      return 270;
+    case Class::atomic:
+      return 300;
+    case Class::exchange:
+      return 24;
+    case Class::barrier:
+      return 20;
     case Class::global_store:
     case Class::shared_store:
     case Class::control:
-    case Class::count: return 2;
+    case Class::count:
+      return 2;
   }
   return 0;
 }

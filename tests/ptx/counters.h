@@ -4,8 +4,8 @@
 // The last one is a scoreboard. Between two branches the compiler may order instructions as it likes, so each waits for
 // its sources alone, and its result is there after a latency that its class has (latency_of); a warp issues one
 // instruction a cycle. What follows a branch waits until all before it has been issued. A barrier waits for the slowest
-// warp of the block. So `block_cycles` is the time that a block would take if nothing but its own dependences held it up,
-// and no load missed the L2 cache: a model, not a measurement.
+// warp of the block. So `block_cycles` is the time that a block would take if nothing but its own dependences held it
+// up, and no load missed the L2 cache: a model, not a measurement.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -30,9 +30,9 @@ struct Counters {
   uint64_t store_requests = 0, store_sectors = 0, store_bytes = 0;  // global, atomic operations included
   uint64_t loaded_footprint = 0, stored_footprint = 0;              // sectors touched, each once a launch
   uint64_t shared_requests = 0, shared_wavefronts = 0;
-  uint64_t branches = 0, divergent_branches = 0;                    // of warps, those with a guard
-  double block_cycles = 0;   // the sum over blocks
-  Chain longest;             // of any block
+  uint64_t branches = 0, divergent_branches = 0;  // of warps, those with a guard
+  double block_cycles = 0;                        // the sum over blocks
+  Chain longest;                                  // of any block
 
   // Called by handlers, with the lanes' addresses.
   void count_global(const Warp&, const Instruction&, const Addresses&, bool store);

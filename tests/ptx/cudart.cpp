@@ -1,8 +1,9 @@
 // The CUDA runtime's functions that Baton calls (libcudart.so.13), over the interpreter.
 //
-// What a real runtime refuses, this one refuses: launches beyond the chip's limits or beyond what was asked for, copies in
-// the wrong direction, allocating and synchronising while a stream is captured, handles that do not exist. After a fault
-// of a kernel every later call fails, as on a GPU. The chip is an H100 or H200 in its limits (compute capability 9.0).
+// What a real runtime refuses, this one refuses: launches beyond the chip's limits or beyond what was asked for, copies
+// in the wrong direction, allocating and synchronising while a stream is captured, handles that do not exist. After a
+// fault of a kernel every later call fails, as on a GPU. The chip is an H100 or H200 in its limits (compute
+// capability 9.0).
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -98,8 +99,8 @@ void check_launch(const Kernel& k, const Function& f, const dim3& grid, const di
   if (grid.x > 0x7fffffffu || grid.y > max_rows || grid.z > max_rows)
     refuse("a grid of " + extent_text(grid) + " blocks, at most 2147483647 x 65535 x 65535" + which);
   if (k.shared_used > default_shared)
-    refuse(std::to_string(k.shared_used) + " bytes of static shared memory, at most " +
-           std::to_string(default_shared) + which);
+    refuse(std::to_string(k.shared_used) + " bytes of static shared memory, at most " + std::to_string(default_shared) +
+           which);
   if (dynamic > f.dynamic_limit)
     refuse(std::to_string(dynamic) + " bytes of dynamic shared memory, asked for were " +
            std::to_string(f.dynamic_limit) + which);
@@ -177,8 +178,8 @@ void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void** binary, const char* stub, char*, const char* symbol, int, uint3*, uint3*, dim3*, dim3*,
-                            int*) {
+void __cudaRegisterFunction(void** binary, const char* stub, char*, const char* symbol, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
   runtime().functions[stub] = {reinterpret_cast<Binary*>(binary), symbol, default_shared};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
@@ -287,16 +288,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
       refuse("a copy from or to the host's memory while the stream is being captured");
   });
   if (checked != cudaSuccess) return checked;
-  return submit(stream, {"cudaMemcpy of " + std::to_string(bytes) + " bytes", [=] { copy(to, from, bytes, kind); },
+  return submit(stream, {"cudaMemcpy of " + std::to_string(bytes) + " bytes",
+                         [=] { copy(to, from, bytes, kind); },
                          {0, 2.0 * double(bytes)}});
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
-  return submit(stream, {"cudaMemset of " + std::to_string(bytes) + " bytes",
-                         [=] {
-                           DeviceMemory::instance().fill(reinterpret_cast<uint64_t>(p), value, bytes,
-                                                         "a memset's target");
-                         },
-                         {0, double(bytes)}});
+  return submit(
+      stream, {"cudaMemset of " + std::to_string(bytes) + " bytes",
+               [=] { DeviceMemory::instance().fill(reinterpret_cast<uint64_t>(p), value, bytes, "a memset's target"); },
+               {0, double(bytes)}});
 }
 
 // ------------------------------------------------------------------------------------ streams, graphs
@@ -395,7 +395,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   return call("cudaEventElapsedTime", [&] {
-    const auto &times = runtime().event_times;
+    const auto& times = runtime().event_times;
     const auto a = times.find(from), b = times.find(to);
     if (a == times.end() || b == times.end()) refuse("an event that was not recorded");
     *milliseconds = std::chrono::duration<float, std::milli>(b->second - a->second).count();
@@ -434,30 +434,54 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = multiprocessors; return cudaSuccess;
-    case cudaDevAttrMaxGridDimX: *value = 0x7fffffff; return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerBlock: *value = max_threads; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(default_shared); return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(max_shared); return cudaSuccess;
-    case cudaDevAttrWarpSize: *value = lanes; return cudaSuccess;
-    default: return report("cudaDeviceGetAttribute", Fault(FaultKind::unsupported, "attribute " +
-                                                                                       std::to_string(attribute)));
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxGridDimX:
+      *value = 0x7fffffff;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = max_threads;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = int(default_shared);
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(max_shared);
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = lanes;
+      return cudaSuccess;
+    default:
+      return report("cudaDeviceGetAttribute", Fault(FaultKind::unsupported, "attribute " + std::to_string(attribute)));
   }
 }
 cudaError_t cudaGetLastError() { return take_last_error(); }
 cudaError_t cudaPeekAtLastError() { return peek_last_error(); }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
-    case cudaErrorMisalignedAddress: return "misaligned address";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorNotSupported: return "operation not supported";
-    default: return "an error of the CUDA runtime";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
+    case cudaErrorMisalignedAddress:
+      return "misaligned address";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    default:
+      return "an error of the CUDA runtime";
   }
 }
 

@@ -1,5 +1,5 @@
-// Device memory: addresses that the host cannot touch, and a shadow that knows of every byte whether it is allocated and
-// whether anything was ever written there.
+// Device memory: addresses that the host cannot touch, and a shadow that knows of every byte whether it is allocated
+// and whether anything was ever written there.
 //
 // Programs see addresses of a window that is reserved without access, so that a host that follows a device pointer ends
 // with SIGSEGV. What is stored there lies in a second mapping. No address is handed out twice, so a use after a free is
@@ -29,8 +29,8 @@ class DeviceMemory {
   bool contains(uint64_t address) const { return address - window_ < window_bytes; }
   bool contains(const void* p) const { return contains(reinterpret_cast<uint64_t>(p)); }
 
-  // Where the bytes at a device address are stored. Throws Fault, with `what` in its message, for a null or host address
-  // and for bytes that no one allocation holds.
+  // Where the bytes at a device address are stored. Throws Fault, with `what` in its message, for a null or host
+  // address and for bytes that no one allocation holds.
   char* storage(uint64_t address, size_t bytes, const char* what) const;
 
   // The same, typed, for what a library reads or writes. Throws Fault for a misaligned address too; `read` also for

@@ -1,5 +1,5 @@
-// A fat binary is a header of 16 bytes (magic, version, header size, bytes that follow) and entries one after the other,
-// each with a head of its own: kind (1 PTX, 2 machine code), the head's size, and the size of what follows.
+// A fat binary is a header of 16 bytes (magic, version, header size, bytes that follow) and entries one after the
+// other, each with a head of its own: kind (1 PTX, 2 machine code), the head's size, and the size of what follows.
 #include "tests/ptx/fat_binary.h"
 
 #include <cstdint>
@@ -45,9 +45,8 @@ std::string_view find_ptx(const void* wrapper) {
     }
     entry += head + size;
   }
-  throw Fault(FaultKind::unsupported, compressed
-                                          ? "the program's PTX is compressed: compile with --compress-mode=none"
-                                          : "the program holds no PTX: compile with an architecture such as 90");
+  throw Fault(FaultKind::unsupported, compressed ? "the program's PTX is compressed: compile with --compress-mode=none"
+                                                 : "the program holds no PTX: compile with an architecture such as 90");
 }
 
 }  // namespace ptx

@@ -76,10 +76,14 @@ template <class Make>
 Handler for_integer(const Builder& b, Type t, Make make) {
   const bool s = t.is_signed();
   if (!t.is_float() && !t.is_predicate()) switch (t.bits) {
-      case 8: return s ? make.template operator()<int8_t>() : make.template operator()<uint8_t>();
-      case 16: return s ? make.template operator()<int16_t>() : make.template operator()<uint16_t>();
-      case 32: return s ? make.template operator()<int32_t>() : make.template operator()<uint32_t>();
-      case 64: return s ? make.template operator()<int64_t>() : make.template operator()<uint64_t>();
+      case 8:
+        return s ? make.template operator()<int8_t>() : make.template operator()<uint8_t>();
+      case 16:
+        return s ? make.template operator()<int16_t>() : make.template operator()<uint16_t>();
+      case 32:
+        return s ? make.template operator()<int32_t>() : make.template operator()<uint32_t>();
+      case 64:
+        return s ? make.template operator()<int64_t>() : make.template operator()<uint64_t>();
     }
   b.refuse("not for this type");
 }
@@ -93,10 +97,14 @@ Handler for_float(const Builder& b, Type t, Make make) {
 template <class Make>
 Handler for_bits(const Builder& b, Type t, Make make) {
   switch (t.bits) {
-    case 8: return make.template operator()<uint8_t>();
-    case 16: return make.template operator()<uint16_t>();
-    case 32: return make.template operator()<uint32_t>();
-    case 64: return make.template operator()<uint64_t>();
+    case 8:
+      return make.template operator()<uint8_t>();
+    case 16:
+      return make.template operator()<uint16_t>();
+    case 32:
+      return make.template operator()<uint32_t>();
+    case 64:
+      return make.template operator()<uint64_t>();
   }
   b.refuse("not for this type");
 }

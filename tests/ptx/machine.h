@@ -12,8 +12,7 @@ namespace ptx::test {
 // The text of a module with one kernel `test`, whose arguments are 64-bit pointers p0, p1, ...
 inline std::string module_of(const std::string& body, int pointers, const std::string& before = "") {
   std::string text = ".version 9.0\n.target sm_90\n.address_size 64\n" + before + ".visible .entry test(\n";
-  for (int k = 0; k < pointers; k++)
-    text += std::string(k ? ",\n" : "") + ".param .u64 p" + std::to_string(k);
+  for (int k = 0; k < pointers; k++) text += std::string(k ? ",\n" : "") + ".param .u64 p" + std::to_string(k);
   return text + ")\n{\n" + body + "\n}\n";
 }
 

@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cctype>
 #include <cstdlib>
 #include <cstring>
 
 #include "tests/ptx/device_memory.h"
 #include "tests/ptx/rules.h"
+#include "tests/ptx/scanner.h"
 
 namespace ptx {
 
@@ -21,154 +21,6 @@ constexpr uint32_t red_zone = 64;  // bytes between static shared variables that
 }
 
 uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * to; }
-bool is_space(char c) { return std::isspace(static_cast<unsigned char>(c)); }
-bool in_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
-
-std::string trimmed(std::string_view s) {
-  while (!s.empty() && is_space(s.front())) s.remove_prefix(1);
-  while (!s.empty() && is_space(s.back())) s.remove_suffix(1);
-  return std::string(s);
-}
-
-std::vector<std::string> words_of(std::string_view s) {
-  std::vector<std::string> words;
-  for (size_t at = 0; at < s.size();) {
-    while (at < s.size() && is_space(s[at])) at++;
-    const size_t from = at;
-    while (at < s.size() && !is_space(s[at])) at++;
-    if (at > from) words.emplace_back(s.substr(from, at - from));
-  }
-  return words;
-}
-
-std::vector<std::string> split(std::string_view s, char separator) {
-  std::vector<std::string> list;
-  int depth = 0;
-  size_t from = 0;
-  for (size_t at = 0; at <= s.size(); at++) {
-    const char c = at < s.size() ? s[at] : separator;
-    if (c == '{' || c == '[' || c == '(') depth++;
-    if (c == '}' || c == ']' || c == ')') depth--;
-    if (c == separator && (depth == 0 || at == s.size())) {
-      if (std::string word = trimmed(s.substr(from, at - from)); !word.empty()) list.push_back(std::move(word));
-      from = at + 1;
-    }
-  }
-  return list;
-}
-
-// The text with comments blanked out; lines stay where they are.
-std::string without_comments(std::string_view s) {
-  std::string out(s);
-  for (size_t at = 0; at + 1 < out.size();) {
-    if (out[at] == '/' && out[at + 1] == '/') {
-      while (at < out.size() && out[at] != '\n') out[at++] = ' ';
-    } else if (out[at] == '/' && out[at + 1] == '*') {
-      const size_t end = std::min(out.find("*/", at + 2), out.size() - 2) + 2;
-      for (; at < end; at++)
-        if (out[at] != '\n') out[at] = ' ';
-    } else if (out[at] == '"') {
-      at = std::min(out.find('"', at + 1), out.size() - 1) + 1;
-    } else {
-      at++;
-    }
-  }
-  return out;
-}
-
-// One piece of the text, with the line it begins in.
-struct Statement {
-  enum Kind { open, close, label, line_directive, text } kind;
-  std::string words;
-  int line;
-};
-
-class Scanner {
- public:
-  explicit Scanner(std::string_view text) : text_(text) {}
-
-  bool at_end() {
-    skip_space();
-    return at_ == text_.size();
-  }
-  Statement next() {
-    skip_space();
-    const int line = line_;
-    const char c = peek();
-    if (c == '{' || c == '}') {
-      at_++;
-      return {c == '{' ? Statement::open : Statement::close, "", line};
-    }
-    if (c == ';') {
-      at_++;
-      return next();
-    }
-    if (in_name(c)) {  // a label?
-      size_t end = at_;
-      while (end < text_.size() && in_name(text_[end])) end++;
-      size_t after = end;
-      while (after < text_.size() && is_space(text_[after])) after++;
-      if (after < text_.size() && text_[after] == ':') {
-        Statement s{Statement::label, std::string(text_.substr(at_, end - at_)), line};
-        move_to(after + 1);
-        return s;
-      }
-    }
-    for (const char* directive : {".loc", ".file", ".version", ".target", ".address_size", ".maxntid", ".minnctapersm",
-                                  ".reqntid", ".maxnreg", ".explicitcluster", ".section"})
-      if (text_.substr(at_).starts_with(directive)) {
-        const size_t end = std::min(text_.find_first_of("\n{", at_), text_.size());
-        Statement s{Statement::line_directive, trimmed(text_.substr(at_, end - at_)), line};
-        move_to(end);
-        if (s.words.starts_with(".section")) move_to(end_of_braces());
-        return s;
-      }
-    // Up to the ';', or to the '{' of a kernel's body; a '{' after a '(' or '=' or within a statement belongs to it.
-    size_t end = at_;
-    const bool entry = text_.substr(at_, std::min(text_.find_first_of(";{", at_), text_.size()) - at_).find(".entry") !=
-                       std::string_view::npos;
-    for (int depth = 0; end < text_.size(); end++) {
-      if (text_[end] == '(' || text_[end] == '[') depth++;
-      if (text_[end] == ')' || text_[end] == ']') depth--;
-      if (text_[end] == '{' && entry && depth == 0) break;
-      if (text_[end] == '{') depth++;
-      if (text_[end] == '}') depth--;
-      if (text_[end] == ';' && depth == 0) break;
-      if (entry && depth == 0 && text_[end] == '.' && text_.substr(end).starts_with(".maxntid")) break;
-      if (entry && depth == 0 && text_[end] == '.' && text_.substr(end).starts_with(".minnctapersm")) break;
-    }
-    Statement s{Statement::text, trimmed(text_.substr(at_, end - at_)), line};
-    for (char& x : s.words)
-      if (is_space(x)) x = ' ';
-    move_to(end);
-    return s;
-  }
-
- private:
-  char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
-  void move_to(size_t to) {
-    line_ += int(std::count(text_.begin() + long(at_), text_.begin() + long(to), '\n'));
-    at_ = to;
-  }
-  void skip_space() {
-    size_t to = at_;
-    while (to < text_.size() && is_space(text_[to])) to++;
-    move_to(to);
-  }
-  size_t end_of_braces() const {
-    size_t at = text_.find('{', at_);
-    for (int depth = 0; at < text_.size(); at++) {
-      if (text_[at] == '{') depth++;
-      if (text_[at] == '}' && --depth == 0) return at + 1;
-    }
-    return text_.size();
-  }
-
-  std::string_view text_;
-  size_t at_ = 0;
-  int line_ = 1;
-};
-
 // ".shared .align 8 .b8 name[2048]", ".global .align 4 .u32 table[4] = {1, 2, 3, 4}", ".param .u64 .ptr .align 1 name".
 struct Declaration {
   std::string space, name;
@@ -212,8 +64,8 @@ Declaration read_declaration(std::string s, int line) {
   size_t at = 0;
   for (const std::string& number : split(initial, ',')) {
     const bool bits = number.starts_with("0f") || number.starts_with("0d");
-    const uint64_t value = bits ? std::strtoull(number.c_str() + 2, nullptr, 16)
-                                : std::strtoull(number.c_str(), nullptr, 0);
+    const uint64_t value =
+        bits ? std::strtoull(number.c_str() + 2, nullptr, 16) : std::strtoull(number.c_str(), nullptr, 0);
     if (at + v.element > v.bytes) refuse("too many numbers for " + v.name, line);
     std::memcpy(v.initial.data() + at, &value, v.element);
     at += v.element;
@@ -356,10 +208,10 @@ const Names::Register* KernelParser::find_register(std::string_view name) const 
   for (size_t k = scopes_.size(); k-- > 0;)
     if (const auto found = scopes_[k].find(name); found != scopes_[k].end()) return &found->second;
   static const Scope specials = [] {
-    const char* names[special_count] = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x",
-                                        "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid",
-                                        "%warpid", "%nwarpid", "%lanemask_eq", "%lanemask_le", "%lanemask_lt",
-                                        "%lanemask_ge", "%lanemask_gt"};
+    const char* names[special_count] = {"%tid.x",       "%tid.y",       "%tid.z",       "%ntid.x",      "%ntid.y",
+                                        "%ntid.z",      "%ctaid.x",     "%ctaid.y",     "%ctaid.z",     "%nctaid.x",
+                                        "%nctaid.y",    "%nctaid.z",    "%laneid",      "%warpid",      "%nwarpid",
+                                        "%lanemask_eq", "%lanemask_le", "%lanemask_lt", "%lanemask_ge", "%lanemask_gt"};
     Scope all;
     for (int k = 0; k < special_count; k++) all[names[k]] = {uint32_t(k) * narrow_bytes, {'u', 32}};
     return all;
@@ -411,8 +263,7 @@ void KernelParser::add_instruction(const Statement& statement) {
     if (!r) refuse("the guard " + guard, statement.line);
     i.guard = int32_t(r->place);
     i.reads[i.read_count++] = r->place;
-    s = s.substr(end);
-    while (is_space(s.front())) s.remove_prefix(1);
+    s = s.substr(s.find_first_not_of(' ', end));
   }
   const size_t end = std::min(s.find(' '), s.size());
   const std::string opcode(s.substr(0, end));
@@ -425,8 +276,8 @@ void KernelParser::add_instruction(const Statement& statement) {
     builder.finish();
   } catch (const Fault& fault) {
     if (kernel_.unknown.empty())
-      kernel_.unknown = std::string(fault.what()) + " (PTX line " + std::to_string(statement.line) + ": " +
-                        statement.words + ")";
+      kernel_.unknown =
+          std::string(fault.what()) + " (PTX line " + std::to_string(statement.line) + ": " + statement.words + ")";
   }
   if (i.cost == Class::global_load && i.kind) kernel_.reads_through_nc = true;
   kernel_.code.push_back(i);
@@ -438,9 +289,15 @@ void KernelParser::parse_body(Scanner& scanner) {
   while (!scopes_.empty()) {
     const Statement s = scanner.next();
     switch (s.kind) {
-      case Statement::open: scopes_.emplace_back(); break;
-      case Statement::close: scopes_.pop_back(); break;
-      case Statement::label: labels_[s.words] = int32_t(kernel_.code.size()); break;
+      case Statement::open:
+        scopes_.emplace_back();
+        break;
+      case Statement::close:
+        scopes_.pop_back();
+        break;
+      case Statement::label:
+        labels_[s.words] = int32_t(kernel_.code.size());
+        break;
       case Statement::line_directive:
         if (s.words.starts_with(".loc")) place_ = module_.read_place(s);
         break;

@@ -15,7 +15,7 @@ using Json = nlohmann::ordered_json;
 
 // A kernel's launch as a node of a graph.
 struct Node {
-  std::string name;       // a kernel's symbol, or a library's call
+  std::string name;  // a kernel's symbol, or a library's call
   bool is_kernel = false;
   Extent grid, block;
   uint32_t shared_bytes = 0;  // static and dynamic
@@ -66,8 +66,7 @@ Json json_of(const Counters& c) {
   j["branches"] = c.branches;
   j["divergent_branches"] = c.divergent_branches;
   j["block_cycles"] = c.block_cycles;
-  j["longest_chain"] = {
-      {"cycles", c.longest.cycles}, {"loads", c.longest.loads}, {"barriers", c.longest.barriers}};
+  j["longest_chain"] = {{"cycles", c.longest.cycles}, {"loads", c.longest.loads}, {"barriers", c.longest.barriers}};
   return j;
 }
 
@@ -133,7 +132,7 @@ void finish_kernel(const Launch& launch) {
   const std::string& symbol = launch.kernel->symbol;
   p.kernels[symbol].add(p.current);
   p.names[symbol] = launch.kernel->name;
-  p.current_node = {symbol, true, launch.grid, launch.block, launch.kernel->shared_used + launch.dynamic_bytes,
+  p.current_node = {symbol,    true, launch.grid, launch.block, launch.kernel->shared_used + launch.dynamic_bytes,
                     p.current, {}};
 }
 

@@ -1,6 +1,6 @@
-// The profile of a process (BATON_PTX_PROFILE=FILE): what each kernel counted over all of its launches, the work of each
-// library call, and the nodes of the graph that was launched last, which of a training program is its step. Written as
-// JSON when the process ends; tools/gpu-cost reads it.
+// The profile of a process (BATON_PTX_PROFILE=FILE): what each kernel counted over all of its launches, the work of
+// each library call, and the nodes of the graph that was launched last, which of a training program is its step.
+// Written as JSON when the process ends; tools/gpu-cost reads it.
 #pragma once
 #include "tests/ptx/counters.h"
 #include "tests/ptx/stream.h"

@@ -31,24 +31,24 @@ enum class Flow : uint8_t {
 
 // What tools/gpu-cost counts an instruction as.
 enum class Class : uint8_t {
-  integer,      // 32-bit integers, logic, moves, comparisons and selections
-  integer64,    // what needs two or more of them
-  division,     // of integers: a subroutine on the chip
-  float32,      // add, mul, fma, min, max
+  integer,    // 32-bit integers, logic, moves, comparisons and selections
+  integer64,  // what needs two or more of them
+  division,   // of integers: a subroutine on the chip
+  float32,    // add, mul, fma, min, max
   float64,
-  special,      // exp2, log2, approximate reciprocals and roots: a quarter of a warp at a time
-  exact32,      // correctly rounded division, reciprocal and root in float32: a sequence on the chip
-  exact64,      // the same in float64
+  special,  // exp2, log2, approximate reciprocals and roots: a quarter of a warp at a time
+  exact32,  // correctly rounded division, reciprocal and root in float32: a sequence on the chip
+  exact64,  // the same in float64
   conversion,
   global_load,
   global_store,
   shared_load,
   shared_store,
-  parameter,    // loads of a kernel's arguments, which lie in a constant bank
+  parameter,  // loads of a kernel's arguments, which lie in a constant bank
   atomic,
-  exchange,     // shuffles and votes
+  exchange,  // shuffles and votes
   barrier,
-  control,      // branches, exits
+  control,  // branches, exits
   count,
 };
 const char* name_of(Class);
@@ -60,17 +60,17 @@ struct Instruction {
   Flow flow = Flow::next;
   Class cost = Class::integer;
   bool guard_negated = false;
-  bool flag = false;       // a rule's own: negated source of a vote, second destination of a shuffle, ...
-  uint8_t kind = 0;        // a rule's own
-  uint8_t parts = 1;       // of a vector operand
-  uint8_t bytes = 0;       // that a memory instruction moves for each lane, all parts together
+  bool flag = false;  // a rule's own: negated source of a vote, second destination of a shuffle, ...
+  uint8_t kind = 0;   // a rule's own
+  uint8_t parts = 1;  // of a vector operand
+  uint8_t bytes = 0;  // that a memory instruction moves for each lane, all parts together
   Space space = Space::global;
-  int32_t guard = -1;      // place of the predicate that guards it
-  int32_t target = -1;     // of a branch
+  int32_t guard = -1;   // place of the predicate that guards it
+  int32_t target = -1;  // of a branch
   // Places (byte offsets into a warp's register file): destination, then sources in the order of the source text.
   uint32_t d = 0, a = 0, b = 0, c = 0, e = 0;
-  std::array<uint32_t, 4> vector{};  // registers of a vector operand, or the one of a scalar in vector[0]
-  int64_t displacement = 0;          // of an address; the whole address where has_base is false
+  std::array<uint32_t, 4> vector{};          // registers of a vector operand, or the one of a scalar in vector[0]
+  int64_t displacement = 0;                  // of an address; the whole address where has_base is false
   bool has_base = false, wide_base = false;  // a 64-bit register holds the base
   uint32_t number = 0;                       // its index in the kernel, for counters and messages
   // The registers that it reads and writes, for chains of dependent instructions.
@@ -81,7 +81,7 @@ struct Instruction {
 
 // A place in the source, where line information is there (-lineinfo).
 struct SourcePlace {
-  int file = 0;    // index of Module::files
+  int file = 0;  // index of Module::files
   int line = 0;
   int column = 0;
   int caller = -1;  // where the function that it lies in was inlined: index of Module::places, -1: it was not
@@ -99,22 +99,22 @@ struct Variable {
 };
 
 struct Kernel {
-  std::string symbol;   // mangled
-  std::string name;     // as written in the source, without its namespaces' and its arguments' text
+  std::string symbol;  // mangled
+  std::string name;    // as written in the source, without its namespaces' and its arguments' text
   std::vector<Instruction> code;
-  std::vector<Origin> origins;          // of each instruction
-  std::vector<Variable> parameters;     // where each argument lies in the block of parameters
+  std::vector<Origin> origins;       // of each instruction
+  std::vector<Variable> parameters;  // where each argument lies in the block of parameters
   uint32_t parameter_bytes = 0;
-  uint32_t register_bytes = 0;          // of a warp's register file, constants and special registers included
-  uint32_t special_place = 0;           // of the special registers
+  uint32_t register_bytes = 0;  // of a warp's register file, constants and special registers included
+  uint32_t special_place = 0;   // of the special registers
   uint32_t constants_place = 0;
   std::vector<char> constants;
-  std::vector<Variable> shared;         // static shared variables, with gaps between them that nobody may touch
-  uint32_t shared_bytes = 0;            // of them with the gaps
-  uint32_t shared_used = 0;             // and without: what the chip's limits count
-  uint32_t max_threads = 0;             // .maxntid, 0: not said
-  bool reads_through_nc = false;        // has ld.global.nc
-  std::string unknown;                  // why it cannot run: an instruction that is not known here
+  std::vector<Variable> shared;   // static shared variables, with gaps between them that nobody may touch
+  uint32_t shared_bytes = 0;      // of them with the gaps
+  uint32_t shared_used = 0;       // and without: what the chip's limits count
+  uint32_t max_threads = 0;       // .maxntid, 0: not said
+  bool reads_through_nc = false;  // has ld.global.nc
+  std::string unknown;            // why it cannot run: an instruction that is not known here
 };
 
 struct Module {
@@ -130,8 +130,27 @@ std::unique_ptr<Module> parse_module(std::string_view text);
 
 // The special registers (%tid.x and so on), in the order of their places.
 enum Special : int {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z,
-  laneid, warpid, nwarpid, lanemask_eq, lanemask_le, lanemask_lt, lanemask_ge, lanemask_gt, special_count,
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  nwarpid,
+  lanemask_eq,
+  lanemask_le,
+  lanemask_lt,
+  lanemask_ge,
+  lanemask_gt,
+  special_count,
 };
 
 constexpr uint32_t narrow_bytes = 4 * lanes, wide_bytes = 8 * lanes, place_alignment = 64;

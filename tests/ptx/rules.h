@@ -50,7 +50,7 @@ class Builder {
   const std::string& name() const { return name_; }
   bool has(std::string_view suffix);  // takes the suffix where it is there
   void need(std::string_view suffix);
-  Type type();                        // takes the first suffix that is a type
+  Type type();  // takes the first suffix that is a type
   size_t operands_left() const { return operands_.size() - next_; }
   bool next_is_vector() const { return operands_left() > 0 && operands_[next_].front() == '{'; }
 
@@ -59,13 +59,13 @@ class Builder {
   void source(uint32_t& place, Type);
   // d or d|p: a result and a predicate beside it. Returns whether there is one.
   bool destination_and_predicate(uint32_t& place, Type, uint32_t& predicate);
-  void guarded_source(uint32_t& place);  // a predicate, "!" before it sets Instruction::flag
+  void guarded_source(uint32_t& place);            // a predicate, "!" before it sets Instruction::flag
   void unused_destination(uint32_t& place, Type);  // of a result that the instruction does not give
-  int vector_destination(Type);          // {a, b} or one register: into Instruction::vector; returns how many
+  int vector_destination(Type);                    // {a, b} or one register: into Instruction::vector; returns how many
   int vector_source(Type);
-  void address();                        // [base + displacement]
+  void address();  // [base + displacement]
   std::string label();
-  std::string text();                    // the next operand as it is
+  std::string text();  // the next operand as it is
 
   [[noreturn]] void refuse(const std::string& why) const;
   void finish() const;  // refuses what nobody took

@@ -25,14 +25,38 @@ namespace {
 // Twice as wide, with the same sign.
 template <class T>
 struct DoubledType;
-template <> struct DoubledType<uint8_t> { using type = uint16_t; };
-template <> struct DoubledType<int8_t> { using type = int16_t; };
-template <> struct DoubledType<uint16_t> { using type = uint32_t; };
-template <> struct DoubledType<int16_t> { using type = int32_t; };
-template <> struct DoubledType<uint32_t> { using type = uint64_t; };
-template <> struct DoubledType<int32_t> { using type = int64_t; };
-template <> struct DoubledType<uint64_t> { using type = unsigned __int128; };
-template <> struct DoubledType<int64_t> { using type = __int128; };
+template <>
+struct DoubledType<uint8_t> {
+  using type = uint16_t;
+};
+template <>
+struct DoubledType<int8_t> {
+  using type = int16_t;
+};
+template <>
+struct DoubledType<uint16_t> {
+  using type = uint32_t;
+};
+template <>
+struct DoubledType<int16_t> {
+  using type = int32_t;
+};
+template <>
+struct DoubledType<uint32_t> {
+  using type = uint64_t;
+};
+template <>
+struct DoubledType<int32_t> {
+  using type = int64_t;
+};
+template <>
+struct DoubledType<uint64_t> {
+  using type = unsigned __int128;
+};
+template <>
+struct DoubledType<int64_t> {
+  using type = __int128;
+};
 template <class T>
 using Doubled = typename DoubledType<T>::type;
 
@@ -95,7 +119,8 @@ Class cost_of(Type t) {
   return t.bits == 64 ? Class::integer64 : Class::integer;
 }
 
-// The round-to-nearest that every sum and product has unless it says otherwise. `full` operations on float64 must say it.
+// The round-to-nearest that every sum and product has unless it says otherwise. `full` operations on float64 must say
+// it.
 void take_nearest(Builder& b) { b.has("rn"); }
 
 void add(Builder& b) {
@@ -104,8 +129,7 @@ void add(Builder& b) {
   take_binary(b, t);
   b.instruction.cost = cost_of(t);
   if (t.is_float())
-    b.instruction.handler =
-        for_float(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return x + y; }); });
+    b.instruction.handler = for_float(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return x + y; }); });
   else
     b.instruction.handler =
         for_bits(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return T(x + y); }); });
@@ -117,8 +141,7 @@ void sub(Builder& b) {
   take_binary(b, t);
   b.instruction.cost = cost_of(t);
   if (t.is_float())
-    b.instruction.handler =
-        for_float(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return x - y; }); });
+    b.instruction.handler = for_float(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return x - y; }); });
   else
     b.instruction.handler =
         for_bits(b, t, []<class T>() { return binary<T, T, T>([](T x, T y) { return T(x - y); }); });
@@ -199,8 +222,8 @@ void fma(Builder& b) {
   else if (up) i.handler = for_float(b, t, []<class T>() { return Handler(fma_rounded<T, FE_UPWARD>); });
   else if (zero) i.handler = for_float(b, t, []<class T>() { return Handler(fma_rounded<T, FE_TOWARDZERO>); });
   else
-    i.handler = for_float(
-        b, t, []<class T>() { return ternary<T, T, T, T>([](T x, T y, T z) { return std::fma(x, y, z); }); });
+    i.handler =
+        for_float(b, t, []<class T>() { return ternary<T, T, T, T>([](T x, T y, T z) { return std::fma(x, y, z); }); });
 }
 
 // Integers: division by zero gives all bits, as the chip does; float: correctly rounded, or with 2 units of error
@@ -365,8 +388,7 @@ void rsqrt(Builder& b) {
   const Type t = b.type();
   take_unary(b, t);
   b.instruction.cost = Class::special;
-  if (t.bits == 64)
-    b.instruction.handler = unary<double, double>([](double x) { return 1 / std::sqrt(x); });
+  if (t.bits == 64) b.instruction.handler = unary<double, double>([](double x) { return 1 / std::sqrt(x); });
   else if (flushes)
     b.instruction.handler = unary<float, float>([](float x) { return float(1 / std::sqrt(double(flush(x)))); });
   else b.instruction.handler = unary<float, float>([](float x) { return float(1 / std::sqrt(double(x))); });
@@ -376,17 +398,22 @@ void rsqrt(Builder& b) {
 void copysign(Builder& b) {
   const Type t = b.type();
   take_binary(b, t);
-  b.instruction.handler = for_float(
-      b, t, []<class T>() { return binary<T, T, T>([](T sign, T magnitude) { return std::copysign(magnitude, sign); }); });
+  b.instruction.handler = for_float(b, t, []<class T>() {
+    return binary<T, T, T>([](T sign, T magnitude) { return std::copysign(magnitude, sign); });
+  });
 }
 
 }  // namespace
 
 const Rules& arithmetic_rules() {
   static const Rules rules{
-      {"add", add}, {"sub", sub}, {"mul", mul}, {"mad", mad}, {"fma", fma}, {"div", div}, {"rem", rem}, {"neg", neg},
-      {"abs", abs}, {"min", min}, {"max", max}, {"sqrt", sqrt}, {"rcp", rcp}, {"ex2", ex2}, {"lg2", lg2},
-      {"sin", sine}, {"cos", cosine}, {"tanh", tangent_hyperbolic}, {"rsqrt", rsqrt}, {"copysign", copysign},
+      {"add", add},     {"sub", sub},           {"mul", mul},
+      {"mad", mad},     {"fma", fma},           {"div", div},
+      {"rem", rem},     {"neg", neg},           {"abs", abs},
+      {"min", min},     {"max", max},           {"sqrt", sqrt},
+      {"rcp", rcp},     {"ex2", ex2},           {"lg2", lg2},
+      {"sin", sine},    {"cos", cosine},        {"tanh", tangent_hyperbolic},
+      {"rsqrt", rsqrt}, {"copysign", copysign},
   };
   return rules;
 }

@@ -80,8 +80,8 @@ void nanosleep(Builder& b) {
 }  // namespace
 
 const Rules& control_rules() {
-  static const Rules rules{{"bra", bra}, {"ret", ret}, {"exit", exit_}, {"trap", trap}, {"bar", bar}, {"barrier", bar},
-                           {"membar", fence}, {"fence", fence}, {"nanosleep", nanosleep}};
+  static const Rules rules{{"bra", bra},     {"ret", ret},      {"exit", exit_},  {"trap", trap},          {"bar", bar},
+                           {"barrier", bar}, {"membar", fence}, {"fence", fence}, {"nanosleep", nanosleep}};
   return rules;
 }
 

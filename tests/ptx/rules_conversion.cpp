@@ -90,11 +90,16 @@ enum Rounding { nearest, toward_zero, integer_nearest, integer_zero, integer_dow
 template <class T>
 T to_integer(T x, Rounding r) {
   switch (r) {
-    case integer_nearest: return std::nearbyint(x);
-    case integer_zero: return std::trunc(x);
-    case integer_down: return std::floor(x);
-    case integer_up: return std::ceil(x);
-    default: return x;
+    case integer_nearest:
+      return std::nearbyint(x);
+    case integer_zero:
+      return std::trunc(x);
+    case integer_down:
+      return std::floor(x);
+    case integer_up:
+      return std::ceil(x);
+    default:
+      return x;
   }
 }
 
@@ -166,7 +171,8 @@ void cvt(Builder& b) {
   i.cost = Class::conversion;
   if (!to.is_float() && !from.is_float())  // widened or narrowed
     i.cost = to.bits == 64 || from.bits == 64 ? Class::integer64 : Class::integer;
-  i.handler = for_any(b, to, [&]<class D>() { return for_any(b, from, [&]<class S>() { return conversion<D, S>(b); }); });
+  i.handler =
+      for_any(b, to, [&]<class D>() { return for_any(b, from, [&]<class S>() { return conversion<D, S>(b); }); });
 }
 
 }  // namespace

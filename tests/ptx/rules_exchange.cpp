@@ -23,10 +23,18 @@ void shuffle(Warp& w, const Instruction& i) {
     int source = lane;
     bool in = false;
     switch (i.kind) {
-      case up: source = lane - by, in = source >= highest; break;
-      case down: source = lane + by, in = source <= highest; break;
-      case butterfly: source = lane ^ by, in = source <= highest; break;
-      case index: source = lowest | (by & ~segment), in = source <= highest; break;
+      case up:
+        source = lane - by, in = source >= highest;
+        break;
+      case down:
+        source = lane + by, in = source <= highest;
+        break;
+      case butterfly:
+        source = lane ^ by, in = source <= highest;
+        break;
+      case index:
+        source = lowest | (by & ~segment), in = source <= highest;
+        break;
     }
     if (!in) source = lane;
     if (!has_lane(w.active, source))

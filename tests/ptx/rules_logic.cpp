@@ -112,14 +112,16 @@ void clz(Builder& b) {
   const Type t = b.type();
   b.destination(i.d, {'u', 32});
   b.source(i.a, t);
-  i.handler = for_bits(b, t, []<class T>() { return unary<uint32_t, T>([](T x) { return uint32_t(std::countl_zero(x)); }); });
+  i.handler =
+      for_bits(b, t, []<class T>() { return unary<uint32_t, T>([](T x) { return uint32_t(std::countl_zero(x)); }); });
 }
 void popc(Builder& b) {
   Instruction& i = b.instruction;
   const Type t = b.type();
   b.destination(i.d, {'u', 32});
   b.source(i.a, t);
-  i.handler = for_bits(b, t, []<class T>() { return unary<uint32_t, T>([](T x) { return uint32_t(std::popcount(x)); }); });
+  i.handler =
+      for_bits(b, t, []<class T>() { return unary<uint32_t, T>([](T x) { return uint32_t(std::popcount(x)); }); });
 }
 void brev(Builder& b) {
   Instruction& i = b.instruction;
@@ -186,15 +188,16 @@ void bfe(Builder& b) {
   b.source(i.c, {'u', 32});
   if (t.bits != 32) b.refuse("only for 32 bits");
   if (t.is_signed())
-    i.handler = ternary<int32_t, int32_t, uint32_t, uint32_t>([](int32_t x, uint32_t start, uint32_t length) -> int32_t {
-      start &= 255, length &= 255;
-      if (length == 0) return 0;
-      const uint32_t top = start + length - 1 > 31 ? 31 : start + length - 1;
-      const uint32_t sign = uint32_t(x) >> top & 1;
-      const uint32_t mask = field(0, length), value = start > 31 ? 0 : uint32_t(x) >> start;
-      const uint32_t known = start > 31 ? 0 : (32 - start < length ? field(0, 32 - start) : mask);
-      return int32_t((value & known) | (sign ? ~known : 0));
-    });
+    i.handler =
+        ternary<int32_t, int32_t, uint32_t, uint32_t>([](int32_t x, uint32_t start, uint32_t length) -> int32_t {
+          start &= 255, length &= 255;
+          if (length == 0) return 0;
+          const uint32_t top = start + length - 1 > 31 ? 31 : start + length - 1;
+          const uint32_t sign = uint32_t(x) >> top & 1;
+          const uint32_t mask = field(0, length), value = start > 31 ? 0 : uint32_t(x) >> start;
+          const uint32_t known = start > 31 ? 0 : (32 - start < length ? field(0, 32 - start) : mask);
+          return int32_t((value & known) | (sign ? ~known : 0));
+        });
   else
     i.handler = ternary<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t x, uint32_t start, uint32_t length) {
       start &= 255;
@@ -208,7 +211,8 @@ void bmsk(Builder& b) {
   b.destination(i.d, t);
   b.source(i.a, t);
   b.source(i.b, t);
-  i.handler = binary<uint32_t, uint32_t, uint32_t>([](uint32_t start, uint32_t length) { return field(start, length); });
+  i.handler =
+      binary<uint32_t, uint32_t, uint32_t>([](uint32_t start, uint32_t length) { return field(start, length); });
 }
 
 // Four bytes chosen from b:a by the nibbles of c; the highest bit of a nibble asks for eight copies of the byte's sign.
@@ -262,9 +266,9 @@ void lop3(Builder& b) {
 
 const Rules& logic_rules() {
   static const Rules rules{
-      {"and", and_}, {"or", or_}, {"xor", xor_}, {"not", not_}, {"shl", shl}, {"shr", shr}, {"shf", shf}, {"clz", clz},
-      {"popc", popc}, {"brev", brev}, {"bfind", bfind}, {"bfi", bfi}, {"bfe", bfe}, {"bmsk", bmsk}, {"prmt", prmt},
-      {"lop3", lop3},
+      {"and", and_}, {"or", or_},    {"xor", xor_},  {"not", not_},  {"shl", shl},     {"shr", shr},
+      {"shf", shf},  {"clz", clz},   {"popc", popc}, {"brev", brev}, {"bfind", bfind}, {"bfi", bfi},
+      {"bfe", bfe},  {"bmsk", bmsk}, {"prmt", prmt}, {"lop3", lop3},
   };
   return rules;
 }

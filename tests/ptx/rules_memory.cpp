@@ -102,8 +102,8 @@ void store_generic(Warp& w, const Instruction& i) {
 
 // Takes what says how an access is ordered or cached: the lanes here see one memory, in the order of the program.
 void take_hints(Builder& b) {
-  for (const char* hint : {"weak", "volatile", "relaxed", "acquire", "release", "cta", "gpu", "sys", "ca", "cg", "cs", "lu",
-                           "cv", "wb", "wt", "L1::no_allocate", "L1::evict_last", "L1::evict_first", "L2::128B"})
+  for (const char* hint : {"weak", "volatile", "relaxed", "acquire", "release", "cta", "gpu", "sys", "ca", "cg", "cs",
+                           "lu", "cv", "wb", "wt", "L1::no_allocate", "L1::evict_last", "L1::evict_first", "L2::128B"})
     b.has(hint);
 }
 
@@ -165,7 +165,8 @@ void st(Builder& b) {
   if (i.parts != (quad ? 4 : pair ? 2 : 1)) b.refuse("a vector of another length than its suffix says");
   i.bytes = uint8_t(i.parts * t.bits / 8);
   switch (i.space) {
-    case Space::parameter: b.refuse("a store to the kernel's arguments");
+    case Space::parameter:
+      b.refuse("a store to the kernel's arguments");
     case Space::global:
       i.cost = Class::global_store;
       i.handler = for_bits(b, t, []<class T>() { return Handler(store_global<T>); });

@@ -3,8 +3,8 @@
 //
 // In order: of the lanes that can run, those at the smallest instruction go on, so that lanes which a branch has parted
 // meet again where their ways do. Under a seed: any lane goes on, with or without its neighbours, for a few
-// instructions; blocks and warps come in random order. Only what the program orders by barriers and by instructions that
-// name a mask may then decide its results.
+// instructions; blocks and warps come in random order. Only what the program orders by barriers and by instructions
+// that name a mask may then decide its results.
 #include <algorithm>
 #include <bit>
 #include <climits>
@@ -203,8 +203,9 @@ void release_barrier(std::vector<Warp>& warps) {
       if (lanes_of<uint32_t>(w, other.b)[lane] != number) continue;
       arrived++;
       if (w.pc[lane] != pc)
-        fail(w, other, lane, "threads of a block wait at different barriers: this one, and PTX line " +
-                                 std::to_string(first->block->launch->kernel->origins[size_t(pc)].line));
+        fail(w, other, lane,
+             "threads of a block wait at different barriers: this one, and PTX line " +
+                 std::to_string(first->block->launch->kernel->origins[size_t(pc)].line));
     }
   }
   const bool counted = barrier.parts == 2;
@@ -220,7 +221,8 @@ void release_barrier(std::vector<Warp>& warps) {
   uint32_t yes = 0;
   if (barrier.kind != 0)
     for (const Warp& w : warps)
-      yes += uint32_t(std::popcount((barrier.flag ? ~predicate_of(w, barrier.a) : predicate_of(w, barrier.a)) & w.alive));
+      yes +=
+          uint32_t(std::popcount((barrier.flag ? ~predicate_of(w, barrier.a) : predicate_of(w, barrier.a)) & w.alive));
   for (Warp& w : warps) {
     uint32_t released = 0;
     for (int lane = 0; lane < lanes; lane++)
@@ -241,8 +243,7 @@ void release_barrier(std::vector<Warp>& warps) {
 void clear_shared(Block& block, const Kernel& kernel) {
   std::fill(block.shared.begin(), block.shared.end(), char(0xff));
   std::fill(block.shared_state.begin(), block.shared_state.begin() + block.static_bytes, Block::gap);
-  for (const Variable& v : kernel.shared)
-    std::fill_n(block.shared_state.begin() + v.offset, v.bytes, Block::unwritten);
+  for (const Variable& v : kernel.shared) std::fill_n(block.shared_state.begin() + v.offset, v.bytes, Block::unwritten);
   std::fill(block.shared_state.begin() + block.static_bytes, block.shared_state.end(), Block::unwritten);
 }
 

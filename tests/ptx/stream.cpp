@@ -39,11 +39,16 @@ Stream& find(cudaStream_t stream) {
 
 cudaError_t code_of(FaultKind kind) {
   switch (kind) {
-    case FaultKind::access: return cudaErrorIllegalAddress;
-    case FaultKind::alignment: return cudaErrorMisalignedAddress;
-    case FaultKind::launch: return cudaErrorLaunchFailure;
-    case FaultKind::configuration: return cudaErrorInvalidValue;
-    case FaultKind::unsupported: return cudaErrorNotSupported;
+    case FaultKind::access:
+      return cudaErrorIllegalAddress;
+    case FaultKind::alignment:
+      return cudaErrorMisalignedAddress;
+    case FaultKind::launch:
+      return cudaErrorLaunchFailure;
+    case FaultKind::configuration:
+      return cudaErrorInvalidValue;
+    case FaultKind::unsupported:
+      return cudaErrorNotSupported;
   }
   return cudaErrorUnknown;
 }

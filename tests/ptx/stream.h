@@ -26,7 +26,8 @@ struct Operation {
   bool is_kernel = false;
 };
 
-// Puts an operation on a stream: runs it, or records it where the stream is being captured. Returns what the CUDA call has to return; an error has been printed and is the process's last error.
+// Puts an operation on a stream: runs it, or records it where the stream is being captured. Returns what the CUDA call
+// has to return; an error has been printed and is the process's last error.
 cudaError_t submit(cudaStream_t, Operation);
 
 // Whether the stream is being captured. Throws Fault for a stream that does not exist (any more).

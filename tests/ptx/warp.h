@@ -40,9 +40,9 @@ struct Launch {
   Extent grid, block;
   uint32_t dynamic_bytes = 0;
   std::vector<char> parameters;
-  uint32_t number = 0;            // counts up: says which launch it was that wrote or read
-  Counters* counters = nullptr;   // nullptr: nobody counts
-  Random* random = nullptr;       // of a seeded schedule; nullptr: in order
+  uint32_t number = 0;           // counts up: says which launch it was that wrote or read
+  Counters* counters = nullptr;  // nullptr: nobody counts
+  Random* random = nullptr;      // of a seeded schedule; nullptr: in order
 };
 
 // The block that runs. Shared memory is filled with 0xff before each block, so that what a kernel takes from it without
@@ -51,7 +51,7 @@ struct Block {
   enum State : uint8_t { gap, unwritten, written };  // of each byte of shared memory
   Launch* launch = nullptr;
   uint32_t x = 0, y = 0, z = 0;
-  uint32_t static_bytes = 0;        // dynamic shared memory follows them in `shared`
+  uint32_t static_bytes = 0;  // dynamic shared memory follows them in `shared`
   std::vector<char> shared;
   std::vector<uint8_t> shared_state;
 };
