@@ -80,7 +80,7 @@ std::vector<double> convolve(const ConvShape& s, const float* x, const float* w)
             for (int b = std::max(0, s.pad - j); b < std::min(k, s.width + s.pad - j); b++)
               sum += double(x[(size_t(c) * s.height + i + a - s.pad) * s.width + j + b - s.pad]) *
                      w[((size_t(o) * s.in_channels + c) * k + a) * k + b];
-          y[(size_t(o) * oh + i) * ow + j] = sum;
+          y[(size_t(o) * oh + i) * ow + j] += sum;
         }
   return y;
 }

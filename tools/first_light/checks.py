@@ -1,6 +1,7 @@
 """Runs checks: each a process of its own (or several, one after the other) under its own time limit, and writes what is
 known to first_light.json and README.md after every one."""
 import concurrent.futures
+import ctypes
 import dataclasses
 import datetime
 import os
@@ -16,6 +17,7 @@ PASSED, FAILED, TIMED_OUT, NOT_RUN = STATUSES = ("passed", "failed", "timed out"
 NOT_REACHED = "not reached when the run ended"
 MOST_OUTPUT = 8 << 20  # bytes of a process's output that are read back
 TAIL = 3000            # characters of it that the JSON keeps
+MOST_WAIT = 20         # seconds that a stage waits for what prepares it
 
 
 class Failed(Exception):
@@ -89,6 +91,15 @@ class Stage:
     fills: bool = False   # takes what time is left, when the checks that had to wait have had theirs
 
 
+libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_this_process():
+    """Called in a child: the kernel kills it when this tool is killed. Where a kernel cannot, it goes on."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def kill_group(process, number):
     try:
         os.killpg(process.pid, number)
@@ -107,8 +118,8 @@ class Runner:
         self.jobs, self.environment, self.say = jobs, environment or {}, say
         self.learn = learn or (lambda record: None)  # takes from the checks what the page's head says
         self.lock = threading.RLock()
-        self.processes = set()
         self.stopping = False
+        self.background_end = deadline
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ the record
@@ -142,14 +153,12 @@ class Runner:
             report.write(self.out, self.record)
 
     # ------------------------------------------------------------------------------------------------ one check
-    def run_check(self, stage, check, end):
-        """end: of time.monotonic, by which it must be over."""
+    def run_check(self, stage, check):
         entry = self.entry(stage, check)
         self.note(entry, reason="running when the run ended")
         log = self.out / "logs" / f"{stage.name}.{check.name}.log".replace("/", "_").replace(" ", "_")
         log.unlink(missing_ok=True)
         start = time.monotonic()
-        limit = min(start + check.limit, end)
         commands, last = [], None
         result = {"status": PASSED, "reason": "", "errors": [], "figures": {}}
         body = check.body()
@@ -157,7 +166,7 @@ class Runner:
             command = next(body)
             while True:
                 commands.append(" ".join(map(str, command.words)))
-                last = self.run_command(command, log, limit, end)
+                last = self.run_command(command, log, start + check.limit, check.background)
                 if command.check and (last.status != 0 or last.stopped):
                     raise (TimedOut if last.stopped else Failed)(*last.said())
                 command = body.send(last)
@@ -172,8 +181,9 @@ class Runner:
             result.update(status=FAILED, errors=[f"{type(error).__name__}: {error}"])
         finally:
             body.close()
-        if self.stopping and result["status"] in (FAILED, TIMED_OUT):
-            result.update(status=NOT_RUN, reason="stopped with the run", errors=[])
+        cut = last.stopped if last and check.background else "stopped with the run" if self.stopping else ""
+        if cut and result["status"] in (FAILED, TIMED_OUT):
+            result.update(status=NOT_RUN, reason=cut, errors=[])
         if last:
             result.update(tail=last.output[-TAIL:], log=str(log.relative_to(self.out)))
         self.note(entry, **result, commands=commands, seconds=round(time.monotonic() - start, 2))
@@ -181,7 +191,7 @@ class Runner:
         self.say(f"{entry['status']:9}  {entry['seconds']:6.1f} s  {stage.name}/{check.name}"
                  + (f": {said}" if said else ""))
 
-    def run_command(self, command, log, limit, end):
+    def run_command(self, command, log, limit, background):
         words = [str(word) for word in command.words]
         if self.stopping:
             return Outcome(-signal.SIGTERM, "", 0, "stopped with the run", command)
@@ -193,33 +203,35 @@ class Runner:
             try:
                 process = subprocess.Popen(words, env={**os.environ, **self.environment, **command.environment},
                                            cwd=command.folder, stdin=subprocess.DEVNULL, stdout=stream,
-                                           stderr=subprocess.STDOUT, start_new_session=True)
+                                           stderr=subprocess.STDOUT, start_new_session=True,
+                                           preexec_fn=end_with_this_process)
             except OSError as error:
                 raise NotRun(f"{words[0]}: {error.strerror}") from error
-            self.processes.add(process)
             try:
-                stopped = self.wait(process, command, log, limit, end)
+                stopped = self.wait(process, command, log, limit, background)
             finally:
                 kill_group(process, signal.SIGKILL)  # and what it started, if that is still there
                 process.wait()
-                self.processes.discard(process)
         with open(log, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(begin, size - MOST_OUTPUT))
             output = stream.read().decode(errors="replace")
         return Outcome(process.returncode, output, time.monotonic() - start, stopped, command)
 
-    def wait(self, process, command, log, limit, end):
-        """Waits until it ends or has to. Returns why it was stopped, or "". limit: of the check, at or before the end
-        of the run's time."""
+    def wait(self, process, command, log, limit, background):
+        """Waits until it ends or has to. Returns why it was stopped, or "". limit: of the check."""
         size, grown, pause = -1, time.monotonic(), 0.005
         while process.poll() is None:
             now = time.monotonic()
             reason = ""
             if self.stopping:
                 reason = "stopped with the run"
+            elif now >= self.deadline - command.grace:
+                reason = "stopped: the run's time was over"
+            elif background and now >= self.background_end:
+                reason = "stopped: the stage that it prepares began"
             elif now >= limit - command.grace:
-                reason = "stopped: the run's time was over" if limit >= end else "stopped: its time limit was over"
+                reason = "stopped: its time limit was over"
             elif command.silence:
                 if (length := log.stat().st_size) != size:
                     size, grown = length, now
@@ -245,15 +257,16 @@ class Runner:
     def run(self, stages):
         self.plan(stages)
         late = []  # (stage, check) that had to wait for other stages' shares
-        with concurrent.futures.ThreadPoolExecutor(1) as behind:
+        with concurrent.futures.ThreadPoolExecutor(2 if self.jobs > 1 else 1) as behind:
             prepared = [behind.submit(self.start, stage, check, self.deadline)
                         for stage in stages for check in stage.checks if check.background]
             for stage in stages:
                 checks = [check for check in stage.checks if not check.background]
                 if not checks:
                     continue
-                if not stage.beside and any(c.background for c in stage.checks):
-                    concurrent.futures.wait(prepared, max(0, self.deadline - time.monotonic()))
+                if any(check.background for check in stage.checks):
+                    self.background_end = min(self.deadline, time.monotonic() + MOST_WAIT)
+                    concurrent.futures.wait(prepared)
                 if stage.fills:
                     self.run_late(late)
                 end = min(self.deadline, time.monotonic() + 60 * self.minutes * stage.share)
@@ -273,12 +286,14 @@ class Runner:
         if self.stopping:
             return []
         now = time.monotonic()
+        if check.background:
+            end = min(end, self.background_end)
         if now + check.estimate <= end:
-            self.run_check(stage, check, self.deadline)
+            self.run_check(stage, check)
             return []
         reason = (f"no time: it takes about {check.estimate:.0f} s, and {max(0, self.deadline - now):.0f} s were left of "
                   f"the run's minutes")
         if end < self.deadline:
             reason += f", {max(0, end - now):.0f} s of its stage's share"
         self.note(self.entry(stage, check), reason=reason)
-        return [(stage, check)] if end < self.deadline else []
+        return [(stage, check)] if end < self.deadline and not check.background else []

@@ -128,27 +128,17 @@ def timings(checks):
             rows.setdefault((f["case"], f.get("rows", 1), f["batch"]), {})[f["side"]] = f
     if not rows:
         return []
-    back_to_back = {}  # bench/micro: steps without a look at the clock between them
-    for f in all_figures(checks, "calibration"):
-        for name, us in f.get("microseconds", {}).items():
-            parts = name.split("/")
-            if parts[0] == "training_step":
-                case = f"{parts[1]} {parts[2]}_step"
-                back_to_back[case, int(parts[4].split(":")[1]), int(parts[3].split(":")[1])] = us / 1e3
     sides = [side for side in ("eager", "compiled", "eager, tf32") if any(side in row for row in rows.values())]
-    lines = ["## Steps", "", "Milliseconds of one step or prediction, medians. Ratio: PyTorch's time over Baton's. Baton's "
-             "time has the host's wait after every step in it, PyTorch's on a GPU has not; \"back to back\" is Baton's "
-             "without it (bench/micro).", ""]
+    lines = ["## Steps", "", "Milliseconds of one step or prediction, medians. Ratio: PyTorch's time over Baton's.", ""]
     body = []
     for (case, count, batch), row in rows.items():
         ours = row.get("baton", {}).get("ms")
-        alone = back_to_back.get((case, count, batch))
-        cells = [case, count, batch, ours, alone]
+        cells = [case, count, batch, ours]
         for side in sides:
             theirs = row.get(side, {}).get("ms")
             cells += [theirs, theirs / ours if theirs and ours else None]
         body.append(cells)
-    return lines + table(["step", "rows", "batch", "Baton", "back to back",
+    return lines + table(["step", "rows", "batch", "Baton",
                           *(word for side in sides for word in (f"PyTorch {side}", "ratio"))], body)
 
 

@@ -18,17 +18,17 @@ FIRST_OF_ENGINE = ["engine.blas_test", "engine.linalg_test", "engine.graph_test"
 SCALES = {
     "gpu": dict(
         tests=dict(estimate=8, limit=90, silence=40), cases="", networks="lenet5,3conv3fc,vgg11", batches="128,100",
-        mnist=["--preset", "quick"], repeats=60, steps=["--steps", 200, "--warmup", 20],
+        mnist=["--preset", "quick"], parts="1,10", repeats=60, steps=["--steps", 200, "--warmup", 20],
         predictions=["--steps", 5, "--warmup", 1], rows=[1, 16], small=[], step_limit=90),
     "host": dict(
         tests=dict(estimate=5, limit=120, silence=100), cases="", networks="lenet5,3conv3fc", batches="4",
-        mnist=["--preset", "quick", "--train-limit", 400, "--test-limit", 100, "--epochs", 1, "--parts", "1,2",
-               "--samples", 2], repeats=120, steps=["--steps", 3, "--warmup", 1],
+        mnist=["--preset", "quick", "--train-limit", 400, "--test-limit", 100, "--epochs", 1, "--samples", 2],
+        parts="1,2", repeats=120, steps=["--steps", 3, "--warmup", 1],
         predictions=["--steps", 1, "--warmup", 1, "--samples", 10], rows=[1, 4], small=["--small"], step_limit=60),
     "ptx": dict(
         tests=dict(estimate=5, limit=120, silence=100), cases="Small", networks="lenet5", batches="1",
-        mnist=["--preset", "quick", "--train-limit", 8, "--test-limit", 2, "--epochs", 1, "--batch", 4, "--parts", 1,
-               "--samples", 1], repeats=240, steps=["--steps", 2, "--warmup", 2, "--batch", 2],
+        mnist=["--preset", "quick", "--train-limit", 8, "--test-limit", 2, "--epochs", 1, "--batch", 4, "--samples", 1],
+        parts="1", repeats=240, steps=["--steps", 2, "--warmup", 2, "--batch", 2],
         predictions=["--steps", 1, "--warmup", 1, "--batch", 1, "--samples", 1], rows=[1, 2], small=["--small"],
         step_limit=120),
 }
@@ -282,7 +282,7 @@ def repeat_checks(place, scale, work):
     def twice():
         seconds = []
         for name in ("repeat_1", "repeat_2"):
-            done = yield train(work / name)
+            done = yield train(work / name, "--parts", scale["parts"])
             seconds.append(round(done.seconds, 1))
         one, other = read(work / "repeat_1"), read(work / "repeat_2")
         figures = {"seconds": seconds, "accuracies": accuracies(one["result"])}
@@ -408,13 +408,14 @@ def timing_checks(place, scale, work):
 
 
 # ------------------------------------------------------------------------------------------------------ calibration
-MICRO = {  # groups of bench/micro
-    "steps": "^training_step|^prediction",
-    "products": "^gemm|^convolution",
-    "sampling": "^(conv_sample|dense_sample|bias)",
-    "posteriors": "^(gaussian_step|point_step|gaussian_kl|sample_weights|init_normal|variance_of|cholesky|flow|multiplier)",
-    "bgd": "^(draw|moments|product_moments|bgd|fold|accumulate)",
-    "last layer": "^last_layer",
+MICRO = {  # what of bench/micro is wanted first
+    "steps": "^(training_step|prediction)/",
+    "products": "^(gemm|convolution)/",
+    "FFG and FT": "^((conv_sample_pool|dense_sample)(_backward)?|(conv|dense)_bias_gradient)/.*batch:128/replicas:1/warm"
+                  "|^(gaussian_step/adam|point_step|gather_training_batch|softmax_cross_entropy|add_to_totals|advance_step)/",
+    "CFG and MNF": "^(cholesky_sample|cholesky_step|flow_forward|flow_backward|multiplier_gradient|multiply_weights)/",
+    "BGD": "^(draw_weights|accumulate_moments|product_moments|bgd_update)/.*warm",
+    "last layer": "^(last_layer_update|covariance_products|row_dots)/",
 }
 
 
