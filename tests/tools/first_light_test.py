@@ -53,6 +53,11 @@ def shell(text, **more):
     return Command(["sh", "-c", text], **more)
 
 
+def new_record():
+    return {"checks": [], "machine": {}, "label": "fake", "mode": "gpu", "started": "now", "commit": "none",
+            "minutes": 1}
+
+
 def one(text, **more):
     """The body of a check that runs one line of shell."""
     def body():
@@ -85,8 +90,8 @@ class FolderCase(unittest.TestCase):
 
 
 class RunnerTest(FolderCase):
-    def run_stages(self, *all_stages, minutes=1, jobs=1, stop=None):
-        record = {"checks": [], "machine": {}, "label": "fake", "started": "now", "commit": "none", "minutes": minutes}
+    def run_stages(self, *all_stages, minutes=1, jobs=1):
+        record = new_record()
         self.said = []
         runner = Runner(self.folder, record, time.monotonic() + 60 * minutes, minutes, jobs, say=self.said.append)
         runner.run(list(all_stages))
@@ -172,7 +177,8 @@ class RunnerTest(FolderCase):
         slow.background = True
         wait, checks.MOST_WAIT = checks.MOST_WAIT, 0.3
         self.addCleanup(setattr, checks, "MOST_WAIT", wait)
-        found = self.run_stages(Stage("s", "", [check("a", "sleep 0.2")], 1), Stage("t", "", [slow, check("b", "true")], 1))
+        found = self.run_stages(Stage("s", "", [check("a", "sleep 0.2")], 1),
+                                Stage("t", "", [slow, check("b", "true")], 1))
         self.assertEqual((found["prepare"]["status"], found["b"]["status"]), ("not run", "passed"))
         self.assertIn("the stage that it prepares began", found["prepare"]["reason"])
 
@@ -199,8 +205,9 @@ class CasesTest(FolderCase):
         program = self.folder / "baton_tests"
         program.write_text(FAKE_TESTS)
         program.chmod(0o755)
-        (self.folder / "cases.json").write_text(json.dumps({name.replace("__", "."): what for name, what in does.items()}))
-        record = {"checks": [], "machine": {}, "label": "fake", "started": "now", "commit": "none", "minutes": 1}
+        does = {name.replace("__", "."): what for name, what in does.items()}
+        (self.folder / "cases.json").write_text(json.dumps(does))
+        record = new_record()
         body = lambda: stages.run_cases(program, list(patterns), silence, self.folder)  # noqa: E731
         Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run(
             [Stage("s", "", [Check("file", body, 0, 20)], 1)])
@@ -248,7 +255,7 @@ class CasesTest(FolderCase):
         program = self.folder / "baton_tests"
         program.write_text("#!/bin/sh\necho 'error while loading shared libraries: libcudnn.so.9' >&2\nexit 127\n")
         program.chmod(0o755)
-        record = {"checks": [], "machine": {}, "label": "fake", "started": "now", "commit": "none", "minutes": 1}
+        record = new_record()
         Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run([Stage("s", "", [Check(
             "file", lambda: stages.run_cases(program, ["*"], 30, self.folder), 0, 20)], 1)])
         found = self.read()["checks"][0]
@@ -261,7 +268,8 @@ class ParseTest(unittest.TestCase):
         text = ('==PROF== Connected\n"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
                 '"0","7","void advance_kernel(State *, int)","gpu__time_duration.sum","ns","2,048.00"\n'
                 '"1","7","ampere_sgemm_128x64","gpu__time_duration.sum","us","12.5"\n')
-        self.assertEqual(parse.kernel_times(text), [("void advance_kernel(State *, int)", 2.048), ("ampere_sgemm_128x64", 12.5)])
+        self.assertEqual(parse.kernel_times(text),
+                         [("void advance_kernel(State *, int)", 2.048), ("ampere_sgemm_128x64", 12.5)])
         self.assertEqual(parse.kernel_times("==ERROR== no"), [])
 
     def test_plain_kernel_names(self):
@@ -289,7 +297,8 @@ class PageTest(unittest.TestCase):
             return {"stage": stage, "name": name, "status": status, "seconds": 1.0, **more}
         step = {"case": "lenet5 ffg_step", "batch": 128}
         record = {
-            "label": "measured on a GPU", "started": "2026-01-02", "commit": "abc", "minutes": 9, "finished": True,
+            "label": "measured on a GPU", "mode": "gpu", "started": "2026-01-02", "commit": "abc", "minutes": 9,
+            "finished": True,
             "machine": {"gpu": "NVIDIA H200", "driver": "580.1", "device": "NVIDIA H200, CUDA 13.0"},
             "predictions": [{"case": "lenet5 ffg_step", "microseconds": 440},
                             {"case": "lenet5 ffg_step", "kernel": "book_kernel", "microseconds": 20}],
@@ -314,6 +323,8 @@ class PageTest(unittest.TestCase):
                       "| book_kernel | 1 | 30 | 71 % |"):
             self.assertIn(words, page)
         self.assertLess(page.index("## Failures"), page.index("## Steps"))
+        page = report.page({**record, "mode": "host", "label": "host CPU, not a GPU"})
+        self.assertIn("## Steps (host CPU, not a GPU)", page)
 
 
 def fat_binary(*images):
@@ -332,7 +343,8 @@ class PackTest(FolderCase):
             (shutil.copytree if source.is_dir() else shutil.copy)(source, self.folder / path)
         source = self.folder / "fake.c"
         blob = fat_binary((1, 90, b"PTX" * 100), (2, 80, b"OLD!" * 50), (2, 90, b"NEW!" * 50)) + content
-        source.write_text("const unsigned char image[] = {" + ",".join(map(str, blob)) + "};\nint main(void) { return image[0]; }\n")
+        source.write_text("const unsigned char image[] = {" + ",".join(map(str, blob)) + "};\n"
+                          "int main(void) { return image[0]; }\n")
         for name in programs:
             path = self.folder / "build" / "cuda" / {"baton_tests": "tests", "baton": "bin"}.get(name, "bench") / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +357,8 @@ class PackTest(FolderCase):
             mnist.mkdir(parents=True, exist_ok=True)
             for name in pack.MNIST:
                 (mnist / f"{name}.gz").write_bytes(b"images")
-        return subprocess.run([sys.executable, str(self.folder / "tools" / "first-light"), "pack", "--out", "b.tar.xz", *options],
-                              cwd=self.folder, env=environment, capture_output=True, text=True)
+        words = [sys.executable, str(self.folder / "tools" / "first-light"), "pack", "--out", "b.tar.xz", *options]
+        return subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def test_a_bundle_holds_one_architecture_and_runs_where_it_is_unpacked(self):
         self.make_build()
@@ -365,8 +377,9 @@ class PackTest(FolderCase):
         self.assertNotIn(b"OLD!", data)
         self.assertTrue((there / "first-light/data/mnist/train-images-idx3-ubyte.gz").exists())
         self.assertTrue(any((there / "first-light/tests/goldens").rglob("*.npz")))
-        done = subprocess.run([sys.executable, "first-light/tools/first-light", "run", "--only", "machine/files,kernels/kernels.maxpool_test",
-                               "--out", "out"], cwd=there, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "first-light/tools/first-light", "run", "--only",
+                               "machine/files,kernels/kernels.maxpool_test", "--out", "out"],
+                              cwd=there, capture_output=True, text=True)
         record = self.read(there / "out")
         self.assertEqual(record["checks"][0]["status"], "passed", record)
         self.assertEqual(record["checks"][1]["status"], "failed")  # the fake program is no GoogleTest program
@@ -410,7 +423,8 @@ class ProgramTest(FolderCase):
         (self.folder / "CMakeLists.txt").touch()
         (self.folder / "tests" / "goldens").mkdir(parents=True)
         (self.folder / "tests.json").write_text(json.dumps(
-            [["kernels", "kernels.a_test", ["A.*"]], ["kernels", "kernels.b_test", ["B.*"]], ["layers", "layers.c_test", ["C.*"]]]))
+            [["kernels", "kernels.a_test", ["A.*"]], ["kernels", "kernels.b_test", ["B.*"]],
+             ["layers", "layers.c_test", ["C.*"]]]))
         self.program("tests/baton_tests", FAKE_TESTS)
         self.cases({"A.one": "pass", "B.one": "pass", "C.one": "pass"})
 
@@ -430,6 +444,9 @@ class ProgramTest(FolderCase):
     def run_tool(self, *options):
         return subprocess.run(self.words(*options), cwd=self.folder, capture_output=True, text=True, timeout=120)
 
+    def start_tool(self, *options):
+        return subprocess.Popen(self.words(*options), cwd=self.folder, stdout=subprocess.PIPE, text=True)
+
     def statuses(self):
         return {f"{c['stage']}/{c['name']}": c["status"] for c in self.read(self.folder / "out")["checks"]}
 
@@ -439,6 +456,8 @@ class ProgramTest(FolderCase):
         self.assertEqual(self.statuses(), {"kernels/kernels.a_test": "passed", "kernels/kernels.b_test": "passed",
                                            "layers/layers.c_test": "passed"})
         self.assertIn("host CPU, not a GPU", (self.folder / "out" / "README.md").read_text())
+        for name in ("first_light.json", "README.md"):  # they are read elsewhere
+            self.assertNotIn(str(self.folder), (self.folder / "out" / name).read_text())
         self.assertIn("3 passed, 0 failed, 0 timed out, 0 not run", done.stdout)
 
     def test_what_the_host_cannot_do_is_not_run(self):
@@ -457,18 +476,22 @@ class ProgramTest(FolderCase):
     def test_going_on_from_a_stage(self):
         self.cases({"A.one": "fail", "B.one": "pass", "C.one": "fail"})
         self.assertEqual(self.run_tool("--only", "kernels,layers").returncode, 1)
-        done = self.run_tool("--only", "layers")
         self.cases({"A.one": "pass", "B.one": "pass", "C.one": "pass"})
         done = self.run_tool("--from", "layers", "--only", "layers")
         self.assertEqual(self.statuses(), {"kernels/kernels.a_test": "failed", "kernels/kernels.b_test": "passed",
                                            "layers/layers.c_test": "passed"})
         self.assertEqual(done.returncode, 1)
         self.assertEqual(self.run_tool().returncode, 2)  # an earlier run is not written over
+        subprocess.run(["git", "init", "-q", "."], cwd=self.folder, check=True)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"],
+                       cwd=self.folder, check=True)
+        done = self.run_tool("--from", "layers")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("another build", done.stderr)
 
     def test_whole_files_after_a_kill(self):
         self.cases({"A.one": "pass", "B.one": "hang", "C.one": "pass"})
-        process = subprocess.Popen(self.words("--only", "kernels,layers"), cwd=self.folder, stdout=subprocess.PIPE, text=True,
-                                   start_new_session=True)
+        process = self.start_tool("--only", "kernels,layers")
         for line in process.stdout:
             if "kernels.a_test" in line:
                 break
@@ -485,7 +508,7 @@ class ProgramTest(FolderCase):
 
     def test_sigterm_ends_a_run_in_order(self):
         self.cases({"A.one": "pass", "B.one": "hang", "C.one": "pass"})
-        process = subprocess.Popen(self.words("--only", "kernels,layers"), cwd=self.folder, stdout=subprocess.PIPE, text=True)
+        process = self.start_tool("--only", "kernels,layers")
         for line in process.stdout:
             if "kernels.a_test" in line:
                 break
@@ -508,10 +531,10 @@ def run_host_build():
     """The smaller checks on the real host build."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "out"
-        only = "machine,convolutions,products/engine.blas_test,products/engine.graph_test,kernels/kernels.maxpool_test," \
-               "kernels/kernels.philox_test,repeat,timings/baton lenet5 ffg_step,calibration/device,sanitizer"
-        done = subprocess.run([sys.executable, str(ROOT / "tools" / "first-light"), "run", "--host", "--minutes", "8", "--out", str(out),
-                               "--only", only])
+        only = ("machine,convolutions,products/engine.blas_test,products/engine.graph_test,"
+                "kernels/kernels.maxpool_test,kernels/kernels.philox_test,repeat,timings/baton lenet5 ffg_step,calibration/device,sanitizer")
+        done = subprocess.run([sys.executable, str(ROOT / "tools" / "first-light"), "run", "--host", "--minutes", "8",
+                               "--out", str(out), "--only", only])
         record = json.loads((out / report.JSON).read_text())
         print((out / report.PAGE).read_text())
         passed = {f"{c['stage']}/{c['name']}" for c in record["checks"] if c["status"] == "passed"}

@@ -113,11 +113,14 @@ class Runner:
     record: {"machine": {...}, "checks": [{"stage", "name", "status", "reason", "seconds", ...}], ...}
     """
 
-    def __init__(self, out, record, deadline, minutes, jobs=1, environment=None, say=print, learn=None):
+    def __init__(self, out, record, deadline, minutes, jobs=1, environment=None, say=print, learn=None,
+                 hide=None):
         self.out, self.record, self.deadline, self.minutes = out, record, deadline, minutes
         self.jobs, self.environment, self.say = jobs, environment or {}, say
         self.learn = learn or (lambda record: None)  # takes from the checks what the page's head says
         self.lock = threading.RLock()
+        # Paths of this machine and their names in the report, the longest first.
+        self.hide = sorted((hide or {}).items(), key=lambda item: -len(item[0]))
         self.stopping = False
         self.background_end = deadline
         (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -133,8 +136,19 @@ class Runner:
 
     def note(self, entry, **facts):
         with self.lock:
-            entry.update(facts)
+            entry.update(self.without_paths(facts))
             self.write()
+
+    def without_paths(self, x):
+        """What goes into a report is to be read elsewhere: paths are told from the checkout's or bundle's root."""
+        if isinstance(x, dict):
+            return {key: self.without_paths(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [self.without_paths(value) for value in x]
+        if isinstance(x, str):
+            for path, name in self.hide:
+                x = x.replace(path, name)
+        return x
 
     def plan(self, stages):
         """Every check stands in the record from the start, as one that was not reached."""
@@ -291,8 +305,8 @@ class Runner:
         if now + check.estimate <= end:
             self.run_check(stage, check)
             return []
-        reason = (f"no time: it takes about {check.estimate:.0f} s, and {max(0, self.deadline - now):.0f} s were left of "
-                  f"the run's minutes")
+        reason = (f"no time: it takes about {check.estimate:.0f} s, and {max(0, self.deadline - now):.0f} s were left "
+                  f"of the run's minutes")
         if end < self.deadline:
             reason += f", {max(0, end - now):.0f} s of its stage's share"
         self.note(self.entry(stage, check), reason=reason)

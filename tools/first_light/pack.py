@@ -112,7 +112,8 @@ def pack(root, out, data, architecture, with_ptx, most=MOST_BYTES, say=print):
     programs = [name for name in PROGRAMS if place.program(name).exists()]
     missing = [name for name in NEEDED if name not in programs]
     if missing:
-        raise PackError(f"{', '.join(missing)} missing in {place.build}: cmake --preset cuda && cmake --build --preset cuda")
+        raise PackError(f"{', '.join(missing)} missing in {place.build}: cmake --preset cuda && cmake --build --preset "
+                        "cuda")
     folder = find_mnist([data, os.environ.get("BATON_DATA"), root / "data", root.parent / "shared" / "data"])
     if data and not folder:
         raise PackError(f"{data} does not hold MNIST")

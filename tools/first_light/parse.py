@@ -1,4 +1,5 @@
-"""What the output of a program says: GoogleTest's cases, JSON lines, Nsight Compute's table, lines that name an error."""
+"""What the output of a program says: GoogleTest's cases, JSON lines, Nsight Compute's table, lines that look like
+errors."""
 import csv
 import json
 import re
@@ -90,7 +91,8 @@ def differences(one, other, where="", ignore=re.compile(r"second|peak_device_byt
     """The places at which two results differ, but for what the clock says."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [key for key in {**one, **other} if not ignore.search(key)]
-        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."), ignore)]
+        return [d for key in keys
+                for d in differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."), ignore)]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{where}[{i}]", ignore)]
     return [] if one == other else [f"{where}: {one!r} and {other!r}"[:300]]

@@ -26,7 +26,9 @@ def table(head, rows):
     cells = [[number(cell) for cell in row] for row in rows]
     right = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---:" if r else "---" for r in right) + "|"]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells] + [""]
+    for row in cells:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
+    return lines + [""]
 
 
 def number(x):
@@ -61,8 +63,11 @@ def page(record):
                    [[stage, *counts(group).values(), round(sum(c.get("seconds", 0) for c in group), 1)]
                     for stage, group in by_stage(checks).items()])
     lines += failures(checks) + unreached(checks)
-    lines += timings(checks) + predictions(record) + kernels(checks) + calibration(checks)
-    lines += convolutions(checks) + repeats(checks) + micro(checks) + papers(checks)
+    found = timings(checks) + predictions(record) + kernels(checks) + calibration(checks)
+    found += convolutions(checks) + repeats(checks) + micro(checks) + papers(checks)
+    if record["mode"] != "gpu":  # a table that is read alone says whose figures it has
+        found = [f"{line} ({record['label']})" if line.startswith("## ") else line for line in found]
+    lines += found
     lines += ["## All checks", ""]
     lines += table(["check", "status", "seconds", "says"],
                    [[f"{c['stage']}/{c['name']}", c["status"], c.get("seconds"), summary(c)] for c in checks])
@@ -94,7 +99,8 @@ def failures(checks):
     bad = [check for check in checks if check["status"] in ("failed", "timed out")]
     lines = ["## Failures", ""] if bad else ["No check failed.", ""]
     for check in bad:
-        lines += [f"**{check['stage']}/{check['name']}** {check['status']} after {check.get('seconds', 0):.1f} s", "", "```"]
+        lines += [f"**{check['stage']}/{check['name']}** {check['status']} after {check.get('seconds', 0):.1f} s", ""]
+        lines += ["```"]
         lines += [line.replace("```", "'''") for line in check.get("errors", [])[:12]]
         lines += ["```", ""]
         if check.get("commands"):
@@ -143,8 +149,8 @@ def timings(checks):
 
 
 def predictions(record):
-    """Predictions are {"case": "lenet5 ffg_step", "rows": 1, "microseconds": 440} for a whole step, with a "kernel" for a
-    part of it."""
+    """Predictions are {"case": "lenet5 ffg_step", "rows": 1, "microseconds": 440} for a whole step, with a "kernel" for
+    a part of it."""
     predicted = record.get("predictions") or []
     if not predicted:
         return []
@@ -212,8 +218,8 @@ def convolutions(checks):
             lines += table(["layer", "batch", "direction", "offers"],
                            [[*key, ", ".join(words)] for key, words in offered.items()])
         if "variance" in f:
-            lines += ["## Variance convolutions", "", "Inputs and weights are not negative; nor may the results be.", ""]
-            lines += table(["layer", "batch", "algorithm", "least", "greatest", "negative", "not finite", "relative error"],
+            lines += ["## Variance convolutions", "", "Inputs and weights are not negative; nor may results be.", ""]
+            lines += table(["layer", "batch", "algorithm", "least", "greatest", "negative", "not finite", "error"],
                            [[v["layer"], v["shape"][0], v["algorithm"], v["least"], v["greatest"], v["negative"],
                              v["not_finite"], v["relative_error"]] for v in f["variance"]])
     return lines
@@ -226,7 +232,8 @@ def repeats(checks):
 
 
 def micro(checks):
-    rows = [[code(name), us] for f in all_figures(checks, "calibration") for name, us in f.get("microseconds", {}).items()]
+    rows = [[code(name), us] for f in all_figures(checks, "calibration")
+            for name, us in f.get("microseconds", {}).items()]
     return ["## bench/micro", "", *table(["benchmark", "us"], rows)] if rows else []
 
 
@@ -234,4 +241,5 @@ def papers(checks):
     rows = [[check["name"], run.get("label") or run.get("method"), run.get("parts"), run.get("seed"),
              run.get("final_test_accuracy"), run.get("seconds")]
             for check in checks if check["stage"] == "papers" for run in (check.get("figures") or {}).get("runs", [])]
-    return ["## Paper programs", "", *table(["program", "method", "parts", "seed", "test accuracy", "seconds"], rows)] if rows else []
+    head = ["program", "method", "parts", "seed", "test accuracy", "seconds"]
+    return ["## Paper programs", "", *table(head, rows)] if rows else []

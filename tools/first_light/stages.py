@@ -50,11 +50,11 @@ def all_stages(place, out):
     test["engine"].sort(key=lambda check: FIRST_OF_ENGINE.index(check.name) if check.name in FIRST_OF_ENGINE else 9)
     if place.mode == "ptx":  # where there are small cases, and what the products rest on
         test["engine"] = [check for check in test["engine"] if check.name == "engine.graph_test"]
-        test["layers"] = test["trainers"] = [not_for(place, "all", "hours under an interpreter: ctest has a choice of them")]
+        test["layers"] = test["trainers"] = [not_for("all", "hours under an interpreter: ctest has a choice of them")]
     return [
         Stage("machine", "The machine", machine_checks(place), 1),
         Stage("convolutions", "What the library offers for convolutions", convolution_checks(place, scale), 0.1),
-        Stage("products", "Products, factorisations, graphs, and the rest of engine/", test["engine"], 0.2, beside=True),
+        Stage("products", "Products, factorisations, graphs, the rest of engine/", test["engine"], 0.2, beside=True),
         Stage("kernels", "Kernels", test["kernels"], 0.25, beside=True),
         Stage("layers", "Layers", test["layers"], 0.2, beside=True),
         Stage("trainers", "Trainers", test["trainers"], 0.25, beside=True),
@@ -66,12 +66,17 @@ def all_stages(place, out):
     ]
 
 
-def not_for(place, name, reason):
+def not_for(name, reason):
     """A check that this mode does not have."""
     def body():
         raise NotRun(reason)
         yield
     return Check(name, body, 0, 1)
+
+
+def told(folder):
+    """A folder of libraries, without where Python's packages lie on this machine."""
+    return re.sub(r"^.*-packages/", "Python's ", str(folder))
 
 
 def needed(path):
@@ -108,8 +113,7 @@ def machine_checks(place):
             figures[name] = "not found: " + ", ".join(missing) if missing else "every library was found"
             errors += [f"{name}: {library} was not found" for library in missing]
         for library, folder in place.libraries.items():
-            figures[library] = str(folder or "was not found")
-        figures["LD_LIBRARY_PATH"] = place.environment["LD_LIBRARY_PATH"]
+            figures[library] = told(folder) if folder else "was not found"
         if errors:
             raise Failed(*errors, figures=figures)
         return figures
@@ -137,12 +141,12 @@ def machine_checks(place):
                "'CUDA': torch.version.cuda, 'cuDNN': torch.backends.cudnn.version(), "
                "'device': torch.cuda.get_device_name() if gpu else 'cpu'}))")
         done = yield Command([python, "-c", ask])
-        return {"python": python, **(parse.json_lines(done.output) or [{}])[-1]}
+        return (parse.json_lines(done.output) or [{}])[-1]
 
     def files():
         goldens, data = place.root / "tests" / "goldens", place.data_folder()
-        figures = {"goldens": str(goldens) if goldens.is_dir() else "are missing",
-                   "MNIST": str(data) if data else "is missing: digits are generated, and no figure is the papers'"}
+        figures = {"goldens": "are there" if goldens.is_dir() else "are missing",
+                   "MNIST": "is there" if data else "is missing: digits are generated, and no figure is the papers'"}
         if not goldens.is_dir():
             raise Failed(f"tests need {goldens}", figures=figures)
         return figures
@@ -158,7 +162,8 @@ def convolution_checks(place, scale):
 
     def lines_of(kind, done):
         lines = [line for line in parse.json_lines(done.output) if line["kind"] == kind]
-        errors = [f"{line['layer']}: {line['error']}" for line in parse.json_lines(done.output) if line["kind"] == "error"]
+        errors = [f"{line['layer']}: {line['error']}" for line in parse.json_lines(done.output)
+                  if line["kind"] == "error"]
         if done.stopped or (done.status != 0 and not errors):
             raise (TimedOut if done.stopped else Failed)(*errors, *done.said(), figures={kind: lines})
         if not lines and not errors:
@@ -226,8 +231,8 @@ def test_check(place, scale, name, patterns):
 
 
 def run_cases(program, patterns, silence, folder, most_starts=12):
-    """Runs the cases of a GoogleTest program. After one that crashed, hung, or left the GPU in an error, the others run in
-    a new process, so that it costs no other case."""
+    """Runs the cases of a GoogleTest program. After one that crashed, hung, or left the GPU in an error, the others run
+    in a new process, so that it costs no other case."""
     passed, skipped, errors, broken = [], {}, [], []
     failed, timed_out = [], False
     for _ in range(most_starts):
@@ -273,7 +278,8 @@ def repeat_checks(place, scale, work):
     def train(folder, *options):
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return Command([needed(place.program("bil_mnist")), *scale["mnist"], "--out", folder, *options], folder=place.root)
+        words = [needed(place.program("bil_mnist")), *scale["mnist"], "--out", folder, *options]
+        return Command(words, folder=place.root)
 
     def accuracies(result):
         return {f"{run['method']} T={run['parts']} seed {run['seed']}": run["final_test_accuracy"]
@@ -395,9 +401,9 @@ def timing_checks(place, scale, work):
         if place.mode != "gpu" and (network, which) != STEPS[0]:
             continue
         checks.append(Check(f"PyTorch {network} {which}", peer(network, which, "eager", numbers(which)), 8, limit))
-        if place.mode == "gpu":  # what torch.compile makes is kept: made beside the tests, it is there when steps are timed
-            checks.append(Check(f"compile {network} {which}", peer(network, which, "preparation", few, "--compile"), 60, 180,
-                                background=True))
+        if place.mode == "gpu":  # what torch.compile makes is kept: made beside the tests, it is there for the timings
+            checks.append(Check(f"compile {network} {which}", peer(network, which, "preparation", few, "--compile"), 60,
+                                180, background=True))
         checks.append(Check(f"PyTorch compiled {network} {which}",
                             peer(network, which, "compiled", numbers(which), "--compile"), 20, 120))
     for network, which in STEPS[:3]:
@@ -411,8 +417,9 @@ def timing_checks(place, scale, work):
 MICRO = {  # what of bench/micro is wanted first
     "steps": "^(training_step|prediction)/",
     "products": "^(gemm|convolution)/",
-    "FFG and FT": "^((conv_sample_pool|dense_sample)(_backward)?|(conv|dense)_bias_gradient)/.*batch:128/replicas:1/warm"
-                  "|^(gaussian_step/adam|point_step|gather_training_batch|softmax_cross_entropy|add_to_totals|advance_step)/",
+    "FFG and FT": "^((conv_sample_pool|dense_sample)(_backward)?|(conv|dense)_bias_gradient)/.*batch:128/replicas:1/"
+                  "warm|^(gaussian_step/adam|point_step|gather_training_batch|softmax_cross_entropy|add_to_totals|"
+                  "advance_step)/",
     "CFG and MNF": "^(cholesky_sample|cholesky_step|flow_forward|flow_backward|multiplier_gradient|multiply_weights)/",
     "BGD": "^(draw_weights|accumulate_moments|product_moments|bgd_update)/.*warm",
     "last layer": "^(last_layer_update|covariance_products|row_dots)/",
@@ -434,10 +441,11 @@ def calibration_checks(place, scale, work):
                 raise NotRun("its shapes take too long under an interpreter")
             work.mkdir(parents=True, exist_ok=True)
             least = 0.05 if place.mode == "gpu" else 0.001
-            done = yield Command([program, f"--benchmark_filter={pattern}", f"--benchmark_min_time={least}"], check=False)
+            done = yield Command([program, f"--benchmark_filter={pattern}", f"--benchmark_min_time={least}"],
+                                 check=False)
+            line = r"^(\S+?)(?:/manual_time|/real_time)?\s+([\d.e+]+) (ns|us|ms|s)\s"
             times = {name: round(float(value) * {"ns": 1e-3, "us": 1, "ms": 1e3, "s": 1e6}[unit], 3)
-                     for name, value, unit in re.findall(r"^(\S+?)(?:/manual_time|/real_time)?\s+([\d.e+]+) (ns|us|ms|s)\s",
-                                                         done.output, re.MULTILINE)}
+                     for name, value, unit in re.findall(line, done.output, re.MULTILINE)}
             if done.status != 0 or done.stopped:
                 raise (TimedOut if done.stopped else Failed)(*done.said(), figures={"microseconds": times})
             return {"microseconds": times}
@@ -451,9 +459,10 @@ def calibration_checks(place, scale, work):
             tool = find_tool("ncu")
             if not tool:
                 raise NotRun("ncu (Nsight Compute) is missing")
+            # Steps one by one: what comes after the last "advance" is one step.
             done = yield Command([tool, "--csv", "--metrics", "gpu__time_duration.sum", "--clock-control", "none",
-                                  "--graph-profiling", "node", needed(place.program("step_timing")), "--network", network,
-                                  "--case", which, "--steps", 1, "--warmup", 2])
+                                  "--graph-profiling", "node", needed(place.program("step_timing")),
+                                  "--network", network, "--case", which, "--steps", 1, "--warmup", 2, "--together", 1])
             times = parse.kernel_times(done.output)
             starts = [i for i, (name, _) in enumerate(times) if "advance" in name]
             if not starts:
@@ -471,7 +480,8 @@ def calibration_checks(place, scale, work):
 
 # -------------------------------------------------------------------------------------------------------- sanitizer
 # Those of the first line have races and uninitialised reads of their own kernels to find, without the libraries'.
-SANITIZED = ["LocalReparam.*Small*:MaxPool.*Small*:Gaussian.*Small*:Cholesky.*Small*:BgdUpdate.*Small*:ProductMoments.*Small*",
+SANITIZED = ["LocalReparam.*Small*:MaxPool.*Small*:Gaussian.*Small*:Cholesky.*Small*:BgdUpdate.*Small*:"
+             "ProductMoments.*Small*",
              "Flow.*Small*:SoftmaxXent.*Small*:Batch.*Small*:Predictive.*Small*:LastLayerKernels.*Small*:Prune.*Small*",
              "Graph.*:LeNet5Net.*"]
 
@@ -487,7 +497,8 @@ def sanitizer_checks(place):
             done = yield Command([program, "--tool", tool, "--error-exitcode", 86, needed(place.program("baton_tests")),
                                   f"--gtest_filter={cases}"], check=False, folder=place.root)
             if re.search(r"Device not supported|Unable to find|unsupported device", done.output):
-                raise NotRun("compute-sanitizer cannot watch this device: " + "; ".join(parse.error_lines(done.output, 2)))
+                raise NotRun("compute-sanitizer cannot watch this device: "
+                             + "; ".join(parse.error_lines(done.output, 2)))
             found = [line for line in done.output.splitlines() if line.startswith("=========") and line[9:].strip()]
             ran = parse.Cases(done.output)
             figures = {"cases": len(ran.names), "summary": found[-1] if found else ""}
@@ -496,7 +507,8 @@ def sanitizer_checks(place):
             return figures
         return body
 
-    chosen = [(tool, i) for i in (0, 1) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")] + [("memcheck", 2)]
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    chosen = [(tool, i) for i in (0, 1) for tool in tools] + [("memcheck", 2)]
     return [Check(f"{tool} {i + 1}", sanitize(tool, SANITIZED[i]), 20, 90) for tool, i in chosen]
 
 
@@ -523,16 +535,17 @@ def paper_checks(place, work):
             folder = work.parent / "papers" / name
             folder.parent.mkdir(parents=True, exist_ok=True)
             resume = ["--resume"] if (folder / "log.jsonl").exists() else []
-            done = yield Command([needed(place.program(program)), "--preset", "paper", *options, "--out", folder, *resume],
-                                 folder=place.root, grace=15, check=False)
+            words = [needed(place.program(program)), "--preset", "paper", *options, "--out", folder, *resume]
+            done = yield Command(words, folder=place.root, grace=15, check=False)
             result = folder / "result.json"
             runs = json.loads(result.read_text())["runs"] if result.exists() else []
-            figures = {"folder": str(folder), "runs": [
+            figures = {"runs": [
                 {key: run.get(key) for key in ("method", "label", "parts", "seed", "final_test_accuracy", "seconds")}
                 for run in runs]}
             if done.stopped and done.status in (143, -15):
                 last = (parse.error_lines(done.output, 99) or [""])[-1]
-                raise NotRun(f"not finished when the run's minutes were over ({last}); --from papers goes on with it", figures)
+                raise NotRun(f"not finished when the run's minutes were over ({last}); --from papers goes on with it",
+                             figures)
             if done.status != 0 or done.stopped:
                 raise (TimedOut if done.stopped else Failed)(*done.said(), figures=figures)
             return figures
