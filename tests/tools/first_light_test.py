@@ -415,6 +415,8 @@ class PackTest(FolderCase):
 class ProgramTest(FolderCase):
     """The whole tool, on a checkout whose programs are fakes."""
 
+    on_gpu = False
+
     def setUp(self):
         super().setUp()
         (self.folder / "tools").mkdir()
@@ -438,11 +440,13 @@ class ProgramTest(FolderCase):
         (self.folder / "build" / "host" / "tests" / "cases.json").write_text(json.dumps(does))
 
     def words(self, *options):
-        mode = [] if "--ptx" in options else ["--host"]
+        mode = [] if "--ptx" in options or self.on_gpu else ["--host"]
         return [sys.executable, str(self.folder / "tools" / "first-light"), "run", *mode, "--out", "out", *options]
 
     def run_tool(self, *options):
-        return subprocess.run(self.words(*options), cwd=self.folder, capture_output=True, text=True, timeout=120)
+        path = f"{self.folder / 'path'}:{os.environ['PATH']}"
+        return subprocess.run(self.words(*options), cwd=self.folder, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "PATH": path})
 
     def start_tool(self, *options):
         return subprocess.Popen(self.words(*options), cwd=self.folder, stdout=subprocess.PIPE, text=True)
@@ -467,6 +471,42 @@ class ProgramTest(FolderCase):
         for name, status in self.statuses().items():
             self.assertEqual(status, "not run", name)
         self.assertIn("needs a GPU", (self.folder / "out" / "README.md").read_text())
+
+    def test_tools_of_the_gpu(self):
+        """What they say is read; one that cannot watch this device is "not run"."""
+        self.on_gpu = True
+        self.program("tests/baton_tests", FAKE_TESTS, "cuda")
+        self.program("bench/step_timing", "#!/bin/sh\n", "cuda")
+        self.program("nvidia-smi", "#!/bin/sh\necho 'NVIDIA H200, 580.1, 143771 MiB, 1980 MHz, 3201 MHz, 700 W, P0'\n")
+        self.program("compute-sanitizer", """#!/bin/sh
+case $2 in
+memcheck) echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"; echo "========= ERROR SUMMARY: 0 errors" ;;
+racecheck) echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"
+  echo "========= Race reported between x and y"; exit 86 ;;
+initcheck) echo "========= Error: Device not supported"; exit 1 ;;
+synccheck) exit 0 ;;
+esac
+""")
+        self.program("ncu", """#!/bin/sh
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+for time in 5 7; do
+  echo '"0","advance_kernel(State *)","gpu__time_duration.sum","us","1.5"'
+  echo '"1","void gemm<4>(float *)","gpu__time_duration.sum","us","'$time'"'
+done
+""")
+        (self.folder / "build" / "host").rename(self.folder / "path")  # where run_tool's PATH begins
+        done = self.run_tool("--only", "machine/gpu,sanitizer/* 1,calibration/kernels of lenet5 ffg_step")
+        self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+        found = {c["name"]: c for c in self.read(self.folder / "out")["checks"]}
+        self.assertEqual({name: c["status"] for name, c in found.items()}, {
+            "gpu": "passed", "memcheck 1": "passed", "racecheck 1": "failed", "initcheck 1": "not run",
+            "synccheck 1": "failed", "kernels of lenet5 ffg_step": "passed"})  # no case ran under synccheck
+        self.assertIn("Race reported", "".join(found["racecheck 1"]["errors"]))
+        self.assertIn("Device not supported", found["initcheck 1"]["reason"])
+        self.assertEqual(found["kernels of lenet5 ffg_step"]["figures"]["sum"], 8.5)  # the last step
+        page = (self.folder / "out" / "README.md").read_text()
+        self.assertIn("# First light: NVIDIA H200", page)
+        self.assertIn("| driver | 580.1 |", page)
 
     def test_missing_programs_are_named(self):
         self.run_tool("--only", "repeat/bil_mnist twice,timings/baton lenet5 ffg_step")

@@ -51,7 +51,7 @@ def page(record):
     total = counts(checks)
     lines += table(["", ""], [
         ["figures", f"**{record['label']}**"],
-        ["device", machine.get("device", "unknown")],
+        ["device", machine.get("device", "not asked")],
         ["driver", machine.get("driver", "none")],
         ["date", record["started"]],
         ["commit", record["commit"]],

@@ -37,6 +37,8 @@ STEPS = [("lenet5", "ffg_step"), ("mlp1200", "bgd_step"), ("3conv3fc", "ffg_step
          ("lenet5", "mnf_step"), ("lenet5", "cfg_step"), ("3conv3fc", "ft_step"), ("mlp1200", "sgd_step"),
          ("lenet5", "predict_weight")]
 NEEDS_GPU = "needs a GPU"
+# Spinning threads of test programs that run side by side are many times slower.
+QUIET_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
 
 def all_stages(place, out):
@@ -238,7 +240,8 @@ def run_cases(program, patterns, silence, folder, most_starts=12):
     for _ in range(most_starts):
         done_with = [*passed, *skipped, *failed]
         filters = ":".join(patterns) + ("-" + ":".join(done_with) if done_with else "")
-        done = yield Command([program, f"--gtest_filter={filters}"], check=False, silence=silence, folder=folder)
+        done = yield Command([program, f"--gtest_filter={filters}"], check=False, silence=silence, folder=folder,
+                             environment=QUIET_THREADS)
         cases = parse.Cases(done.output)
         passed += cases.passed
         skipped.update({case: " ".join(parse.first_lines(lines, 2)) for case, lines in cases.skipped.items()})
@@ -462,8 +465,13 @@ def calibration_checks(place, scale, work):
             # Steps one by one: what comes after the last "advance" is one step.
             done = yield Command([tool, "--csv", "--metrics", "gpu__time_duration.sum", "--clock-control", "none",
                                   "--graph-profiling", "node", needed(place.program("step_timing")),
-                                  "--network", network, "--case", which, "--steps", 1, "--warmup", 2, "--together", 1])
+                                  "--network", network, "--case", which, "--steps", 1, "--warmup", 2, "--together", 1],
+                                 check=False)
             times = parse.kernel_times(done.output)
+            if re.search(r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize the profiler", done.output):
+                raise NotRun("ncu cannot read this device's counters: " + "; ".join(parse.error_lines(done.output, 2)))
+            if done.status != 0 or done.stopped:
+                raise (TimedOut if done.stopped else Failed)(*done.said(), figures={"launches": len(times)})
             starts = [i for i, (name, _) in enumerate(times) if "advance" in name]
             if not starts:
                 raise Failed("no step among its kernels", *done.said())
@@ -495,7 +503,7 @@ def sanitizer_checks(place):
             if not program:
                 raise NotRun("compute-sanitizer is missing")
             done = yield Command([program, "--tool", tool, "--error-exitcode", 86, needed(place.program("baton_tests")),
-                                  f"--gtest_filter={cases}"], check=False, folder=place.root)
+                                  f"--gtest_filter={cases}"], check=False, folder=place.root, environment=QUIET_THREADS)
             if re.search(r"Device not supported|Unable to find|unsupported device", done.output):
                 raise NotRun("compute-sanitizer cannot watch this device: "
                              + "; ".join(parse.error_lines(done.output, 2)))
