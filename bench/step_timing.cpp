@@ -81,7 +81,7 @@ int run(int argc, char** argv) {
   app.add_option("--warmup", warmup, "steps before them");
   app.add_option("--together", together,
                  "steps between two looks at the clock and at the totals, which wait for the device "
-                 "[1 on the CPU, 10 on the GPU]; of predictions always 1");
+                 "[1 on the CPU, up to 10 on the GPU]; of predictions always 1");
   app.add_option("--replicas", replicas, "networks at once");
   app.add_option("--samples", samples, "draws of a prediction");
   CLI11_PARSE(app, argc, argv);
@@ -127,7 +127,7 @@ int run(int argc, char** argv) {
       together = 1;
     }
   }
-  if (together < 1) together = on_gpu ? 10 : 1;
+  if (together < 1) together = on_gpu ? std::clamp(steps, 1, 10) : 1;
   std::vector<double> ms;
   for (int i = -(warmup + together - 1) / together; i * together < steps; i++) {
     const auto start = std::chrono::steady_clock::now();

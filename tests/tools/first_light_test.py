@@ -300,8 +300,11 @@ class PageTest(unittest.TestCase):
             "label": "measured on a GPU", "mode": "gpu", "started": "2026-01-02", "commit": "abc", "minutes": 9,
             "finished": True,
             "machine": {"gpu": "NVIDIA H200", "driver": "580.1", "device": "NVIDIA H200, CUDA 13.0"},
-            "predictions": [{"case": "lenet5 ffg_step", "microseconds": 440},
-                            {"case": "lenet5 ffg_step", "kernel": "book_kernel", "microseconds": 20}],
+            "predictions": {"steps": {
+                "lenet5 ffg x1": {"seconds": 440e-6, "gap_seconds": 400e-6, "calls": [{"name": "x", "seconds": 10e-6}],
+                                  "kernels": [{"name": "book_kernel", "launches": 1, "seconds": 20e-6}]},
+                "lenet5 ffg x16": {"seconds": 4e-3, "gap_seconds": 0, "calls": [], "kernels": []},
+                "mlp1200 bgd K=16": {"seconds": 1, "gap_seconds": 0, "calls": [], "kernels": []}}},
             "checks": [
                 entry("timings", "ours", figures={**step, "side": "baton", "ms": 0.5}),
                 entry("timings", "ours 16", figures={**step, "side": "baton", "rows": 16, "ms": 2.0}),
@@ -318,8 +321,11 @@ class PageTest(unittest.TestCase):
         for words in ("# First light: NVIDIA H200", "| driver | 580.1 |", "**6 passed**, **1 failed**, **0 timed out**",
                       "MaxPool.x: Expected | 1", "compute-sanitizer is missing",
                       "| lenet5 ffg_step | 1 | 128 | 0.5 | 5 | 10 | 1 | 2 |",
-                      "| lenet5 ffg_step | 1 | whole step | 440 | 500 | 1.136 |",
-                      "| lenet5 ffg_step | 1 | book_kernel | 20 | 30 | 1.5 |", "| graph_node | 1.5 | us | a chain |",
+                      "| lenet5 ffg_step | 1 | **whole step** | 440 | 500 | 1.136 |",
+                      "| lenet5 ffg_step | 1 | book_kernel | 20 | 30 | 1.5 |",
+                      "| lenet5 ffg_step | 1 | the libraries' kernels | 10 | 12 | 1.2 |",
+                      "| lenet5 ffg_step | 1 | between kernels | 400 | 458 | 1.145 |",
+                      "| lenet5 ffg_step | 16 | **whole step** | 4000 | 2000 | 0.5 |", "| graph_node | 1.5 | us | a chain |",
                       "| book_kernel | 1 | 30 | 71 % |"):
             self.assertIn(words, page)
         self.assertLess(page.index("## Failures"), page.index("## Steps"))

@@ -7,7 +7,6 @@ import os
 import pathlib
 import struct
 import subprocess
-import sys
 import tarfile
 import tempfile
 
@@ -95,18 +94,7 @@ class Bundle:
         self.sizes[-1] = (name, files, plain, packed + os.stat(self.file.name).st_size - self.seen)
 
 
-def predicted(root):
-    """What tools/gpu-cost predicts, or None where it is not there."""
-    tool = root / "tools" / "gpu-cost"
-    if not tool.exists():
-        return None
-    done = subprocess.run([sys.executable, str(tool), "--json"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PackError(f"tools/gpu-cost --json failed: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout)
-
-
-def pack(root, out, data, architecture, with_ptx, most=MOST_BYTES, say=print):
+def pack(root, out, data, predictions, architecture, with_ptx, most=MOST_BYTES, say=print):
     """Writes the bundle to `out`. PackError when something is missing, or when it is larger than `most` bytes."""
     place = Place(root, "gpu")
     programs = [name for name in PROGRAMS if place.program(name).exists()]
@@ -136,7 +124,7 @@ def pack(root, out, data, architecture, with_ptx, most=MOST_BYTES, say=print):
             for path in libraries:
                 bundle.add(path.relative_to(root), stripped(path), executable=True)
             bundle.end_part("interpreter of PTX", len(libraries))
-        goldens = [path for path in sorted((root / "tests" / "goldens").rglob("*")) if path.is_file()]
+        goldens = [path for path in sorted(place.goldens.rglob("*")) if path.is_file()]
         for path in goldens:
             bundle.add(path.relative_to(root), path.read_bytes())
         bundle.end_part("goldens", len(goldens))
@@ -149,11 +137,13 @@ def pack(root, out, data, architecture, with_ptx, most=MOST_BYTES, say=print):
         for path in scripts:
             bundle.add(path.relative_to(root), path.read_bytes(), executable=os.access(path, os.X_OK))
         bundle.add("tests.json", json.dumps(stages.test_files(root)).encode())
-        predictions = predicted(root)
+        predicted = json.loads(predictions.read_text()) if predictions else place.predictions()
+        if predicted:
+            bundle.add("gpu-cost.json", json.dumps(predicted).encode())
         bundle.add("manifest.json", json.dumps({
             "commit": place.commit, "packed": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "programs": programs, "holds": sorted(kept), "sources": str(root), "predictions": predictions}).encode())
-        bundle.end_part("scripts and tables", len(scripts) + 2)
+            "programs": programs, "holds": sorted(kept), "sources": str(root)}).encode())
+        bundle.end_part("scripts and tables", len(scripts) + 3)
         bundle.close()
         for name, files, plain, packed in bundle.sizes:
             say(f"{packed / 2**20:7.2f} MiB of {plain / 2**20:7.2f}  {name}, {files} files")
@@ -161,8 +151,8 @@ def pack(root, out, data, architecture, with_ptx, most=MOST_BYTES, say=print):
         say(f"{size / 2**20:7.2f} MiB  together; {most / 2**20:.0f} are allowed")
         if not folder:
             say("MNIST was not found and is not in it: programs will generate digits")
-        if predictions is None:
-            say("tools/gpu-cost is not there: no predictions are in it")
+        if not predicted:
+            say("no predictions are in it: tools/gpu-cost --json build/cuda/gpu-cost.json makes them")
         if size > most:
             raise PackError(f"the bundle has {size / 2**20:.2f} MiB, more than {most / 2**20:.0f}")
         os.replace(part, out)

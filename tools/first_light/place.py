@@ -85,6 +85,19 @@ class Place:
                     return python
         return None
 
+    @property
+    def goldens(self):
+        """The folder of the goldens: beside the test program, where its build has put them there; else the sources'."""
+        beside = self.build / "tests" / "data" / "goldens"
+        return beside if beside.is_dir() else self.root / "tests" / "goldens"
+
+    def predictions(self):
+        """What tools/gpu-cost predicts, as its --json wrote it, or None."""
+        path = self.root / "gpu-cost.json"
+        if not path.exists():
+            path = self.build / "gpu-cost.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def data_folder(self):
         """The folder that holds mnist, as the programs look for it from the root, or None."""
         return find_mnist([os.environ.get("BATON_DATA"), self.root / "data", self.root.parent / "shared" / "data"])

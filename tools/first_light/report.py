@@ -149,31 +149,44 @@ def timings(checks):
 
 
 def predictions(record):
-    """Predictions are {"case": "lenet5 ffg_step", "rows": 1, "microseconds": 440} for a whole step, with a "kernel" for
-    a part of it."""
-    predicted = record.get("predictions") or []
-    if not predicted:
-        return []
-    steps, parts = {}, {}
+    """record["predictions"]: what tools/gpu-cost --json wrote, {"steps": {"lenet5 ffg x1": {"seconds", "gap_seconds",
+    "kernels": [{"name", "launches", "seconds"}], "calls": [{"name", "calls", "seconds"}]}}}."""
+    predicted = (record.get("predictions") or {}).get("steps") or {}
+    steps, launches = {}, {}
     for f in all_figures(record["checks"], "timings"):
         if f.get("side") == "baton":
             steps[f["case"], f.get("rows", 1)] = 1e3 * f["ms"]
     for f in all_figures(record["checks"], "calibration"):
         for kernel, us in f.get("kernels", []):
-            parts.setdefault((f["case"], plain(kernel)), []).append(us)
+            launches.setdefault(f["case"], []).append((plain(kernel), us))
     rows = []
-    for p in predicted:
-        kernel = p.get("kernel")
-        if kernel:
-            times = [us for (case, name), all_times in parts.items() for us in all_times
-                     if case == p["case"] and plain(kernel) == name]
-            measured = sum(times) if times else None
-        else:
-            measured = steps.get((p["case"], p.get("rows", 1)))
-        rows.append([p["case"], p.get("rows", 1), kernel or "whole step", float(p["microseconds"]), measured,
-                     measured / p["microseconds"] if measured else None])
-    return ["## Predicted beside measured", "", "Microseconds; the prediction is tools/gpu-cost's.", "",
-            *table(["step", "rows", "kernel", "predicted", "measured", "ratio"], rows)]
+    for name, cost in predicted.items():
+        network, method, size = name.split(" ")
+        if size.startswith("K=") and size != "K=10":  # the draws that are timed
+            continue
+        case, count = f"{network} {method}_step", int(size[1:]) if size.startswith("x") else 1
+
+        def add(part, seconds, measured):
+            rows.append([case, count, part, 1e6 * seconds, measured,
+                         measured / (1e6 * seconds) if measured is not None and seconds > 0 else None])
+
+        add("**whole step**", cost["seconds"], steps.get((case, count)))
+        own = {plain(k["name"]): k["seconds"] for k in cost["kernels"]}
+        known = launches.get(case) if count == 1 else None
+        if not known:
+            continue
+        for kernel, seconds in sorted(own.items(), key=lambda item: -item[1]):
+            times = [us for found, us in known if found == kernel]
+            add(kernel, seconds, sum(times) if times else None)
+        add("the libraries' kernels", sum(call["seconds"] for call in cost["calls"]),
+            sum(us for found, us in known if found not in own))
+        if (case, count) in steps:
+            add("between kernels", cost["gap_seconds"], steps[case, count] - sum(us for _, us in known))
+    if not rows:
+        return []
+    return ["## Predicted beside measured", "", "Microseconds; the prediction is tools/gpu-cost's. Single kernels are "
+            "Nsight Compute's times, each launch alone.", "",
+            *table(["step", "rows", "part", "predicted", "measured", "ratio"], rows)]
 
 
 def plain(kernel):

@@ -146,7 +146,7 @@ def machine_checks(place):
         return (parse.json_lines(done.output) or [{}])[-1]
 
     def files():
-        goldens, data = place.root / "tests" / "goldens", place.data_folder()
+        goldens, data = place.goldens, place.data_folder()
         figures = {"goldens": "are there" if goldens.is_dir() else "are missing",
                    "MNIST": "is there" if data else "is missing: digits are generated, and no figure is the papers'"}
         if not goldens.is_dir():
