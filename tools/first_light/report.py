@@ -2,6 +2,7 @@
 import collections
 import json
 import os
+import re
 
 JSON, PAGE = "first_light.json", "README.md"
 STATUSES = ("passed", "failed", "timed out", "not run")
@@ -220,12 +221,14 @@ def convolutions(checks):
     lines = []
     for f in all_figures(checks, "convolutions"):
         if "offer" in f:
-            lines += ["## Convolution algorithms", "", "Offered in the library's order; **chosen** by Baton.", ""]
+            lines += ["## Convolution algorithms", "", "What the library offers and can run, in its order; **chosen** by "
+                      "Baton. (The JSON has the others too.)", ""]
             offered = {}
             for o in f["offer"]:
-                words = f"{o['algorithm']} ({o['math']}, {o['determinism']}, {o['workspace'] >> 10} KB)"
-                if o["status"] != "supported":
+                if o["status"] not in ("supported", "CUDNN_STATUS_SUCCESS"):
                     continue
+                words = f"{o['algorithm']} ({o['math']}, {o['determinism']}, {o['workspace'] >> 10} KB)"
+                words = re.sub(r"CUDNN_(CONVOLUTION_(FWD|BWD_DATA|BWD_FILTER)_ALGO_)?", "", words)
                 offered.setdefault((o["layer"], o["shape"][0], o["direction"]), []).append(
                     f"**{words}**" if o["chosen"] else words)
             lines += table(["layer", "batch", "direction", "offers"],
