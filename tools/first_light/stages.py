@@ -12,6 +12,10 @@ from .place import PROGRAMS, find_tool
 NAMES = ["machine", "convolutions", "products", "kernels", "layers", "trainers", "repeat", "timings", "calibration",
          "sanitizer", "papers"]
 ROOMS = {"products": "engine", "kernels": "kernels", "layers": "layers", "trainers": "trainers"}
+# Those outside kernels/ that take an interpreter seconds.
+QUICK_AS_PTX = ["engine.blas_test", "engine.linalg_test", "engine.graph_test", "engine.select_test", "layers.dense_test",
+                "layers.conv2d_test", "layers.mlp_test", "layers.posterior_test", "layers.lenet5_test",
+                "trainers.predictor_test", "trainers.features_test"]
 FIRST_OF_ENGINE = ["engine.blas_test", "engine.linalg_test", "engine.graph_test"]  # the rest of it runs on the host
 
 # What a run is cut down to by mode. An interpreter of PTX is some hundred times slower than the host build.
@@ -50,9 +54,9 @@ def all_stages(place, out):
         if room in test:
             test[room].append(test_check(place, scale, name, patterns))
     test["engine"].sort(key=lambda check: FIRST_OF_ENGINE.index(check.name) if check.name in FIRST_OF_ENGINE else 9)
-    if place.mode == "ptx":  # where there are small cases, and what the products rest on
-        test["engine"] = [check for check in test["engine"] if check.name == "engine.graph_test"]
-        test["layers"] = test["trainers"] = [not_for("all", "hours under an interpreter: ctest has a choice of them")]
+    if place.mode == "ptx":
+        test = {room: [check for check in checks if room == "kernels" or check.name in QUICK_AS_PTX]
+                for room, checks in test.items()}
     return [
         Stage("machine", "The machine", machine_checks(place), 1),
         Stage("convolutions", "What the library offers for convolutions", convolution_checks(place, scale), 0.1),
@@ -66,14 +70,6 @@ def all_stages(place, out):
         Stage("sanitizer", "compute-sanitizer", sanitizer_checks(place), 0.2),
         Stage("papers", "Paper programs", paper_checks(place, work), 1, fills=True),
     ]
-
-
-def not_for(name, reason):
-    """A check that this mode does not have."""
-    def body():
-        raise NotRun(reason)
-        yield
-    return Check(name, body, 0, 1)
 
 
 def told(folder):
@@ -223,7 +219,7 @@ def test_files(root):
 
 
 def test_check(place, scale, name, patterns):
-    if scale["cases"]:  # only those with this word in their names
+    if scale["cases"] and name.startswith("kernels."):  # only those with this word in their names
         patterns = [pattern + scale["cases"] + "*" for pattern in patterns]
     settings = scale["tests"]
 
