@@ -225,12 +225,16 @@ class Runner:
                 stopped = self.wait(process, command, log, limit, background)
             finally:
                 kill_group(process, signal.SIGKILL)  # and what it started, if that is still there
-                process.wait()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:  # inside a driver's call that does not return
+                    stopped += " (it does not end when it is killed)"
         with open(log, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(begin, size - MOST_OUTPUT))
             output = stream.read().decode(errors="replace")
-        return Outcome(process.returncode, output, time.monotonic() - start, stopped, command)
+        status = -signal.SIGKILL if process.returncode is None else process.returncode
+        return Outcome(status, output, time.monotonic() - start, stopped, command)
 
     def wait(self, process, command, log, limit, background):
         """Waits until it ends or has to. Returns why it was stopped, or "". limit: of the check."""

@@ -28,6 +28,7 @@ class Place:
         manifest = root / "manifest.json"
         self.manifest = json.loads(manifest.read_text()) if manifest.exists() else {}
         self.environment = {}
+        self.given = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}  # PyTorch brings libraries of its own
         if mode != "gpu":  # threads that wait for one another beside other jobs are many times slower
             self.environment.update(OMP_WAIT_POLICY="passive")
         self.find_libraries()
@@ -48,19 +49,19 @@ class Place:
         words = [str(self.program(program))]
         done = subprocess.run(words, env={**os.environ, **self.environment, "LD_TRACE_LOADED_OBJECTS": "1"},
                               capture_output=True, text=True, timeout=60)
-        return re.findall(r"^\s*(\S+) => not found", done.stdout, re.MULTILINE), done.stdout
+        return re.findall(r"^\s*(\S+) => not found", done.stdout, re.MULTILINE)
 
     def find_libraries(self):
         """Sets LD_LIBRARY_PATH so that the loader finds the libraries of the CUDA toolkit: in `ptx` beside the programs
         (--ptx: the interpreter and its stand-ins), where it looks anyway, in toolkits, in Python's packages."""
         self.libraries = {}
         folders = [str(self.build / "ptx")] if self.mode == "ptx" else []
-        given = [f for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
+        given = [f for f in self.given["LD_LIBRARY_PATH"].split(":") if f]
         self.environment["LD_LIBRARY_PATH"] = ":".join(folders + given)
         for _ in range(4):  # a library that is found now may need others
             try:
                 missing = [name for program in PROGRAMS if self.program(program).exists()
-                           for name in self.unresolved(program)[0]]
+                           for name in self.unresolved(program)]
             except (OSError, subprocess.SubprocessError):
                 return
             new = {name: find_library(name) for name in set(missing)}

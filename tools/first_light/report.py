@@ -91,7 +91,7 @@ def summary(check):
         said += f", {len(figures['failed'])} failed" if figures["failed"] else ""
         return said + (f", {len(figures['skipped'])} skipped" if figures["skipped"] else "")
     if check.get("errors"):
-        return check["errors"][0]
+        return "; ".join(check["errors"][:2])
     return "; ".join(f"{key}: {number(value)}" for key, value in figures.items()
                      if isinstance(value, (str, int, float)))[:200]
 

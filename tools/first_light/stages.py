@@ -98,20 +98,18 @@ def machine_checks(place):
         return figures
 
     def programs():
-        figures, errors = {}, []
-        for name in PROGRAMS:
-            if not place.program(name).exists():
-                figures[name] = "is not there"
-                continue
+        there = [name for name in PROGRAMS if place.program(name).exists()]
+        errors = []
+        for name in there:
             try:
-                missing, loaded = place.unresolved(name)
+                errors += [f"{name}: {library} was not found" for library in place.unresolved(name)]
             except OSError as error:
                 errors.append(f"{name}: {error.strerror}")
-                continue
-            figures[name] = "not found: " + ", ".join(missing) if missing else "every library was found"
-            errors += [f"{name}: {library} was not found" for library in missing]
-        for library, folder in place.libraries.items():
-            figures[library] = told(folder) if folder else "was not found"
+        figures = {"programs": len(there)}
+        if absent := [name for name in PROGRAMS if name not in there]:
+            figures["not there"] = ", ".join(absent)
+        for library, folder in sorted(place.libraries.items()):  # those that the loader does not find by itself
+            figures[library] = f"in {told(folder)}" if folder else "was not found"
         if errors:
             raise Failed(*errors, figures=figures)
         return figures
@@ -138,7 +136,7 @@ def machine_checks(place):
         ask = ("import json, torch; gpu = torch.cuda.is_available(); print(json.dumps({'torch': torch.__version__, "
                "'CUDA': torch.version.cuda, 'cuDNN': torch.backends.cudnn.version(), "
                "'device': torch.cuda.get_device_name() if gpu else 'cpu'}))")
-        done = yield Command([python, "-c", ask])
+        done = yield Command([python, "-c", ask], environment=place.given)
         return (parse.json_lines(done.output) or [{}])[-1]
 
     def files():
@@ -347,7 +345,8 @@ def safetensors_parts(path):
 def timing_checks(place, scale, work):
     torch = place.root / "bench" / "peers" / "step_torch.py"
     device = "cuda" if place.mode == "gpu" else "cpu"
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}
+    environment = {**place.given, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+                   "TRITON_CACHE_DIR": str(work / "triton")}
 
     def numbers(which):
         return scale["steps"] if which.endswith("_step") else scale["predictions"]
@@ -382,7 +381,7 @@ def timing_checks(place, scale, work):
             threads = min(8, os.cpu_count() or 1)
             words = [place.torch_python, needed(torch), "--network", network, "--case", which, "--device", device,
                      "--threads", threads, *count, *options]
-            return figures_of((yield Command(words, environment=caches)), side)
+            return figures_of((yield Command(words, environment=environment)), side)
         return body
 
     checks = []
