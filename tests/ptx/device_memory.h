@@ -1,5 +1,5 @@
-// Device memory: addresses that the host cannot touch, and a shadow that knows of every byte whether it is allocated and
-// whether anything was ever written there.
+// Device memory: addresses that the host cannot touch, and a shadow that knows of every byte whether it is allocated
+// and whether anything was ever written there.
 //
 // Programs see addresses of a window that is reserved without access, so that a host that follows a device pointer ends
 // with SIGSEGV. What is stored there lies in a second mapping. No address is handed out twice, so a use after a free is
@@ -29,8 +29,8 @@ class DeviceMemory {
   bool contains(uint64_t address) const { return address - window_ < window_bytes; }
   bool contains(const void* p) const { return contains(reinterpret_cast<uint64_t>(p)); }
 
-  // Where the bytes at a device address are stored. Throws Fault, with `what` in its message, for a null or host address
-  // and for bytes that no one allocation holds.
+  // Where the bytes at a device address are stored. Throws Fault, with `what` in its message, for a null or host
+  // address and for bytes that no one allocation holds.
   char* storage(uint64_t address, size_t bytes, const char* what) const;
 
   // The same, typed, for what a library reads or writes. Throws Fault for a misaligned address too; `read` also for
@@ -58,7 +58,7 @@ class DeviceMemory {
   // ---- for instructions: no checks. `offset` counts from the window's start.
   uint64_t offset_of(uint64_t address) const { return address - window_; }
   char* at(uint64_t offset) const { return storage_ + offset; }
-  // The fast answer for whole pages; `unknown` asks for the bytes.
+  // True: every byte of the page may be read and written. False: ask allocated() and written().
   bool page_all_written(uint64_t offset) const { return pages_[offset >> page_bits] == all_written; }
   static constexpr int page_bits = 12;
   static constexpr size_t window_bytes = size_t(1) << 40;
@@ -69,7 +69,6 @@ class DeviceMemory {
   enum Byte : uint8_t { free_byte, unwritten_byte, written_byte };
 
   char* typed_storage(uint64_t address, size_t size, size_t count, const char* what) const;
-  void set_state(uint64_t offset, size_t bytes, Byte state);
   bool all_bytes(uint64_t offset, size_t bytes, Byte least) const;
 
   uint64_t window_ = 0;       // the first address that programs see

@@ -1,6 +1,7 @@
 // What the environment asks of the interpreter and the stand-ins.
 //
-//   BATON_PTX_SEED=n         0 (the default): blocks, warps and lanes in order. Otherwise a random schedule: lanes apart
+//   BATON_PTX_SEED=n         0 (the default): blocks, warps and lanes in order. Otherwise a random schedule: lanes
+//   apart
 //                            until they must meet, warps and blocks in random order, operations when somebody waits.
 //   BATON_PTX_PROFILE=FILE   counts what kernels do and writes it to FILE as JSON when the process ends (profile.h)
 //   BATON_PTX_DISTURB=LIST   makes the libraries behave as differently as the real ones may; of, with commas between:

@@ -1,8 +1,10 @@
-// Kernels that are wrong on purpose, and some that are right: what the emulator and the sanitizers say about them is
-// what tests/faults/run checks.
+// Kernels that are wrong on purpose, and some that are right: what the emulator, the sanitizers and the interpreter of
+// PTX say about them is what tests/faults/run checks.
 //
-//   faults NAME     runs one. Prints RIGHT or WRONG and what its result was, or the emulator's ERROR; exit status 0, 2,
-//   3 faults --list   the names
+//   faults NAME     runs one. Prints RIGHT or WRONG and what its result was, or the ERROR; exit status 0, 2, 3
+//   faults --list   the names
+//
+// The faults at the end are those that only a build for the GPU can have: two memories, streams, read-only loads.
 #include <cstdio>
 #include <exception>
 #include <functional>
@@ -116,9 +118,67 @@ __global__ void unset(float* y, bool dynamic) {  // thread 7 forgets its element
   y[threadIdx.x] = from[threadIdx.x];
 }
 
+// ------------------------------------------------------------------------------------- only where there are two memories
+#if defined(BATON_CUDA)
+// Says that x is not written while y aliases it: nvcc reads x through the read-only path.
+__global__ void shift_restricted(float* __restrict__ y, const float* __restrict__ x, int n) {
+  const int i = simt::thread_item();
+  if (i >= n) return;
+  const float next = x[(i + 1) % n];
+  y[i] = next;
+}
+__global__ void write_then_read(float* y, const float* __restrict__ x, int n) {
+  const int i = simt::thread_item();
+  if (i >= n) return;
+  y[i] = 1;
+  __syncwarp();
+  y[i] = 1 + __ldg(x + i);
+}
+__global__ void __launch_bounds__(64) bounded(float* y) { y[threadIdx.x] = 1; }
+__global__ void add_to_all(float* y, float by) { y[threadIdx.x] += by; }
+__global__ void break_point(float* y) {
+  asm volatile("brkpt;");
+  y[threadIdx.x] = 1;
+}
+__global__ void exchange_without_barrier(float* y) {  // between the lanes of one warp
+  __shared__ volatile float s[32];
+  s[threadIdx.x] = threadIdx.x;
+  y[threadIdx.x] = s[(threadIdx.x + 1) % 32];
+}
+#endif
+
 // -------------------------------------------------------------------------------------------------------- programs
+// Numbers in memory that kernels see, one allocation each.
+class Numbers {
+ public:
+#if defined(BATON_CUDA)
+  Numbers(size_t count, float value) {
+    const std::vector<float> values(count, value);
+    simt::check(cudaMalloc(reinterpret_cast<void**>(&data_), count * sizeof(float)), "cudaMalloc");
+    simt::check(cudaMemcpyAsync(data_, values.data(), count * sizeof(float), cudaMemcpyHostToDevice, nullptr), "copy");
+    simt::check(cudaStreamSynchronize(nullptr), "synchronise");
+  }
+  float* data() { return data_; }
+  float operator[](size_t i) const {
+    float value;
+    simt::check(cudaMemcpyAsync(&value, data_ + i, sizeof value, cudaMemcpyDeviceToHost, nullptr), "copy");
+    simt::check(cudaStreamSynchronize(nullptr), "synchronise");
+    return value;
+  }
+
+ private:
+  float* data_ = nullptr;
+#else
+  Numbers(size_t count, float value) : values_(count, value) {}
+  float* data() { return values_.data(); }
+  float operator[](size_t i) const { return values_[i]; }
+
+ private:
+  std::vector<float> values_;
+#endif
+};
 const int n = 10000;
-std::vector<float> x(n, 0.25f), y(1024, 0.f), z(1024, 0.f);
+Numbers x(n, 0.25f), y(1024, 0.f), z(1024, 0.f);
 
 bool ones(int count) {
   for (int i = 0; i < count; i++)
@@ -150,6 +210,30 @@ bool unset_right(bool dynamic) {  // a launch that set the shared memory comes f
   simt::launch<unset>(simt::blocks(1, threads, threads * sizeof(float)), {}, y.data(), dynamic);
   return ones(threads);
 }
+
+#if defined(BATON_CUDA)
+// Captures `body` once and replays it three times.
+void replay_additions(const std::function<void(cudaStream_t)>& body) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  simt::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create");
+  simt::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin");
+  body(stream);
+  simt::check(cudaStreamEndCapture(stream, &graph), "end");
+  simt::check(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+  for (int step = 0; step < 3; step++) simt::check(cudaGraphLaunch(executable, stream), "launch");
+  simt::check(cudaStreamSynchronize(stream), "synchronise");
+}
+// Whether `body` can be called while a stream is being captured.
+bool in_capture(const std::function<void(cudaStream_t)>& body) {
+  cudaStream_t stream;
+  simt::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create");
+  simt::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin");
+  body(stream);
+  return true;
+}
+#endif
 
 const std::map<std::string, std::function<bool()>> programs{
     {"good_block_sum", sums_right<true, true>},
@@ -233,6 +317,134 @@ const std::map<std::string, std::function<bool()>> programs{
        simt::launch<unset>(simt::blocks(1, threads, 300 * 1024), {}, y.data(), true);
        return true;
      }},
+#if defined(BATON_CUDA)
+    {"good_restrict",
+     [] {
+       simt::launch<shift_restricted>(simt::each(1024), {}, y.data(), (const float*)z.data(), 1024);
+       return y[0] == 0;
+     }},
+    {"good_replay",
+     [] {
+       replay_additions([](cudaStream_t stream) {
+         simt::launch<add_to_all>(simt::blocks(1, 64), stream, y.data(), 1.f);
+       });
+       return y[0] == 3;
+     }},
+    {"frozen_argument",  // the graph keeps the argument that it was captured with
+     [] {
+       float by = 0;
+       replay_additions([&](cudaStream_t stream) {
+         by += 1;
+         simt::launch<add_to_all>(simt::blocks(1, 64), stream, y.data(), by);
+       });
+       return y[0] == 1 + 2 + 3;
+     }},
+    {"host_memory_in_a_kernel",
+     [] {
+       std::vector<float> host(1024);
+       simt::launch<fill>(simt::each(1024), {}, host.data(), 1024);
+       return true;
+     }},
+    {"device_memory_on_the_host", [] { return y.data()[0] == 0; }},
+    {"use_after_free",
+     [] {
+       void* p = nullptr;
+       simt::check(cudaMalloc(&p, 4096), "cudaMalloc");
+       simt::check(cudaFree(p), "cudaFree");
+       simt::launch<fill>(simt::each(1024), {}, static_cast<float*>(p), 1024);
+       return true;
+     }},
+    {"unset_global",
+     [] {
+       void* p = nullptr;
+       simt::check(cudaMalloc(&p, 4096), "cudaMalloc");
+       simt::launch<shift_restricted>(simt::each(1024), {}, y.data(), (const float*)p, 1024);
+       return true;
+     }},
+    {"copy_of_unset_global",
+     [] {
+       void* p = nullptr;
+       float value;
+       simt::check(cudaMalloc(&p, 4096), "cudaMalloc");
+       simt::check(cudaMemcpyAsync(&value, p, sizeof value, cudaMemcpyDeviceToHost, nullptr), "copy");
+       return true;
+     }},
+    {"restrict_broken_by_a_store",
+     [] {
+       simt::launch<shift_restricted>(simt::each(1024), {}, y.data(), (const float*)y.data(), 1024);
+       return true;
+     }},
+    {"restrict_broken_by_a_load",
+     [] {
+       simt::launch<write_then_read>(simt::each(64), {}, y.data(), (const float*)y.data(), 64);
+       return true;
+     }},
+    {"no_barrier_in_a_warp",
+     [] {
+       simt::launch<exchange_without_barrier>(simt::blocks(1, 32), {}, y.data());
+       for (int t = 0; t < 32; t++)
+         if (y[t] != (t + 1) % 32) return false;
+       return true;
+     }},
+    {"unknown_instruction",
+     [] {
+       simt::launch<break_point>(simt::blocks(1, 32), {}, y.data());
+       return true;
+     }},
+    {"beyond_launch_bounds",
+     [] {
+       simt::launch<bounded>(simt::blocks(1, 128), {}, y.data());
+       return true;
+     }},
+    {"dynamic_shared_not_asked_for",
+     [] {
+       cudaLaunchConfig_t c{};
+       c.gridDim = dim3(1);
+       c.blockDim = dim3(threads);
+       c.dynamicSmemBytes = 60000;
+       simt::check(cudaLaunchKernelEx(&c, dynamic_shared, y.data(), 0), "launch");
+       return true;
+     }},
+    {"too_many_rows",
+     [] {
+       simt::launch<fill>(simt::each(16, 70000), {}, y.data(), 16);
+       return true;
+     }},
+    {"allocation_in_a_capture", [] { return in_capture([](cudaStream_t) {
+       void* p = nullptr;
+       simt::check(cudaMalloc(&p, 16), "cudaMalloc");
+     }); }},
+    {"synchronisation_in_a_capture", [] { return in_capture([](cudaStream_t stream) {
+       simt::check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+     }); }},
+    {"host_copy_in_a_capture", [] { return in_capture([](cudaStream_t stream) {
+       static float value;
+       simt::check(cudaMemcpyAsync(&value, y.data(), sizeof value, cudaMemcpyDeviceToHost, stream), "copy");
+     }); }},
+    {"copy_in_the_wrong_direction",
+     [] {
+       float value = 0;
+       simt::check(cudaMemcpyAsync(&value, y.data(), sizeof value, cudaMemcpyHostToDevice, nullptr), "copy");
+       return true;
+     }},
+    {"stream_after_its_end",
+     [] {
+       cudaStream_t stream;
+       simt::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create");
+       simt::check(cudaStreamDestroy(stream), "destroy");
+       simt::launch<fill>(simt::each(16), stream, y.data(), 16);
+       return true;
+     }},
+    {"error_that_stays",  // after a kernel's fault nothing works any more
+     [] {
+       try {
+         simt::launch<fill>(simt::each(1025), {}, y.data(), 1025);
+       } catch (const RunError&) {
+       }
+       simt::launch<fill>(simt::each(16), {}, y.data(), 16);
+       return true;
+     }},
+#endif
 };
 
 }  // namespace
