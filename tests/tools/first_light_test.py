@@ -239,6 +239,18 @@ class CasesTest(FolderCase):
         self.assertIn("illegal memory access", found["errors"][0])
         self.assertIn("test.cpp:12: Failure | Expected: 1", found["errors"][1])
 
+    def test_failures_alike_are_told_once(self):
+        found = self.cases(**{f"A__c{i}": "break" for i in range(3)}, A__d="fail")
+        self.assertEqual(len(found["errors"]), 4)
+        page = (self.folder / report.PAGE).read_text()
+        self.assertIn("(so too A.c1, A.c2)", page)
+        self.assertEqual(page.split("## All checks")[0].count("illegal memory access"), 1)
+
+    def test_too_many_broken_processes_are_told(self):
+        found = self.cases(**{f"A__c{i}": "exit" for i in range(26)})
+        self.assertEqual(len(found["figures"]["failed"]), 24)
+        self.assertIn("the rest was not run", found["errors"][-1])
+
     def test_skipped_is_not_passed(self):
         found = self.cases(A__one="skip", A__two="skip")
         self.assertEqual(found["status"], "not run")
@@ -276,6 +288,14 @@ class ParseTest(unittest.TestCase):
         for name in ("void baton::(anonymous namespace)::book_kernel<float>(float *, int)",
                      "baton::<unnamed>::book_kernel(float*)", "book_kernel"):
             self.assertEqual(report.plain(name), "book_kernel")
+
+    def test_the_end_of_a_long_line_stays(self):
+        lines = ["ptx: a kernel: a load from nowhere", "unknown file: Failure",
+                 "launch<" + "x" * 900 + ">: misaligned address"]
+        found = parse.first_lines(lines)
+        self.assertEqual(found[:2], lines[:2])
+        self.assertLess(len(found[2]), 320)
+        self.assertTrue(found[2].startswith("launch<") and found[2].endswith("misaligned address"))
 
     def test_differences_leave_out_the_clock(self):
         one = {"accuracy": 0.5, "seconds": 1, "stages": [{"nll": 1.0}]}
@@ -487,7 +507,8 @@ class ProgramTest(FolderCase):
         self.program("nvidia-smi", "#!/bin/sh\necho 'NVIDIA H200, 580.1, 143771 MiB, 1980 MHz, 3201 MHz, 700 W, P0'\n")
         self.program("compute-sanitizer", """#!/bin/sh
 case $2 in
-memcheck) echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"; echo "========= ERROR SUMMARY: 0 errors" ;;
+memcheck)
+  echo "ran: $*"; echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"; echo "========= ERROR SUMMARY: 0 errors" ;;
 racecheck) echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"
   echo "========= Race reported between x and y"; exit 86 ;;
 initcheck) echo "========= Error: Device not supported"; exit 1 ;;
@@ -502,12 +523,16 @@ for time in 5 7; do
 done
 """)
         (self.folder / "build" / "host").rename(self.folder / "path")  # where run_tool's PATH begins
-        done = self.run_tool("--only", "machine/gpu,sanitizer/* 1,calibration/kernels of lenet5 ffg_step")
+        (self.folder / "build" / "cuda" / "tests" / "cases.json").write_text(json.dumps(
+            {"A.one": "pass", "A.two": "fail", "A.three": "crash", "A.four": "pass"}))
+        done = self.run_tool("--only", "machine/gpu,kernels/kernels.a_test,sanitizer/* 1,sanitizer/*failed,"
+                             "calibration/kernels of lenet5 ffg_step")
         self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
         found = {c["name"]: c for c in self.read(self.folder / "out")["checks"]}
         self.assertEqual({name: c["status"] for name, c in found.items()}, {
-            "gpu": "passed", "memcheck 1": "passed", "racecheck 1": "failed", "initcheck 1": "not run",
-            "synccheck 1": "failed", "kernels of lenet5 ffg_step": "passed"})  # no case ran under synccheck
+            "gpu": "passed", "kernels.a_test": "failed", "memcheck of what failed": "passed", "memcheck 1": "passed",
+            "racecheck 1": "failed", "initcheck 1": "not run", "synccheck 1": "failed", "kernels of lenet5 ffg_step": "passed"})  # no case ran under synccheck
+        self.assertIn("--gtest_filter=A.three:A.two", found["memcheck of what failed"]["tail"])
         self.assertIn("Race reported", "".join(found["racecheck 1"]["errors"]))
         self.assertIn("Device not supported", found["initcheck 1"]["reason"])
         self.assertEqual(found["kernels of lenet5 ffg_step"]["figures"]["sum"], 8.5)  # the last step
@@ -577,8 +602,8 @@ done
 # What a run on a real build must have found out: the checks to run, and those of them that no CPU can pass.
 REAL = ["machine/device", "machine/files", "convolutions/variance", "products/engine.graph_test",
         "kernels/kernels.maxpool_test", "kernels/kernels.philox_test", "layers/layers.dense_test",
-        "repeat/bil_mnist twice", "repeat/seeds in company", "timings/baton lenet5 ffg_step", "timings/baton lenet5 mnf_step rows *",
-        "calibration/device"]
+        "repeat/bil_mnist twice", "repeat/seeds in company", "timings/baton lenet5 ffg_step",
+        "timings/baton lenet5 mnf_step rows *", "calibration/device"]
 NOT_HERE = ["machine/gpu", "convolutions/offers", "sanitizer/memcheck 1", "papers/bil_mnist"]
 
 

@@ -4,13 +4,14 @@ import csv
 import json
 import re
 
-# After one of these every later CUDA call of the process fails too, so the cases behind it say nothing.
+# After one of these every later CUDA call of the process may fail too, so the cases behind it say nothing.
 STICKY = re.compile(r"illegal memory access|misaligned address|unspecified launch failure|illegal instruction|"
                     r"device-side assert|hardware stack error|launch timed out|invalid program counter|"
-                    r"uncorrectable ECC|operation not supported on global/shared address space")
+                    r"uncorrectable ECC|operation not supported on global/shared address space|a kernel failed|"
+                    r"_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|failed to launch on the GPU")
 CASE = re.compile(r"^\[ *(RUN|OK|FAILED|SKIPPED) *\] ([^\s,]+)")
-ERROR = re.compile(r"error|fail|fault|illegal|not found|no such|cannot|unable|missing|traceback|exception|nan\b|killed|"
-                   r"hazard|invalid", re.IGNORECASE)
+ERROR = re.compile(r"^ptx:|error|fail|fault|illegal|not found|no such|cannot|unable|missing|traceback|exception|nan\b|"
+                   r"killed|hazard|invalid", re.IGNORECASE)
 
 
 class Cases:
@@ -47,16 +48,23 @@ class Cases:
         return [*self.passed, *self.failed, *self.skipped]
 
 
+def cut(line, length=300):
+    """A long line without its middle: the names of templates are there, and what went wrong at its end."""
+    return line if len(line) <= length else line[:length // 3] + " ... " + line[-(length - length // 3):]
+
+
 def first_lines(lines, count=4):
-    """The first lines of a failed case that say something: from "FILE:LINE: Failure" on, if there is one."""
+    """The first lines of a failed case that say something: from "FILE:LINE: Failure" on, if there is one, behind what
+    was printed before it and looks like an error."""
     said = [line.rstrip() for line in lines if line.strip()]
-    start = next((i for i, line in enumerate(said) if re.search(r": Failure$|: error:|^unknown file", line)), 0)
-    return [line[:300] for line in said[start:start + count]]
+    start = next((i for i, line in enumerate(said) if re.search(r": Failure$|^unknown file", line)), 0)
+    before = [line for line in said[:start] if ERROR.search(line)][:2]
+    return [cut(line) for line in before + said[start:start + count]]
 
 
 def error_lines(output, count=4):
     """The lines of any output that look like errors; else its last line."""
-    said = [line.strip()[:300] for line in output.splitlines() if line.strip()]
+    said = [cut(line.strip()) for line in output.splitlines() if line.strip()]
     return [line for line in said if ERROR.search(line)][:count] or said[-1:]
 
 

@@ -102,11 +102,21 @@ def failures(checks):
     for check in bad:
         lines += [f"**{check['stage']}/{check['name']}** {check['status']} after {check.get('seconds', 0):.1f} s", ""]
         lines += ["```"]
-        lines += [line.replace("```", "'''") for line in check.get("errors", [])[:12]]
+        lines += [line.replace("```", "'''") for line in alike_together(check.get("errors", []))[:12]]
         lines += ["```", ""]
         if check.get("commands"):
-            lines += [f"    {check['commands'][-1][:300]}", ""]
+            lines += [f"    {check['commands'][0][:300]}", ""]
     return lines
+
+
+def alike_together(errors):
+    """Cases that failed with the same words, but for addresses and numbers, are one line."""
+    groups = {}
+    for error in errors:
+        case, colon, said = error.partition(": ")
+        groups.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", said), []).append((case, error))
+    return [group[0][1] + (f" (so too {', '.join(case for case, _ in group[1:])})" if len(group) > 1 else "")
+            for group in groups.values()]
 
 
 def unreached(checks):
@@ -221,8 +231,8 @@ def convolutions(checks):
     lines = []
     for f in all_figures(checks, "convolutions"):
         if "offer" in f:
-            lines += ["## Convolution algorithms", "", "What the library offers and can run, in its order; **chosen** by "
-                      "Baton. (The JSON has the others too.)", ""]
+            lines += ["## Convolution algorithms", "", "What the library offers and can run, in its order; **chosen** "
+                      "by Baton. (The JSON has the others too.)", ""]
             offered = {}
             for o in f["offer"]:
                 if o["status"] not in ("supported", "CUDNN_STATUS_SUCCESS"):

@@ -13,9 +13,9 @@ NAMES = ["machine", "convolutions", "products", "kernels", "layers", "trainers",
          "sanitizer", "papers"]
 ROOMS = {"products": "engine", "kernels": "kernels", "layers": "layers", "trainers": "trainers"}
 # Those outside kernels/ that take an interpreter seconds.
-QUICK_AS_PTX = ["engine.blas_test", "engine.linalg_test", "engine.graph_test", "engine.select_test", "layers.dense_test",
-                "layers.conv2d_test", "layers.mlp_test", "layers.posterior_test", "layers.lenet5_test",
-                "trainers.predictor_test", "trainers.features_test"]
+QUICK_AS_PTX = ["engine.blas_test", "engine.linalg_test", "engine.graph_test", "engine.select_test",
+                "layers.dense_test", "layers.conv2d_test", "layers.mlp_test", "layers.posterior_test",
+                "layers.lenet5_test", "trainers.predictor_test", "trainers.features_test"]
 FIRST_OF_ENGINE = ["engine.blas_test", "engine.linalg_test", "engine.graph_test"]  # the rest of it runs on the host
 
 # What a run is cut down to by mode. An interpreter of PTX is some hundred times slower than the host build.
@@ -45,8 +45,8 @@ NEEDS_GPU = "needs a GPU"
 QUIET_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
 
-def all_stages(place, out):
-    """The stages for a Place. Files that checks write lie in `out`/work."""
+def all_stages(place, out, record):
+    """The stages for a Place. Files that checks write lie in `out`/work. `record`: of the Runner that will run them."""
     scale = SCALES[place.mode]
     work = out / "work"
     test = {room: [] for room in ROOMS.values()}
@@ -67,7 +67,7 @@ def all_stages(place, out):
         Stage("repeat", "The same bits again", repeat_checks(place, scale, work), 0.15),
         Stage("timings", "Training steps and predictions, beside PyTorch", timing_checks(place, scale, work), 0.3),
         Stage("calibration", "Rates and latencies", calibration_checks(place, scale, work), 0.2),
-        Stage("sanitizer", "compute-sanitizer", sanitizer_checks(place), 0.2),
+        Stage("sanitizer", "compute-sanitizer", sanitizer_checks(place, record), 0.2),
         Stage("papers", "Paper programs", paper_checks(place, work), 1, fills=True),
     ]
 
@@ -226,7 +226,7 @@ def test_check(place, scale, name, patterns):
     return Check(name, body, settings["estimate"], settings["limit"])
 
 
-def run_cases(program, patterns, silence, folder, most_starts=12):
+def run_cases(program, patterns, silence, folder, most_starts=24):
     """Runs the cases of a GoogleTest program. After one that crashed, hung, or left the GPU in an error, the others run
     in a new process, so that it costs no other case."""
     passed, skipped, errors, broken = [], {}, [], []
@@ -256,6 +256,8 @@ def run_cases(program, patterns, silence, folder, most_starts=12):
             break
         if not (cases.open or cases.sticky) or "was over" in done.stopped:
             break
+    else:
+        errors.append(f"{most_starts} cases broke their processes: the rest was not run")
     figures = {"passed": len(passed), "failed": failed, "skipped": skipped, "broke their process": broken}
     if errors:
         raise (TimedOut if timed_out else Failed)(*errors, figures=figures)
@@ -489,7 +491,14 @@ SANITIZED = ["LocalReparam.*Small*:MaxPool.*Small*:Gaussian.*Small*:Cholesky.*Sm
              "Graph.*:LeNet5Net.*"]
 
 
-def sanitizer_checks(place):
+def sanitizer_checks(place, record):
+    def failed_cases():
+        """Up to 20 of the cases that failed, those first that broke their process."""
+        figures = [check.get("figures") or {} for check in record["checks"]]
+        broken = [case for f in figures for case in f.get("broke their process", [])]
+        failed = [case for f in figures if "broke their process" in f for case in f["failed"]]
+        return ":".join(list(dict.fromkeys(broken + failed))[:20])
+
     def sanitize(tool, cases):
         def body():
             if place.mode != "gpu":
@@ -497,8 +506,12 @@ def sanitizer_checks(place):
             program = find_tool("compute-sanitizer")
             if not program:
                 raise NotRun("compute-sanitizer is missing")
+            wanted = cases or failed_cases()
+            if not wanted:
+                raise NotRun("no test case has failed")
             done = yield Command([program, "--tool", tool, "--error-exitcode", 86, needed(place.program("baton_tests")),
-                                  f"--gtest_filter={cases}"], check=False, folder=place.root, environment=QUIET_THREADS)
+                                  f"--gtest_filter={wanted}"], check=False, folder=place.root,
+                                 environment=QUIET_THREADS)
             if re.search(r"Device not supported|Unable to find|unsupported device", done.output):
                 raise NotRun("compute-sanitizer cannot watch this device: "
                              + "; ".join(parse.error_lines(done.output, 2)))
@@ -512,7 +525,8 @@ def sanitizer_checks(place):
 
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
     chosen = [(tool, i) for i in (0, 1) for tool in tools] + [("memcheck", 2)]
-    return [Check(f"{tool} {i + 1}", sanitize(tool, SANITIZED[i]), 20, 90) for tool, i in chosen]
+    checks = [Check("memcheck of what failed", sanitize("memcheck", None), 30, 150)]
+    return checks + [Check(f"{tool} {i + 1}", sanitize(tool, SANITIZED[i]), 20, 90) for tool, i in chosen]
 
 
 # ----------------------------------------------------------------------------------------------------------- papers
