@@ -108,7 +108,7 @@ class RunnerTest(FolderCase):
         some = [check("fine", "echo good"), check("bad", "echo 'error: it broke' >&2; exit 3"),
                   check("crash", "kill -SEGV $$"), Check("missing", not_here, 0, 5), Check("bug", own_error, 0, 5),
                   Check("no program", lambda: iter_of(Command(["/no/such/program"])), 0, 5)]
-        found = self.run_stages(Stage("s", "", some, 1))
+        found = self.run_stages(Stage("s", some, 1))
         self.assertEqual({name: entry["status"] for name, entry in found.items()},
                          {"fine": "passed", "bad": "failed", "crash": "failed", "missing": "not run", "bug": "failed",
                           "no program": "not run"})
@@ -125,7 +125,7 @@ class RunnerTest(FolderCase):
     def test_a_hang_is_killed_with_its_children_and_the_next_runs(self):
         mark = self.folder / "alive"
         hang = f"(trap '' TERM; while :; do touch {mark}; sleep 0.05; done) & trap '' TERM; sleep 600 & wait; sleep 600"
-        found = self.run_stages(Stage("s", "", [check("hang", hang, limit=0.7), check("next", "echo here")], 1))
+        found = self.run_stages(Stage("s", [check("hang", hang, limit=0.7), check("next", "echo here")], 1))
         self.assertEqual(found["hang"]["status"], "timed out")
         self.assertLess(found["hang"]["seconds"], 5)
         self.assertEqual(found["next"]["status"], "passed")
@@ -137,13 +137,13 @@ class RunnerTest(FolderCase):
         def body():
             done = yield shell("echo a; sleep 600", silence=0.4, check=False)
             return {"stopped": done.stopped}
-        found = self.run_stages(Stage("s", "", [Check("quiet", body, 0, 30)], 1))
+        found = self.run_stages(Stage("s", [Check("quiet", body, 0, 30)], 1))
         self.assertIn("said nothing", found["quiet"]["figures"]["stopped"])
         self.assertLess(found["quiet"]["seconds"], 10)
 
     def test_the_minutes_cut_what_is_left(self):
-        first = Stage("first", "", [check("a", "sleep 600", limit=600)], 1)
-        second = Stage("second", "", [check("b", "echo b", estimate=1)], 1)
+        first = Stage("first", [check("a", "sleep 600", limit=600)], 1)
+        second = Stage("second", [check("b", "echo b", estimate=1)], 1)
         start = time.monotonic()
         found = self.run_stages(first, second, minutes=0.02)
         self.assertLess(time.monotonic() - start, 6)
@@ -156,9 +156,9 @@ class RunnerTest(FolderCase):
     def test_what_exceeds_its_share_runs_before_what_fills_the_rest(self):
         order = self.folder / "order"
         greedy = [check(name, f"echo {name} >> {order}", estimate=0.2) for name in ("a", "b")]
-        fill = Stage("fill", "", [check("fill", f"echo fill >> {order}")], 1, fills=True)
-        other = Stage("other", "", [check("other", f"echo other >> {order}")], 1)
-        found = self.run_stages(Stage("greedy", "", greedy, 0.001), other, fill)
+        fill = Stage("fill", [check("fill", f"echo fill >> {order}")], 1, fills=True)
+        other = Stage("other", [check("other", f"echo other >> {order}")], 1)
+        found = self.run_stages(Stage("greedy", greedy, 0.001), other, fill)
         self.assertEqual(order.read_text().split(), ["other", "a", "b", "fill"])
         self.assertEqual({entry["status"] for entry in found.values()}, {"passed"})
 
@@ -169,7 +169,7 @@ class RunnerTest(FolderCase):
         ready = self.folder / "ready"
         later = [check("prepare", f"sleep 0.4; touch {ready}"), check("use", f"test -e {ready}")]
         later[0].background = True
-        found = self.run_stages(Stage("s", "", some, 1, beside=True), Stage("t", "", later, 1), jobs=4)
+        found = self.run_stages(Stage("s", some, 1, beside=True), Stage("t", later, 1), jobs=4)
         self.assertEqual({entry["status"] for entry in found.values()}, {"passed"})
 
     def test_what_prepares_a_stage_does_not_hold_it_up(self):
@@ -177,8 +177,8 @@ class RunnerTest(FolderCase):
         slow.background = True
         wait, checks.MOST_WAIT = checks.MOST_WAIT, 0.3
         self.addCleanup(setattr, checks, "MOST_WAIT", wait)
-        found = self.run_stages(Stage("s", "", [check("a", "sleep 0.2")], 1),
-                                Stage("t", "", [slow, check("b", "true")], 1))
+        found = self.run_stages(Stage("s", [check("a", "sleep 0.2")], 1),
+                                Stage("t", [slow, check("b", "true")], 1))
         self.assertEqual((found["prepare"]["status"], found["b"]["status"]), ("not run", "passed"))
         self.assertIn("the stage that it prepares began", found["prepare"]["reason"])
 
@@ -189,7 +189,7 @@ class RunnerTest(FolderCase):
         def body():
             done = yield shell(text, grace=5, check=False)
             return {"status": done.status}
-        found = self.run_stages(Stage("s", "", [Check("paper", body, 0, 5.5)], 1))
+        found = self.run_stages(Stage("s", [Check("paper", body, 0, 5.5)], 1))
         self.assertTrue(left.exists())
         self.assertEqual(found["paper"]["figures"], {"status": 143})
 
@@ -210,7 +210,7 @@ class CasesTest(FolderCase):
         record = new_record()
         body = lambda: stages.run_cases(program, list(patterns), silence, self.folder)  # noqa: E731
         Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run(
-            [Stage("s", "", [Check("file", body, 0, 20)], 1)])
+            [Stage("s", [Check("file", body, 0, 20)], 1)])
         return self.read()["checks"][0]
 
     def test_all_pass(self):
@@ -268,7 +268,7 @@ class CasesTest(FolderCase):
         program.write_text("#!/bin/sh\necho 'error while loading shared libraries: libcudnn.so.9' >&2\nexit 127\n")
         program.chmod(0o755)
         record = new_record()
-        Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run([Stage("s", "", [Check(
+        Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run([Stage("s", [Check(
             "file", lambda: stages.run_cases(program, ["*"], 30, self.folder), 0, 20)], 1)])
         found = self.read()["checks"][0]
         self.assertEqual(found["status"], "failed")
@@ -508,7 +508,8 @@ class ProgramTest(FolderCase):
         self.program("compute-sanitizer", """#!/bin/sh
 case $2 in
 memcheck)
-  echo "ran: $*"; echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"; echo "========= ERROR SUMMARY: 0 errors" ;;
+  echo "ran: $*"; echo "[ RUN      ] A.one"
+  echo "[       OK ] A.one (0 ms)"; echo "========= ERROR SUMMARY: 0 errors" ;;
 racecheck) echo "[ RUN      ] A.one"; echo "[       OK ] A.one (0 ms)"
   echo "========= Race reported between x and y"; exit 86 ;;
 initcheck) echo "========= Error: Device not supported"; exit 1 ;;
@@ -531,7 +532,8 @@ done
         found = {c["name"]: c for c in self.read(self.folder / "out")["checks"]}
         self.assertEqual({name: c["status"] for name, c in found.items()}, {
             "gpu": "passed", "kernels.a_test": "failed", "memcheck of what failed": "passed", "memcheck 1": "passed",
-            "racecheck 1": "failed", "initcheck 1": "not run", "synccheck 1": "failed", "kernels of lenet5 ffg_step": "passed"})  # no case ran under synccheck
+            "racecheck 1": "failed", "initcheck 1": "not run", "synccheck 1": "failed",  # where no case ran
+            "kernels of lenet5 ffg_step": "passed"})
         self.assertIn("--gtest_filter=A.three:A.two", found["memcheck of what failed"]["tail"])
         self.assertIn("Race reported", "".join(found["racecheck 1"]["errors"]))
         self.assertIn("Device not supported", found["initcheck 1"]["reason"])

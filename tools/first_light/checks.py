@@ -13,7 +13,7 @@ import time
 
 from . import parse, report
 
-PASSED, FAILED, TIMED_OUT, NOT_RUN = STATUSES = ("passed", "failed", "timed out", "not run")
+PASSED, FAILED, TIMED_OUT, NOT_RUN = report.STATUSES
 NOT_REACHED = "not reached when the run ended"
 MOST_OUTPUT = 8 << 20  # bytes of a process's output that are read back
 TAIL = 3000            # characters of it that the JSON keeps
@@ -84,9 +84,8 @@ class Check:
 @dataclasses.dataclass
 class Stage:
     name: str
-    title: str
     checks: list
-    share: float         # of the run's minutes that its checks may take before other stages have had theirs
+    share: float          # of the run's minutes that its checks may take before other stages have had theirs
     beside: bool = False  # its checks may run side by side
     fills: bool = False   # takes what time is left, when the checks that had to wait have had theirs
 
@@ -113,8 +112,7 @@ class Runner:
     record: {"machine": {...}, "checks": [{"stage", "name", "status", "reason", "seconds", ...}], ...}
     """
 
-    def __init__(self, out, record, deadline, minutes, jobs=1, environment=None, say=print, learn=None,
-                 hide=None):
+    def __init__(self, out, record, deadline, minutes, jobs=1, environment=None, say=print, learn=None, hide=None):
         self.out, self.record, self.deadline, self.minutes = out, record, deadline, minutes
         self.jobs, self.environment, self.say = jobs, environment or {}, say
         self.learn = learn or (lambda record: None)  # takes from the checks what the page's head says

@@ -118,7 +118,7 @@ def pack(root, out, data, predictions, architecture, with_ptx, most=MOST_BYTES, 
             raise PackError(f"the programs hold no machine code for sm_{architecture}, but {', '.join(sorted(kept))}")
         bundle.end_part("programs (" + ", ".join(sorted(kept)) + ")", len(programs))
         if with_ptx:
-            libraries = sorted((place.build / "ptx").glob("lib*.so*"))
+            libraries = [path for path in sorted((place.build / "ptx").glob("lib*.so*")) if not path.is_symlink()]
             if not libraries:
                 raise PackError(f"no interpreter in {place.build / 'ptx'}")
             for path in libraries:

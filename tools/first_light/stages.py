@@ -58,17 +58,17 @@ def all_stages(place, out, record):
         test = {room: [check for check in checks if room == "kernels" or check.name in QUICK_AS_PTX]
                 for room, checks in test.items()}
     return [
-        Stage("machine", "The machine", machine_checks(place), 1),
-        Stage("convolutions", "What the library offers for convolutions", convolution_checks(place, scale), 0.1),
-        Stage("products", "Products, factorisations, graphs, the rest of engine/", test["engine"], 0.2, beside=True),
-        Stage("kernels", "Kernels", test["kernels"], 0.25, beside=True),
-        Stage("layers", "Layers", test["layers"], 0.2, beside=True),
-        Stage("trainers", "Trainers", test["trainers"], 0.25, beside=True),
-        Stage("repeat", "The same bits again", repeat_checks(place, scale, work), 0.15),
-        Stage("timings", "Training steps and predictions, beside PyTorch", timing_checks(place, scale, work), 0.3),
-        Stage("calibration", "Rates and latencies", calibration_checks(place, scale, work), 0.2),
-        Stage("sanitizer", "compute-sanitizer", sanitizer_checks(place, record), 0.2),
-        Stage("papers", "Paper programs", paper_checks(place, work), 1, fills=True),
+        Stage("machine", machine_checks(place), 1),
+        Stage("convolutions", convolution_checks(place, scale), 0.1),
+        Stage("products", test["engine"], 0.2, beside=True),
+        Stage("kernels", test["kernels"], 0.25, beside=True),
+        Stage("layers", test["layers"], 0.2, beside=True),
+        Stage("trainers", test["trainers"], 0.25, beside=True),
+        Stage("repeat", repeat_checks(place, scale, work), 0.15),
+        Stage("timings", timing_checks(place, scale, work), 0.3),
+        Stage("calibration", calibration_checks(place, scale, work), 0.2),
+        Stage("sanitizer", sanitizer_checks(place, record), 0.2),
+        Stage("papers", paper_checks(place, work), 1, fills=True),
     ]
 
 
