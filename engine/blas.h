@@ -66,8 +66,8 @@ struct ConvolutionOffer {
   size_t workspace;         // bytes
   bool chosen;              // whether Convolution uses it
 };
-// All offers for this shape, in all three directions. `chosen` is false everywhere in a direction where a Convolution of
-// this shape would throw.
+// All offers for this shape, in all three directions. `chosen` is false everywhere in a direction where a Convolution
+// of this shape would throw.
 std::vector<ConvolutionOffer> offers(Device&, const ConvShape&);
 
 }  // namespace baton
