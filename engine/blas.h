@@ -3,6 +3,8 @@
 // Every result is the same bits on every call with the same shapes, whatever the number of threads.
 #pragma once
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "engine/runtime.h"
 
@@ -47,10 +49,25 @@ class Convolution {
                         MutableMatrices dw) const;  // dw = dL/dw, summed over the batch
 
  private:
+  friend std::vector<struct ConvolutionOffer> offers(Device&, const ConvShape&);
   struct Plan;
   ConvShape shape_;
   int replicas_;
   std::unique_ptr<Plan> plan_;
 };
+
+// What the library offers for one direction of a convolution, in the library's own order.
+struct ConvolutionOffer {
+  std::string direction;    // "forward", "data gradient" or "weight gradient"
+  std::string algorithm;    // the library's name for it
+  std::string status;       // "supported", or the library's words why not
+  std::string determinism;  // "deterministic" or "not deterministic"
+  std::string math;         // "fma" (float32 on the ordinary cores), "default", "tensor cores", ...
+  size_t workspace;         // bytes
+  bool chosen;              // whether Convolution uses it
+};
+// All offers for this shape, in all three directions. `chosen` is false everywhere in a direction where a Convolution
+// of this shape would throw.
+std::vector<ConvolutionOffer> offers(Device&, const ConvShape&);
 
 }  // namespace baton

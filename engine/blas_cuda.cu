@@ -28,15 +28,45 @@ namespace {
 
 constexpr size_t most_workspace = size_t(512) << 20;
 
-// The fastest algorithm, by cuDNN's own reckoning, that repeats bit for bit in float32. Not by timing: that could
-// choose another one in the next run.
+// The fastest algorithm, by cuDNN's own reckoning, that repeats bit for bit in float32; null when there is none. Not by
+// timing: that could choose another one in the next run.
 template <class Candidate>
-const Candidate& choose(const std::vector<Candidate>& candidates, const char* what) {
+const Candidate* best_of(const std::vector<Candidate>& candidates) {
   for (const Candidate& c : candidates)
     if (c.status == CUDNN_STATUS_SUCCESS && c.determinism == CUDNN_DETERMINISTIC && c.mathType == CUDNN_FMA_MATH &&
         c.memory <= most_workspace)
-      return c;
+      return &c;
+  return nullptr;
+}
+
+template <class Candidate>
+const Candidate& choose(const std::vector<Candidate>& candidates, const char* what) {
+  if (const Candidate* best = best_of(candidates)) return *best;
   throw RunError(std::string("cuDNN has no deterministic float32 algorithm for a convolution's ") + what);
+}
+
+// By the values of cuDNN's enumerations.
+constexpr const char* forward_names[] = {
+    "IMPLICIT_GEMM", "IMPLICIT_PRECOMP_GEMM", "GEMM", "DIRECT", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED"};
+constexpr const char* data_names[] = {"ALGO_0", "ALGO_1", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED"};
+constexpr const char* filter_names[] = {"ALGO_0",    "ALGO_1", "FFT", "ALGO_3", "WINOGRAD", "WINOGRAD_NONFUSED",
+                                        "FFT_TILING"};
+constexpr const char* math_names[] = {"default", "tensor cores", "tensor cores, converted", "fma"};
+
+template <size_t n>
+std::string name_in(const char* const (&names)[n], int value) {
+  return value >= 0 && value < int(n) ? names[value] : std::to_string(value);
+}
+
+template <size_t n, class Candidate>
+void describe_offers(std::vector<ConvolutionOffer>& to, const char* direction, const char* const (&names)[n],
+                     const std::vector<Candidate>& candidates) {
+  const Candidate* chosen = best_of(candidates);
+  for (const Candidate& c : candidates)
+    to.push_back({direction, name_in(names, c.algo),
+                  c.status == CUDNN_STATUS_SUCCESS ? "supported" : cudnnGetErrorString(c.status),
+                  c.determinism == CUDNN_DETERMINISTIC ? "deterministic" : "not deterministic",
+                  name_in(math_names, c.mathType), c.memory, &c == chosen});
 }
 
 constexpr float one = 1, zero = 0;
@@ -79,22 +109,33 @@ struct Convolution::Plan {
     BATON_CALL(cudnnSetConvolutionMathType, convolution, CUDNN_FMA_MATH);
   }
 
-  void choose_algorithms(cudnnHandle_t dnn) {
+  struct Candidates {
+    std::vector<cudnnConvolutionFwdAlgoPerf_t> forward;
+    std::vector<cudnnConvolutionBwdDataAlgoPerf_t> data;
+    std::vector<cudnnConvolutionBwdFilterAlgoPerf_t> weights;
+  };
+  Candidates candidates(cudnnHandle_t dnn) const {
     int count = 0;
-    std::vector<cudnnConvolutionFwdAlgoPerf_t> f(CUDNN_CONVOLUTION_FWD_ALGO_COUNT);
+    Candidates all;
+    auto& [f, d, b] = all;
+    f.resize(CUDNN_CONVOLUTION_FWD_ALGO_COUNT);
     BATON_CALL(cudnnGetConvolutionForwardAlgorithm_v7, dnn, x, w, convolution, y, int(f.size()), &count, f.data());
     f.resize(count);
-    std::vector<cudnnConvolutionBwdDataAlgoPerf_t> d(CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT);
+    d.resize(CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT);
     BATON_CALL(cudnnGetConvolutionBackwardDataAlgorithm_v7, dnn, w, y, convolution, x, int(d.size()), &count, d.data());
     d.resize(count);
-    std::vector<cudnnConvolutionBwdFilterAlgoPerf_t> b(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_COUNT);
+    b.resize(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_COUNT);
     BATON_CALL(cudnnGetConvolutionBackwardFilterAlgorithm_v7, dnn, x, y, convolution, w, int(b.size()), &count,
                b.data());
     b.resize(count);
+    return all;
+  }
 
-    const auto& best_f = choose(f, "forward");
-    const auto& best_d = choose(d, "data gradient");
-    const auto& best_b = choose(b, "weight gradient");
+  void choose_algorithms(cudnnHandle_t dnn) {
+    const Candidates all = candidates(dnn);
+    const auto& best_f = choose(all.forward, "forward");
+    const auto& best_d = choose(all.data, "data gradient");
+    const auto& best_b = choose(all.weights, "weight gradient");
     forward = best_f.algo;
     backward_data = best_d.algo;
     backward_weights = best_b.algo;
@@ -155,6 +196,17 @@ void Convolution::backward_weights(Device& device, Matrices x, Matrices dy, Muta
   for (int r = 0; r < replicas_; r++)
     plan_->run_backward_weights(device.libraries().dnn, x.data + r * x.stride, dy.data + r * dy.stride,
                                 dw.data + r * dw.stride);
+}
+
+std::vector<ConvolutionOffer> offers(Device& device, const ConvShape& shape) {
+  Convolution::Plan plan;
+  plan.describe(shape);
+  const Convolution::Plan::Candidates all = plan.candidates(device.libraries().dnn);
+  std::vector<ConvolutionOffer> offers;
+  describe_offers(offers, "forward", forward_names, all.forward);
+  describe_offers(offers, "data gradient", data_names, all.data);
+  describe_offers(offers, "weight gradient", filter_names, all.weights);
+  return offers;
 }
 
 }  // namespace baton
