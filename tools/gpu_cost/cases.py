@@ -39,7 +39,8 @@ def profile(case, build, libraries):
         environment = dict(os.environ, LD_LIBRARY_PATH=str(libraries.resolve()), BATON_PTX_PROFILE=str(out),
                            OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
         # The first step is eager and is captured; the graph of the second is what counts.
-        run = subprocess.run([str(program), *case.arguments, "--warmup", "1", "--steps", "1"], env=environment,
+        run = subprocess.run([str(program), *case.arguments, "--warmup", "0", "--steps", "2", "--together", "2"],
+                             env=environment,
                              capture_output=True, text=True)
         if run.returncode or not out.exists():
             raise CostError(f"{case.name}: step_timing ended with {run.returncode}: {run.stderr.strip()[-2000:]}")
