@@ -10,8 +10,6 @@
 #include "tests/support/device.h"
 #include "tests/support/npz.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd"
-
 namespace baton::test {
 namespace {
 
@@ -516,7 +514,7 @@ TEST(BgdUpdate, SmallEdgesOfBins) {
 // deviations at 0 or below.
 TEST(BgdUpdate, GoldenVectors) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(BATON_BGD_GOLDENS "/update_vectors.npz");
+  const Npz golden(golden_file("bgd/update_vectors"));
   const std::vector<float> mean = golden.f32("mu"), sd = golden.f32("sigma");
   const float eta = float(golden.scalar("eta"));
   ASSERT_EQ(eta, 2);
@@ -546,7 +544,7 @@ TEST(BgdUpdate, GoldenVectors) {
 
 // Every step of a recorded run, alone: from the recorded state, with the recorded expectations.
 void check_recorded_steps(const char* name, const std::vector<std::string>& tensors, bool bounded) {
-  const Npz golden(std::string(BATON_BGD_GOLDENS) + "/" + name + ".npz");
+  const Npz golden(golden_file(std::string("bgd/") + name));
   const int steps = int(golden.shape("batch_size")[0]);
   const float eta = float(golden.scalar("eta"));
   for (int t = 0; t < steps; t++)

@@ -135,7 +135,7 @@ TEST(Gaussian, GoldenDivergence) {
   BATON_NEEDS_DEVICE();
   for (const char* name : {"kl_diag_small", "kl_diag_wide"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + name));
     for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
       auto p = posterior_of(golden);
       EXPECT_TRUE(close(p->divergence(), golden.f64("out_kl_sum"), {.l2 = 3e-6}));
@@ -158,7 +158,7 @@ TEST(Gaussian, GoldenDivergence) {
 // Where q is near p, a float KL of one parameter is good to about 1e-7, and so is its gradient by log sigma.
 TEST(Gaussian, GoldenNearEquality) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/kl_diag_near_equal.npz");
+  const Npz golden(golden_file("layers/kl_diag_near_equal"));
   auto p = posterior_of(golden);
   const double n = p->count, rounding = 2.5e-7;
   EXPECT_NEAR(p->divergence()[0], kl_of(*p)[0], n * 5e-8);
@@ -177,7 +177,7 @@ TEST(Gaussian, GoldenNearEquality) {
 
 TEST(Gaussian, DivergenceFromItselfIsZero) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/kl_diag_equal.npz");
+  const Npz golden(golden_file("layers/kl_diag_equal"));
   for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
     auto p = posterior_of(golden);
     EXPECT_NEAR(p->divergence()[0], golden.scalar("out_kl_sum"), 1e-6);

@@ -595,7 +595,7 @@ TEST(LocalReparam, GoldenZeroVariance) {
   BATON_NEEDS_DEVICE();
   for (const char* name : {"ffg_dense_zero_row", "ffg_conv_zero_patch"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + name));
     const auto shape = golden.shape("out_m");
     Layer l{shape.size() == 2, 1, int(shape[0]), int(shape[1])};
     if (!l.dense) l.h = int(shape[2]), l.w = int(shape[3]);

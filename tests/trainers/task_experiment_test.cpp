@@ -13,8 +13,6 @@
 #include "tests/support/device.h"
 #include "tests/support/npz.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd/"
-
 namespace baton::test {
 namespace {
 
@@ -56,9 +54,9 @@ TEST(TaskMeasures, OfChoices) {
 }
 
 TEST(TaskMeasures, OfTheAuthorsRuns) {
-  for (const char* name : {"mlp_small_f64.npz", "conv_heads_f64.npz"}) {
+  for (const char* name : {"mlp_small_f64", "conv_heads_f64"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_BGD_GOLDENS) + name);
+    const Npz golden(golden_file(std::string("bgd/") + name));
     const auto shape = golden.shape("test.logits_mc");
     const size_t draws = size_t(shape[0]), batch = size_t(shape[1]), classes = size_t(shape[2]);
     const std::vector<double> logits = golden.f64("test.logits_mc"), accuracy = golden.f64("test.acc");
