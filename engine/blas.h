@@ -1,6 +1,9 @@
-// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer at once.
-// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS (strided batches) and cuDNN.
-// Every result is the same bits on every call with the same shapes, whatever the number of threads.
+// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer.
+// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS and cuDNN, a call for each replica.
+// A replica's result is the same bits on every call with the same shapes, whatever the number of threads and of
+// replicas beside it. On a GPU that holds for one model of GPU and one version of the libraries, and where the
+// replicas' matrices are aligned alike: a library may choose its kernel by the alignment of its arguments. Strides of a
+// whole number of 16 bytes are enough, and activations have them where the batch is a multiple of 4.
 #pragma once
 #include <memory>
 

@@ -9,19 +9,21 @@
 namespace baton {
 
 // cuBLAS counts columns first. A packed row-major matrix is, read so, its transpose: we ask for C' = op(B)' op(A)'.
+//
+// One call for each replica. The order in which a product is summed is chosen by its shape, and nothing that cuBLAS
+// documents keeps that choice from depending on the number of matrices in a batch; but a seed's result must not depend
+// on how many seeds train beside it. The cost: R replicas are R nodes of a graph in place of one, and small products do
+// not fill the chip together.
 void gemm(Device& device, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {
-  if (m == 0 || n == 0 || replicas == 0) return;
-  const cublasHandle_t blas = device.libraries().blas;
+  if (m == 0 || n == 0) return;
   const cublasOperation_t op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
   const cublasOperation_t op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
   const int lda = std::max(1, transpose_a ? m : k), ldb = std::max(1, transpose_b ? k : n);
   const float alpha = 1;
-  if (replicas == 1)  // its heuristics know more ways to cut a single product into blocks
-    BATON_CALL(cublasSgemm, blas, op_b, op_a, n, m, k, &alpha, b.data, ldb, a.data, lda, &beta, c.data, n);
-  else
-    BATON_CALL(cublasSgemmStridedBatched, blas, op_b, op_a, n, m, k, &alpha, b.data, ldb, (long long)b.stride, a.data,
-               lda, (long long)a.stride, &beta, c.data, n, (long long)c.stride, replicas);
+  for (int r = 0; r < replicas; r++)
+    BATON_CALL(cublasSgemm, device.libraries().blas, op_b, op_a, n, m, k, &alpha, b.data + b.stride * r, ldb,
+               a.data + a.stride * r, lda, &beta, c.data + c.stride * r, n);
 }
 
 namespace {

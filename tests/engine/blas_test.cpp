@@ -105,6 +105,33 @@ TEST(Gemm, AgainstReference) {
   EXPECT_TRUE(close(run(p, a, b, c), want, {.l2 = 1e-6}));
 }
 
+// A replica's product is the same bits alone, and beside any number of others.
+TEST(Gemm, CompanyChangesNoBit) {
+  BATON_NEEDS_DEVICE();
+  constexpr int most = 16;
+  for (const Product& shape : {Product{false, true, 128, 52, 800}, Product{false, false, 128, 800, 52, 1},
+                               Product{true, false, 52, 800, 128}, Product{false, true, 12, 10, 33},
+                               Product{true, true, 20, 300, 77}, Product{false, true, 128, 10, 500, 0, 1, true}}) {
+    Product p = shape;
+    p.replicas = most;
+    SCOPED_TRACE(testing::Message() << p);
+    const size_t one_a = size_t(p.m) * p.k, one_b = size_t(p.k) * p.n, one_c = size_t(p.m) * p.n;
+    const std::vector<float> a = normals(one_a * most, 1), b = normals(one_b * most, 2), c = normals(one_c * most, 3);
+    const auto part = [](const std::vector<float>& v, size_t first, size_t count) {
+      return std::vector<float>(v.begin() + long(first), v.begin() + long(first + count));
+    };
+    const std::vector<float> all = run(p, a, b, c);
+    for (int count : {1, 2, 3, 7})
+      for (int first : {0, most - count}) {
+        p.replicas = count;
+        const std::vector<float> some =
+            run(p, part(a, p.share_a ? 0 : one_a * first, one_a * count), part(b, one_b * first, one_b * count),
+                part(c, one_c * first, one_c * count));
+        EXPECT_TRUE(exact(some, part(all, one_c * first, one_c * count))) << count << " from " << first << " on";
+      }
+  }
+}
+
 TEST(Gemm, NothingToDo) {
   BATON_NEEDS_DEVICE();
   const std::vector<float> untouched(4, 7.f);
