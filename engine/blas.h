@@ -6,6 +6,8 @@
 // whole number of 16 bytes are enough, and activations have them where the batch is a multiple of 4.
 #pragma once
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "engine/runtime.h"
 
@@ -35,13 +37,34 @@ struct ConvShape {
   size_t weight_size() const { return size_t(out_channels) * in_channels * kernel * kernel; }
 };
 
-// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0.
+// The products of a convolution: y = x * w, then dL/dx from dL/dy and w, then dL/dw from x and dL/dy.
+enum class ConvDirection { forward, data, weights };
+
+// What a library offers for one of them, in the library's own words.
+struct OfferedAlgorithm {
+  std::string name;         // "CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM"
+  std::string status;       // "CUDNN_STATUS_SUCCESS", or why it cannot run; also what a trial run answered
+  std::string determinism;  // "CUDNN_DETERMINISTIC"
+  std::string math;         // "CUDNN_FMA_MATH"
+  size_t workspace = 0;     // bytes
+  bool chosen = false;      // what a Convolution of this shape takes; at most one
+};
+
+// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0. On a GPU, for each
+// direction: the first that cuDNN offers of those which repeat bit for bit, sum products of float32 (no Winograd, no
+// FFT: their errors are relative to the largest element, and make variances negative), and run; for a gradient, where
+// none of those runs, a transform that repeats.
 class Convolution {
  public:
-  // Throws InputError for shapes that have no output.
+  // Throws InputError for shapes that have no output, RunError when no algorithm is fit.
   Convolution(Device&, Arena&, const ConvShape&, int replicas);
   ~Convolution();
   Convolution(Convolution&&) noexcept;
+
+  // All that cuDNN offers for this shape and direction, in the order of its preference; empty on the host, where there
+  // is nothing to choose. Makes the constructor's choice, trial runs included, but does not throw when none is fit.
+  // Throws InputError for shapes that have no output.
+  static std::vector<OfferedAlgorithm> offered_algorithms(Device&, const ConvShape&, ConvDirection);
 
   const ConvShape& shape() const { return shape_; }
   void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const;          // y = x * w
