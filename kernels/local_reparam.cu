@@ -33,9 +33,10 @@ __device__ __forceinline__ float variance_with_bias(float v, float bias_variance
   return (v < 0.f ? 0.f : v) + bias_variance;
 }
 
+// m may be out.value, so it is read as memory that this launch writes: no __restrict__.
 template <bool noisy, bool relu>
-__device__ __forceinline__ void sample_one(const Signal& out, const float* __restrict__ m, float* __restrict__ v,
-                                           float bias_mean, float bias_variance, size_t i, float e) {
+__device__ __forceinline__ void sample_one(const Signal& out, const float* m, float* __restrict__ v, float bias_mean,
+                                           float bias_variance, size_t i, float e) {
   float y = m[i] + bias_mean;
   if constexpr (noisy) {
     const float variance = variance_with_bias(v[i], bias_variance);

@@ -30,7 +30,8 @@ struct Signal {
 struct DenseShape {
   int replicas, batch, units;
 };
-// out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2.
+// out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2. m may be
+// out.value.
 void dense_sample(Signal out, const float* m, float* v, Bias, DenseShape, bool relu, const StepState*,
                   uint32_t stream_id, Stream);
 // dm = g, dv = g e / (2 sqrt v), with g = dL/dy (0 where the ReLU cut) and e drawn again; v as dense_sample left it.
