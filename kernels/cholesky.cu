@@ -331,20 +331,13 @@ constexpr int total_threads = 256;
 __global__ void __launch_bounds__(total_threads)
     add_partials_kernel(double* __restrict__ kl, size_t kl_stride, const float* __restrict__ partial, int blocks,
                         bool add) {
-  __shared__ double parts[32];
   const int r = blockIdx.x;
   partial += size_t(blocks) * r;
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += double(partial[i]);
-  sum = simt::warp_sum(sum);
-  if (simt::lane_id() == 0) parts[threadIdx.x / simt::warp_size] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0;
-    for (int i = 0; i < int(blockDim.x) / simt::warp_size; i++) total += parts[i];
-    kl[kl_stride * r] = add ? kl[kl_stride * r] + total : total;
-  }
+  sum = simt::block_sum(sum);
+  if (threadIdx.x == 0) kl[kl_stride * r] = add ? kl[kl_stride * r] + sum : sum;
 }
 
 // ------------------------------------------------------------------------------------------------------ once a stage

@@ -736,7 +736,7 @@ TEST(Cholesky, DiagonalFactorHasTheDiagonalGaussiansDivergence) {
   Buffer pieces(memory, table);
   Buffer<float> partial(memory, table.size());
   Buffer<double> kl(memory, 1, 0.);
-  gaussian_kl({kl, 1}, g, {pieces, int(table.size())}, partial, memory.stream());
+  gaussian_kl({kl, 1}, g, {pieces, int(table.size()), 1}, partial, memory.stream());
   EXPECT_TRUE(close(p.divergence(), kl.host(), {.l2 = 1e-6}));
 
   Buffer<float> marginals(memory, n, NAN);
