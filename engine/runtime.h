@@ -141,7 +141,9 @@ class Event {
 };
 
 // A step is a graph: capture() records what `body` puts on the stream, replay() runs it again. On the host, replay()
-// calls the body. What changes from step to step must therefore live in device memory, not in arguments.
+// calls the body. What changes from step to step must therefore live in device memory, not in arguments. The body must
+// have run once as it is, with the same shapes: a library may load kernels and take memory at its first call of a kind,
+// which a capture does not survive.
 class Graph {
  public:
   Graph() = default;
