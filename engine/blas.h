@@ -1,6 +1,9 @@
-// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer at once.
-// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS (strided batches) and cuDNN.
-// Every result is the same bits on every call with the same shapes, whatever the number of threads.
+// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer.
+// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS and cuDNN, a call for each replica.
+// A replica's result is the same bits on every call with the same shapes, whatever the number of threads and of
+// replicas beside it. On a GPU that holds for one model of GPU and one version of the libraries, and where the
+// replicas' matrices are aligned alike: a library may choose its kernel by the alignment of its arguments. Strides of a
+// whole number of 16 bytes are enough, and activations have them where the batch is a multiple of 4.
 #pragma once
 #include <memory>
 #include <string>
@@ -34,13 +37,34 @@ struct ConvShape {
   size_t weight_size() const { return size_t(out_channels) * in_channels * kernel * kernel; }
 };
 
-// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0.
+// The products of a convolution: y = x * w, then dL/dx from dL/dy and w, then dL/dw from x and dL/dy.
+enum class ConvDirection { forward, data, weights };
+
+// What a library offers for one of them, in the library's own words.
+struct OfferedAlgorithm {
+  std::string name;         // "CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM"
+  std::string status;       // "CUDNN_STATUS_SUCCESS", or why it cannot run; also what a trial run answered
+  std::string determinism;  // "CUDNN_DETERMINISTIC"
+  std::string math;         // "CUDNN_FMA_MATH"
+  size_t workspace = 0;     // bytes
+  bool chosen = false;      // what a Convolution of this shape takes; at most one
+};
+
+// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0. On a GPU, for each
+// direction: the first that cuDNN offers of those which repeat bit for bit, sum products of float32 (no Winograd, no
+// FFT: their errors are relative to the largest element, and make variances negative), and run; for a gradient, where
+// none of those runs, a transform that repeats.
 class Convolution {
  public:
-  // Throws InputError for shapes that have no output.
+  // Throws InputError for shapes that have no output, RunError when no algorithm is fit.
   Convolution(Device&, Arena&, const ConvShape&, int replicas);
   ~Convolution();
   Convolution(Convolution&&) noexcept;
+
+  // All that cuDNN offers for this shape and direction, in the order of its preference; empty on the host, where there
+  // is nothing to choose. Makes the constructor's choice, trial runs included, but does not throw when none is fit.
+  // Throws InputError for shapes that have no output.
+  static std::vector<OfferedAlgorithm> offered_algorithms(Device&, const ConvShape&, ConvDirection);
 
   const ConvShape& shape() const { return shape_; }
   void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const;          // y = x * w
@@ -49,25 +73,10 @@ class Convolution {
                         MutableMatrices dw) const;  // dw = dL/dw, summed over the batch
 
  private:
-  friend std::vector<struct ConvolutionOffer> offers(Device&, const ConvShape&);
   struct Plan;
   ConvShape shape_;
   int replicas_;
   std::unique_ptr<Plan> plan_;
 };
-
-// What the library offers for one direction of a convolution, in the library's own order.
-struct ConvolutionOffer {
-  std::string direction;    // "forward", "data gradient" or "weight gradient"
-  std::string algorithm;    // the library's name for it
-  std::string status;       // "supported", or the library's words why not
-  std::string determinism;  // "deterministic" or "not deterministic"
-  std::string math;         // "fma" (float32 on the ordinary cores), "default", "tensor cores", ...
-  size_t workspace;         // bytes
-  bool chosen;              // whether Convolution uses it
-};
-// All offers for this shape, in all three directions. `chosen` is false everywhere in a direction where a Convolution
-// of this shape would throw.
-std::vector<ConvolutionOffer> offers(Device&, const ConvShape&);
 
 }  // namespace baton

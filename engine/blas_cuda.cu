@@ -1,7 +1,7 @@
 // Matrix products by cuBLAS and convolutions by cuDNN, float32 on the ordinary cores (no tf32). All of it can be
 // captured in a graph, and repeats bit for bit on one model of GPU with one version of the libraries.
 #include <algorithm>
-#include <vector>
+#include <array>
 
 #include "engine/blas.h"
 #include "engine/cuda_libraries.h"
@@ -9,77 +9,139 @@
 namespace baton {
 
 // cuBLAS counts columns first. A packed row-major matrix is, read so, its transpose: we ask for C' = op(B)' op(A)'.
+//
+// One call for each replica. The order in which a product is summed is chosen by its shape, and nothing that cuBLAS
+// documents keeps that choice from depending on the number of matrices in a batch; but a seed's result must not depend
+// on how many seeds train beside it. The cost: R replicas are R nodes of a graph in place of one, and small products do
+// not fill the chip together.
 void gemm(Device& device, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {
-  if (m == 0 || n == 0 || replicas == 0) return;
-  const cublasHandle_t blas = device.libraries().blas;
+  if (m == 0 || n == 0) return;
   const cublasOperation_t op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
   const cublasOperation_t op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
   const int lda = std::max(1, transpose_a ? m : k), ldb = std::max(1, transpose_b ? k : n);
   const float alpha = 1;
-  if (replicas == 1)  // its heuristics know more ways to cut a single product into blocks
-    BATON_CALL(cublasSgemm, blas, op_b, op_a, n, m, k, &alpha, b.data, ldb, a.data, lda, &beta, c.data, n);
-  else
-    BATON_CALL(cublasSgemmStridedBatched, blas, op_b, op_a, n, m, k, &alpha, b.data, ldb, (long long)b.stride, a.data,
-               lda, (long long)a.stride, &beta, c.data, n, (long long)c.stride, replicas);
+  for (int r = 0; r < replicas; r++)
+    BATON_CALL(cublasSgemm, device.libraries().blas, op_b, op_a, n, m, k, &alpha, b.data + b.stride * r, ldb,
+               a.data + a.stride * r, lda, &beta, c.data + c.stride * r, n);
 }
 
 namespace {
 
 constexpr size_t most_workspace = size_t(512) << 20;
-
-// The fastest algorithm, by cuDNN's own reckoning, that repeats bit for bit in float32; null when there is none. Not by
-// timing: that could choose another one in the next run.
-template <class Candidate>
-const Candidate* best_of(const std::vector<Candidate>& candidates) {
-  for (const Candidate& c : candidates)
-    if (c.status == CUDNN_STATUS_SUCCESS && c.determinism == CUDNN_DETERMINISTIC && c.mathType == CUDNN_FMA_MATH &&
-        c.memory <= most_workspace)
-      return &c;
-  return nullptr;
-}
-
-template <class Candidate>
-const Candidate& choose(const std::vector<Candidate>& candidates, const char* what) {
-  if (const Candidate* best = best_of(candidates)) return *best;
-  throw RunError(std::string("cuDNN has no deterministic float32 algorithm for a convolution's ") + what);
-}
-
-// By the values of cuDNN's enumerations.
-constexpr const char* forward_names[] = {
-    "IMPLICIT_GEMM", "IMPLICIT_PRECOMP_GEMM", "GEMM", "DIRECT", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED"};
-constexpr const char* data_names[] = {"ALGO_0", "ALGO_1", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED"};
-constexpr const char* filter_names[] = {"ALGO_0",    "ALGO_1", "FFT", "ALGO_3", "WINOGRAD", "WINOGRAD_NONFUSED",
-                                        "FFT_TILING"};
-constexpr const char* math_names[] = {"default", "tensor cores", "tensor cores, converted", "fma"};
-
-template <size_t n>
-std::string name_in(const char* const (&names)[n], int value) {
-  return value >= 0 && value < int(n) ? names[value] : std::to_string(value);
-}
-
-template <size_t n, class Candidate>
-void describe_offers(std::vector<ConvolutionOffer>& to, const char* direction, const char* const (&names)[n],
-                     const std::vector<Candidate>& candidates) {
-  const Candidate* chosen = best_of(candidates);
-  for (const Candidate& c : candidates)
-    to.push_back({direction, name_in(names, c.algo),
-                  c.status == CUDNN_STATUS_SUCCESS ? "supported" : cudnnGetErrorString(c.status),
-                  c.determinism == CUDNN_DETERMINISTIC ? "deterministic" : "not deterministic",
-                  name_in(math_names, c.mathType), c.memory, &c == chosen});
-}
-
 constexpr float one = 1, zero = 0;
+
+// An algorithm that cuDNN offers for one direction; `algorithm` is of that direction's enumeration.
+struct Candidate {
+  int algorithm;
+  cudnnStatus_t status;
+  size_t workspace;
+  cudnnDeterminism_t determinism;
+  cudnnMathType_t math;
+};
+
+template <class Performance>
+std::vector<Candidate> candidates_of(const std::vector<Performance>& offered, int count) {
+  std::vector<Candidate> candidates;
+  for (int i = 0; i < count; i++)
+    candidates.push_back(
+        {int(offered[i].algo), offered[i].status, offered[i].memory, offered[i].determinism, offered[i].mathType});
+  return candidates;
+}
+
+// Whether it is a matrix product, which sums products of float32. Winograd's and Fourier's transforms are not: what
+// should be 0 beside a large element comes out as small numbers of both signs, and the root of a variance is a NaN.
+bool sums_products(ConvDirection direction, int algorithm) {
+  switch (direction) {
+    case ConvDirection::forward:
+      return algorithm == CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM ||
+             algorithm == CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM ||
+             algorithm == CUDNN_CONVOLUTION_FWD_ALGO_GEMM;
+    case ConvDirection::data:
+      return algorithm == CUDNN_CONVOLUTION_BWD_DATA_ALGO_1;
+    case ConvDirection::weights:
+      return algorithm == CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1;
+  }
+  return false;
+}
+
+// Whether it is offered, repeats and is float32. The descriptor asks for FMA; CUDNN_DEFAULT_MATH then says no more than
+// that the algorithm has no other way.
+bool can_be_trusted(const Candidate& c) {
+  return c.status == CUDNN_STATUS_SUCCESS && c.determinism == CUDNN_DETERMINISTIC &&
+         (c.math == CUDNN_FMA_MATH || c.math == CUDNN_DEFAULT_MATH) && c.workspace <= most_workspace;
+}
+
+#define BATON_NAME(x) \
+  case x:             \
+    return #x
+std::string name_of(cudnnConvolutionFwdAlgo_t a) {
+  switch (a) {
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_GEMM);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_DIRECT);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_FFT);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD);
+    BATON_NAME(CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED);
+    default:
+      return "cudnnConvolutionFwdAlgo_t " + std::to_string(int(a));
+  }
+}
+std::string name_of(cudnnConvolutionBwdDataAlgo_t a) {
+  switch (a) {
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_0);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_1);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED);
+    default:
+      return "cudnnConvolutionBwdDataAlgo_t " + std::to_string(int(a));
+  }
+}
+std::string name_of(cudnnConvolutionBwdFilterAlgo_t a) {
+  switch (a) {
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_0);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_3);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD);
+    BATON_NAME(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED);
+    default:
+      return "cudnnConvolutionBwdFilterAlgo_t " + std::to_string(int(a));
+  }
+}
+std::string name_of(cudnnMathType_t m) {
+  switch (m) {
+    BATON_NAME(CUDNN_DEFAULT_MATH);
+    BATON_NAME(CUDNN_TENSOR_OP_MATH);
+    BATON_NAME(CUDNN_TENSOR_OP_MATH_ALLOW_CONVERSION);
+    BATON_NAME(CUDNN_FMA_MATH);
+    default:
+      return "cudnnMathType_t " + std::to_string(int(m));
+  }
+}
+#undef BATON_NAME
+std::string name_of(ConvDirection direction, int algorithm) {
+  if (direction == ConvDirection::forward) return name_of(cudnnConvolutionFwdAlgo_t(algorithm));
+  if (direction == ConvDirection::data) return name_of(cudnnConvolutionBwdDataAlgo_t(algorithm));
+  return name_of(cudnnConvolutionBwdFilterAlgo_t(algorithm));
+}
+constexpr ConvDirection directions[] = {ConvDirection::forward, ConvDirection::data, ConvDirection::weights};
+constexpr const char* call_of[] = {"cudnnConvolutionForward", "cudnnConvolutionBackwardData",
+                                   "cudnnConvolutionBackwardFilter"};
 
 }  // namespace
 
+// Descriptors, and what was chosen for each direction.
 struct Convolution::Plan {
   cudnnTensorDescriptor_t x = nullptr, y = nullptr;
   cudnnFilterDescriptor_t w = nullptr;
   cudnnConvolutionDescriptor_t convolution = nullptr;
-  cudnnConvolutionFwdAlgo_t forward{};
-  cudnnConvolutionBwdDataAlgo_t backward_data{};
-  cudnnConvolutionBwdFilterAlgo_t backward_weights{};
+  std::array<int, 3> algorithms{};
   void* workspace = nullptr;  // one for the three: they follow one another on the stream
   size_t workspace_bytes = 0;
 
@@ -94,6 +156,9 @@ struct Convolution::Plan {
   }
 
   void describe(const ConvShape& s) {
+    if (s.out_height() < 1 || s.out_width() < 1 || s.batch < 1 || s.kernel < 1)
+      throw InputError("convolution: input " + std::to_string(s.height) + "x" + std::to_string(s.width) + ", padding " +
+                       std::to_string(s.pad) + ", has no output for a kernel of " + std::to_string(s.kernel));
     BATON_CALL(cudnnCreateTensorDescriptor, &x);
     BATON_CALL(cudnnCreateTensorDescriptor, &y);
     BATON_CALL(cudnnCreateFilterDescriptor, &w);
@@ -109,73 +174,117 @@ struct Convolution::Plan {
     BATON_CALL(cudnnSetConvolutionMathType, convolution, CUDNN_FMA_MATH);
   }
 
-  struct Candidates {
-    std::vector<cudnnConvolutionFwdAlgoPerf_t> forward;
-    std::vector<cudnnConvolutionBwdDataAlgoPerf_t> data;
-    std::vector<cudnnConvolutionBwdFilterAlgoPerf_t> weights;
-  };
-  Candidates candidates(cudnnHandle_t dnn) const {
+  // By cuDNN's own reckoning, the fastest first. Not by timing: that could choose another one in the next run.
+  std::vector<Candidate> candidates(cudnnHandle_t dnn, ConvDirection direction) const {
     int count = 0;
-    Candidates all;
-    auto& [f, d, b] = all;
-    f.resize(CUDNN_CONVOLUTION_FWD_ALGO_COUNT);
-    BATON_CALL(cudnnGetConvolutionForwardAlgorithm_v7, dnn, x, w, convolution, y, int(f.size()), &count, f.data());
-    f.resize(count);
-    d.resize(CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT);
-    BATON_CALL(cudnnGetConvolutionBackwardDataAlgorithm_v7, dnn, w, y, convolution, x, int(d.size()), &count, d.data());
-    d.resize(count);
-    b.resize(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_COUNT);
+    if (direction == ConvDirection::forward) {
+      std::vector<cudnnConvolutionFwdAlgoPerf_t> f(CUDNN_CONVOLUTION_FWD_ALGO_COUNT);
+      BATON_CALL(cudnnGetConvolutionForwardAlgorithm_v7, dnn, x, w, convolution, y, int(f.size()), &count, f.data());
+      return candidates_of(f, count);
+    }
+    if (direction == ConvDirection::data) {
+      std::vector<cudnnConvolutionBwdDataAlgoPerf_t> d(CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT);
+      BATON_CALL(cudnnGetConvolutionBackwardDataAlgorithm_v7, dnn, w, y, convolution, x, int(d.size()), &count,
+                 d.data());
+      return candidates_of(d, count);
+    }
+    std::vector<cudnnConvolutionBwdFilterAlgoPerf_t> b(CUDNN_CONVOLUTION_BWD_FILTER_ALGO_COUNT);
     BATON_CALL(cudnnGetConvolutionBackwardFilterAlgorithm_v7, dnn, x, y, convolution, w, int(b.size()), &count,
                b.data());
-    b.resize(count);
-    return all;
+    return candidates_of(b, count);
   }
 
-  void choose_algorithms(cudnnHandle_t dnn) {
-    const Candidates all = candidates(dnn);
-    const auto& best_f = choose(all.forward, "forward");
-    const auto& best_d = choose(all.data, "data gradient");
-    const auto& best_b = choose(all.weights, "weight gradient");
-    forward = best_f.algo;
-    backward_data = best_d.algo;
-    backward_weights = best_b.algo;
-    workspace_bytes = std::max({best_f.memory, best_d.memory, best_b.memory});
+  // The operands are those of Convolution's function of this direction, in its order.
+  cudnnStatus_t run(cudnnHandle_t dnn, ConvDirection direction, int algorithm, void* space, size_t space_bytes,
+                    const float* first, const float* second, float* result) const {
+    if (direction == ConvDirection::forward)
+      return cudnnConvolutionForward(dnn, &one, x, first, w, second, convolution, cudnnConvolutionFwdAlgo_t(algorithm),
+                                     space, space_bytes, &zero, y, result);
+    if (direction == ConvDirection::data)
+      return cudnnConvolutionBackwardData(dnn, &one, w, second, y, first, convolution,
+                                          cudnnConvolutionBwdDataAlgo_t(algorithm), space, space_bytes, &zero, x,
+                                          result);
+    return cudnnConvolutionBackwardFilter(dnn, &one, x, first, y, second, convolution,
+                                          cudnnConvolutionBwdFilterAlgo_t(algorithm), space, space_bytes, &zero, w,
+                                          result);
   }
 
-  void run_forward(cudnnHandle_t dnn, const float* from, const float* weights, float* to) const {
-    BATON_CALL(cudnnConvolutionForward, dnn, &one, x, from, w, weights, convolution, forward, workspace,
-               workspace_bytes, &zero, y, to);
+  // The first candidate that can be trusted, sums products and runs, on zeros; -1: none. Gradients may come from a
+  // transform where no product runs, for nothing takes their root. What a candidate answers when it is refused becomes
+  // its status. So each has run before it is captured: cuDNN may compile, load and allocate at a first call, which a
+  // capture would not survive.
+  int choose(Device& device, Arena& scratch, const ConvShape& s, ConvDirection direction,
+             std::vector<Candidate>& of) const {
+    const auto zeros = [&](size_t n) { return scratch.take<float>(n); };
+    const bool of_weights = direction == ConvDirection::weights;
+    const float* first = zeros(direction == ConvDirection::data ? s.output_size() : s.input_size());
+    const float* second = zeros(of_weights ? s.output_size() : s.weight_size());
+    float* result = zeros(direction == ConvDirection::forward ? s.output_size()
+                          : of_weights                        ? s.weight_size()
+                                                              : s.input_size());
+    for (const bool product : {true, false}) {
+      if (!product && direction == ConvDirection::forward) break;
+      for (size_t i = 0; i < of.size(); i++) {
+        if (!can_be_trusted(of[i]) || sums_products(direction, of[i].algorithm) != product) continue;
+        void* space = scratch.take<char>(of[i].workspace);
+        of[i].status =
+            run(device.libraries().dnn, direction, of[i].algorithm, space, of[i].workspace, first, second, result);
+        device.synchronize();
+        if (of[i].status == CUDNN_STATUS_SUCCESS) return int(i);
+        cudaGetLastError();  // a refusal breaks nothing else: do not let the next launch report it
+      }
+    }
+    return -1;
   }
-  void run_backward_data(cudnnHandle_t dnn, const float* dy, const float* weights, float* dx) const {
-    BATON_CALL(cudnnConvolutionBackwardData, dnn, &one, w, weights, y, dy, convolution, backward_data, workspace,
-               workspace_bytes, &zero, x, dx);
+
+  void choose_algorithms(Device& device, Arena& arena, const ConvShape& s) {
+    Arena scratch;
+    for (ConvDirection direction : directions) {
+      std::vector<Candidate> of = candidates(device.libraries().dnn, direction);
+      const int best = choose(device, scratch, s, direction, of);
+      if (best < 0) {
+        std::string offers;
+        for (const Candidate& c : of)
+          offers += std::string(offers.empty() ? "" : ", ") + name_of(direction, c.algorithm) + " " +
+                    cudnnGetErrorString(c.status);
+        throw RunError(
+            std::string(call_of[int(direction)]) +
+            ": none of the algorithms that cuDNN offers is fit: one that repeats bit for bit, in float32, and "
+            "sums products where a variance comes out of it (" +
+            offers + ")");
+      }
+      algorithms[int(direction)] = of[best].algorithm;
+      workspace_bytes = std::max(workspace_bytes, of[best].workspace);
+    }
+    workspace = arena.take<char>(workspace_bytes);
   }
-  void run_backward_weights(cudnnHandle_t dnn, const float* from, const float* dy, float* dw) const {
-    BATON_CALL(cudnnConvolutionBackwardFilter, dnn, &one, x, from, y, dy, convolution, backward_weights, workspace,
-               workspace_bytes, &zero, w, dw);
+
+  void run(Device& device, ConvDirection direction, const float* first, const float* second, float* result) const {
+    check(run(device.libraries().dnn, direction, algorithms[int(direction)], workspace, workspace_bytes, first, second,
+              result),
+          call_of[int(direction)]);
   }
 };
 
-Convolution::Convolution(Device& device, Arena& arena, const ConvShape& s, int replicas)
-    : shape_(s), replicas_(replicas) {
-  if (s.out_height() < 1 || s.out_width() < 1 || s.batch < 1 || s.kernel < 1)
-    throw InputError("convolution: input " + std::to_string(s.height) + "x" + std::to_string(s.width) + ", padding " +
-                     std::to_string(s.pad) + ", has no output for a kernel of " + std::to_string(s.kernel));
-  const cudnnHandle_t dnn = device.libraries().dnn;
-  plan_ = std::make_unique<Plan>();
-  plan_->describe(s);
-  plan_->choose_algorithms(dnn);
-  plan_->workspace = arena.take<char>(plan_->workspace_bytes);
-
-  // Each once, on zeros: cuDNN may compile, load and allocate at a first call, which a capture would not survive.
+std::vector<OfferedAlgorithm> Convolution::offered_algorithms(Device& device, const ConvShape& s,
+                                                              ConvDirection direction) {
+  Plan plan;
+  plan.describe(s);
   Arena scratch;
-  float* x = scratch.take<float>(s.input_size());
-  float* w = scratch.take<float>(s.weight_size());
-  float* y = scratch.take<float>(s.output_size());
-  plan_->run_forward(dnn, x, w, y);
-  plan_->run_backward_data(dnn, y, w, x);
-  plan_->run_backward_weights(dnn, x, y, w);
-  device.synchronize();
+  std::vector<Candidate> candidates = plan.candidates(device.libraries().dnn, direction);
+  const int best = plan.choose(device, scratch, s, direction, candidates);
+  std::vector<OfferedAlgorithm> offered;
+  for (const Candidate& c : candidates)
+    offered.push_back({name_of(direction, c.algorithm), cudnnGetErrorString(c.status),
+                       c.determinism == CUDNN_DETERMINISTIC ? "CUDNN_DETERMINISTIC" : "CUDNN_NON_DETERMINISTIC",
+                       name_of(c.math), c.workspace, int(offered.size()) == best});
+  return offered;
+}
+
+Convolution::Convolution(Device& device, Arena& arena, const ConvShape& s, int replicas)
+    : shape_(s), replicas_(replicas), plan_(std::make_unique<Plan>()) {
+  plan_->describe(s);
+  plan_->choose_algorithms(device, arena, s);
 }
 
 Convolution::~Convolution() = default;
@@ -183,30 +292,17 @@ Convolution::Convolution(Convolution&&) noexcept = default;
 
 void Convolution::forward(Device& device, Matrices x, Matrices w, MutableMatrices y) const {
   for (int r = 0; r < replicas_; r++)
-    plan_->run_forward(device.libraries().dnn, x.data + r * x.stride, w.data + r * w.stride, y.data + r * y.stride);
+    plan_->run(device, ConvDirection::forward, x.data + r * x.stride, w.data + r * w.stride, y.data + r * y.stride);
 }
 
 void Convolution::backward_data(Device& device, Matrices dy, Matrices w, MutableMatrices dx) const {
   for (int r = 0; r < replicas_; r++)
-    plan_->run_backward_data(device.libraries().dnn, dy.data + r * dy.stride, w.data + r * w.stride,
-                             dx.data + r * dx.stride);
+    plan_->run(device, ConvDirection::data, dy.data + r * dy.stride, w.data + r * w.stride, dx.data + r * dx.stride);
 }
 
 void Convolution::backward_weights(Device& device, Matrices x, Matrices dy, MutableMatrices dw) const {
   for (int r = 0; r < replicas_; r++)
-    plan_->run_backward_weights(device.libraries().dnn, x.data + r * x.stride, dy.data + r * dy.stride,
-                                dw.data + r * dw.stride);
-}
-
-std::vector<ConvolutionOffer> offers(Device& device, const ConvShape& shape) {
-  Convolution::Plan plan;
-  plan.describe(shape);
-  const Convolution::Plan::Candidates all = plan.candidates(device.libraries().dnn);
-  std::vector<ConvolutionOffer> offers;
-  describe_offers(offers, "forward", forward_names, all.forward);
-  describe_offers(offers, "data gradient", data_names, all.data);
-  describe_offers(offers, "weight gradient", filter_names, all.weights);
-  return offers;
+    plan_->run(device, ConvDirection::weights, x.data + r * x.stride, dy.data + r * dy.stride, dw.data + r * dw.stride);
 }
 
 }  // namespace baton

@@ -66,11 +66,4 @@ void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matr
   }
 }
 
-std::vector<ConvolutionOffer> offers(Device&, const ConvShape&) {
-  std::vector<ConvolutionOffer> all;
-  for (const char* direction : {"forward", "data gradient", "weight gradient"})
-    all.push_back({direction, "direct", "supported", "deterministic", "fma", 0, true});
-  return all;
-}
-
 }  // namespace baton

@@ -386,11 +386,23 @@ struct Convolution::Plan {
   float* padded_dy = nullptr;      // [batch] images
 };
 
-Convolution::Convolution(Device&, Arena& arena, const ConvShape& s, int replicas) : shape_(s), replicas_(replicas) {
+namespace {
+void check_shape(const ConvShape& s) {
   if (s.out_height() < 1 || s.out_width() < 1 || s.batch < 1 || s.kernel < 1 || s.kernel > 7)
     throw InputError("convolution: input " + std::to_string(s.height) + "x" + std::to_string(s.width) + ", padding " +
                      std::to_string(s.pad) + ", has no output for a kernel of " + std::to_string(s.kernel) +
                      " (kernels of 1 to 7 are supported)");
+}
+}  // namespace
+
+// The ways above are chosen by the shape, and by the density of a gradient.
+std::vector<OfferedAlgorithm> Convolution::offered_algorithms(Device&, const ConvShape& s, ConvDirection) {
+  check_shape(s);
+  return {};
+}
+
+Convolution::Convolution(Device&, Arena& arena, const ConvShape& s, int replicas) : shape_(s), replicas_(replicas) {
+  check_shape(s);
   plan_ = std::make_unique<Plan>(s);
   const Geometry& g = plan_->geometry;
   const size_t images = size_t(replicas) * s.batch;

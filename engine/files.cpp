@@ -273,4 +273,11 @@ void make_directories(const fs::path& path) {
   throw RunError("cannot make the folder " + path.string() + ": " + error.message());
 }
 
+fs::path in_build_folder(const fs::path& name) {
+  std::error_code error;
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (error) throw RunError("/proc/self/exe: " + error.message());
+  return program.parent_path().parent_path() / name;
+}
+
 }  // namespace baton

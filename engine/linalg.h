@@ -38,14 +38,16 @@ class Factorizer {
   // first leading minor that is not positive definite (also for a NaN in it); A is then overwritten in part. Waits for
   // the result.
   int cholesky(Real* a, int n);
-  // From the lower factor L (in place) the whole inverse (L L')^-1, both triangles.
+  // From the lower factor L (in place) the whole inverse (L L')^-1, both triangles. Throws RunError for a factor with 0
+  // on its diagonal; L is then overwritten in part. Waits.
   void invert(Real* l, int n);
   // B = L^-1 B, or L'^-1 B (transpose); B [n x columns].
   void solve(bool transpose, const Real* l, int n, Real* b, int columns, int ldb);
   // ln det (L L') = 2 sum ln L_ii, in double. Waits.
   double log_determinant(const Real* l, int n);
   // Eigenvalues in ascending order into values [n]; row i of A becomes the unit eigenvector of values[i]. Reads the
-  // lower triangle. Returns 0, or a positive number when it did not converge. Waits.
+  // lower triangle. Returns 0; or, where an element there is not finite, its row counted from 1 (the first such row),
+  // and A is as it was; or another positive number when it did not converge. Waits.
   int eigen(Real* a, Real* values, int n);
 
  private:

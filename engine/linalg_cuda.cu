@@ -49,6 +49,16 @@ struct Library<double> {
 constexpr cublasFillMode_t lower = CUBLAS_FILL_MODE_UPPER;  // ours, read by columns
 constexpr cusolverEigMode_t vectors = CUSOLVER_EIG_MODE_VECTOR;
 
+// *last = n minus the first row whose part of the lower triangle has an element that is not finite, if there is one.
+template <class Real>
+__global__ void find_not_finite_kernel(int* __restrict__ last, const Real* __restrict__ a, int n) {
+  const int row = simt::warp_item();
+  if (row >= n) return;
+  int bad = 0;
+  for (int j = simt::lane_id(); j <= row; j += simt::warp_size) bad |= !isfinite(a[size_t(row) * n + j]);
+  if (bad) atomicMax(last, n - row);
+}
+
 cublasOperation_t op(bool transpose) { return transpose ? CUBLAS_OP_T : CUBLAS_OP_N; }
 int leading(int ld) { return std::max(1, ld); }  // BLAS wants 1 of a matrix without columns too
 
@@ -153,6 +163,8 @@ void Factorizer<Real>::invert(Real* l, int n) {
   if (n == 0) return;
   const Workspace& w = *workspace_;
   BATON_CALL(Library<Real>::potri, w.solver, lower, n, l, n, w.work, w.work_size, w.info);
+  if (const int info = w.report(device_, "potri"); info != 0)
+    throw RunError("invert: element " + std::to_string(info) + " of the factor's diagonal is 0");
   mirror_lower(l, n, n, device_.stream());
 }
 
@@ -179,6 +191,10 @@ int Factorizer<Real>::eigen(Real* a, Real* values, int n) {
   linalg::check_order("eigen", n, largest_);
   if (n == 0) return 0;
   const Workspace& w = *workspace_;
+  // cuSOLVER promises nothing for those, not even to stay within its arrays.
+  fill_zero(device_, w.info, sizeof *w.info);
+  simt::launch<find_not_finite_kernel<Real>>(simt::warps(n), device_.stream(), w.info, static_cast<const Real*>(a), n);
+  if (const int last = w.report(device_, "eigen"); last > 0) return n - last + 1;
   BATON_CALL(Library<Real>::syevd, w.solver, vectors, lower, n, a, n, values, w.work, w.work_size, w.info);
   if (const int info = w.report(device_, "syevd"); info != 0) return info;
   const std::vector<Real> found = download(device_, values, n);

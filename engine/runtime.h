@@ -1,6 +1,7 @@
 // The device behind one small interface: stream, memory, events, graph capture. runtime_host.cpp implements it for the
 // serial and emulated builds (calls run at once, memory is the host's), runtime_cuda.cu for the GPU.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -11,6 +12,7 @@
 namespace baton {
 
 struct LibraryHandles;  // cuBLAS and cuDNN on the GPU; nothing on the host
+class Scratch;
 
 // A stream and the libraries bound to it. One per program; kernels and library calls run in order on its stream.
 class Device {
@@ -25,11 +27,14 @@ class Device {
   void synchronize();
   // "NVIDIA H200, CUDA 13.0" or "host CPU, 2 threads, serial kernels"
   std::string description() const;
-  size_t peak_bytes() const;  // device memory that arenas have taken so far, at its highest
+  size_t peak_bytes() const;   // device memory that arenas have taken so far, at its highest
+  size_t allocations() const;  // how often arenas have asked the system for memory so far
+  Scratch& scratch() { return *scratch_; }
 
  private:
   Stream stream_{};
   std::unique_ptr<LibraryHandles> libraries_;
+  std::unique_ptr<Scratch> scratch_;
 };
 
 // The only source of device memory. Tensors are laid out before step 0, each zero-filled and 256-byte aligned; freeze()
@@ -57,6 +62,50 @@ class Arena {
   std::vector<Chunk> chunks_;
   size_t bytes_ = 0;
   bool frozen_ = false;
+};
+
+// Memory for calls that come again and again, such as predictions: the tensors of a call lie in a Frame, and those of
+// the next one take their place. Memory stays taken, so it grows only when a call asks for more than any call before.
+// Tensors are 256-byte aligned and hold whatever was there before. Frames may nest, the last one to begin ends first;
+// work on the device's stream keeps their contents apart. Not within a captured step.
+class Scratch {
+ public:
+  class Frame {
+   public:
+    explicit Frame(Device& device) : scratch_(device.scratch()), first_(scratch_.used_) {}
+    ~Frame() { scratch_.used_ = first_; }
+    Frame(const Frame&) = delete;
+    Frame& operator=(const Frame&) = delete;
+    template <class T>
+    T* take(size_t count) {
+      return static_cast<T*>(scratch_.take_bytes(count * sizeof(T)));
+    }
+
+   private:
+    Scratch& scratch_;
+    size_t first_;
+  };
+
+ private:
+  // A slot holds one tensor of a frame. One that is too small is given up for one of twice its size at least, so what
+  // is given up adds up to no more than what is kept.
+  struct Slot {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+  void* take_bytes(size_t bytes) {
+    if (used_ == slots_.size()) slots_.emplace_back();
+    Slot& slot = slots_[used_];
+    if (!slot.data || slot.bytes < bytes) {
+      const size_t wanted = std::max(bytes, 2 * slot.bytes);
+      slot = {arena_.take<char>(wanted), wanted};
+    }
+    used_++;
+    return slot.data;
+  }
+  Arena arena_;
+  std::vector<Slot> slots_;
+  size_t used_ = 0;
 };
 
 // Ordered on the stream; copies from and to the host return when the bytes have arrived.
@@ -92,7 +141,9 @@ class Event {
 };
 
 // A step is a graph: capture() records what `body` puts on the stream, replay() runs it again. On the host, replay()
-// calls the body. What changes from step to step must therefore live in device memory, not in arguments.
+// calls the body. What changes from step to step must therefore live in device memory, not in arguments. The body must
+// have run once as it is, with the same shapes: a library may load kernels and take memory at its first call of a kind,
+// which a capture does not survive.
 class Graph {
  public:
   Graph() = default;

@@ -12,9 +12,10 @@ namespace {
 constexpr size_t alignment = 256, smallest_chunk = size_t(64) << 20;
 constexpr size_t blas_workspace = size_t(32) << 20;  // what NVIDIA advises for Hopper; ample for the rest
 
-std::atomic<size_t> current_bytes{0}, highest_bytes{0};
+std::atomic<size_t> current_bytes{0}, highest_bytes{0}, allocated_times{0};
 
-void count_bytes(size_t more) {
+void count_allocation(size_t more) {
+  allocated_times++;
   const size_t total = current_bytes += more;
   for (size_t seen = highest_bytes; seen < total && !highest_bytes.compare_exchange_weak(seen, total);) {
   }
@@ -80,6 +81,7 @@ Device::Device() {
   BATON_CALL(cudaStreamCreateWithFlags, &stream_, cudaStreamNonBlocking);
   try {
     libraries_ = std::make_unique<LibraryHandles>(stream_);
+    scratch_ = std::make_unique<Scratch>();
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;
@@ -105,6 +107,7 @@ std::string Device::description() const {
 }
 
 size_t Device::peak_bytes() const { return highest_bytes; }
+size_t Device::allocations() const { return allocated_times; }
 
 // --------------------------------------------------------------------------------------------------------- memory
 // A chunk is zeroed when it is made, and no part of it is handed out twice.
@@ -121,7 +124,7 @@ void* Arena::take_bytes(size_t bytes) {
                      std::to_string(free) + " of " + std::to_string(total) + " bytes are free)");
     }
     chunks_.push_back(chunk);
-    count_bytes(chunk.size);
+    count_allocation(chunk.size);
     // On the legacy stream, for an arena knows no other; done before anyone gets the memory.
     BATON_CALL(cudaMemsetAsync, chunk.base, 0, chunk.size, cudaStreamLegacy);
     BATON_CALL(cudaStreamSynchronize, cudaStreamLegacy);

@@ -8,13 +8,13 @@
 namespace baton {
 
 namespace {
-std::atomic<size_t> current_bytes{0}, highest_bytes{0};
+std::atomic<size_t> current_bytes{0}, highest_bytes{0}, allocated_times{0};
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
 struct LibraryHandles {};
 
-Device::Device() : libraries_(std::make_unique<LibraryHandles>()) {}
+Device::Device() : libraries_(std::make_unique<LibraryHandles>()), scratch_(std::make_unique<Scratch>()) {}
 Device::~Device() = default;
 void Device::synchronize() {}
 std::string Device::description() const {
@@ -25,6 +25,7 @@ std::string Device::description() const {
 #endif
 }
 size_t Device::peak_bytes() const { return highest_bytes; }
+size_t Device::allocations() const { return allocated_times; }
 
 // Every tensor is an allocation of its own here, so that AddressSanitizer puts red zones between them.
 void* Arena::take_bytes(size_t bytes) {
@@ -35,6 +36,7 @@ void* Arena::take_bytes(size_t bytes) {
   std::memset(p, 0, bytes);
   chunks_.push_back({p, rounded, rounded});
   bytes_ += rounded;
+  allocated_times++;
   const size_t total = current_bytes += rounded;
   for (size_t seen = highest_bytes; seen < total && !highest_bytes.compare_exchange_weak(seen, total);) {
   }

@@ -11,7 +11,7 @@ struct Selection {
 
 // Marks (1, else 0) the `lowest` smallest of scores[count]; of equal scores those that come first. Marks exactly
 // `lowest`. Scores must not be NaN (their order would have no meaning): InputError. lowest > count: InputError.
-// Takes its workspace for itself and returns it (not within a captured step).
+// Its workspace lies in the device's Scratch (so not within a captured step).
 Selection mark_lowest(Device&, uint8_t* marked, const float* scores, int count, int lowest);
 
 }  // namespace baton

@@ -10,21 +10,6 @@ namespace baton {
 
 namespace {
 
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(size_t count) {
-    BATON_CALL(cudaMalloc, reinterpret_cast<void**>(&data_), (count ? count : 1) * sizeof(T));
-  }
-  ~Scratch() { cudaFree(data_); }  // waits for the work that uses it
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
-
 __global__ void number_kernel(int* __restrict__ index, int* __restrict__ not_a_number, const float* __restrict__ scores,
                               int n) {
   const int i = simt::thread_item();
@@ -53,28 +38,26 @@ Selection mark_lowest(Device& device, uint8_t* marked, const float* scores, int 
     throw InputError("mark_lowest: the " + std::to_string(lowest) + " lowest of scores [" + std::to_string(count) +
                      "]");
   const Stream stream = device.stream();
-  const Scratch<int> index(count), ranked_index(count), not_a_number(1);
-  const Scratch<float> ranked(count);
+  Scratch::Frame scratch(device);
+  int *index = scratch.take<int>(count), *ranked_index = scratch.take<int>(count), *not_a_number = scratch.take<int>(1);
+  float* ranked = scratch.take<float>(count);
   copy_to_device(device, not_a_number, &count, sizeof count);
-  simt::launch<number_kernel>(simt::each(count), stream, static_cast<int*>(index), static_cast<int*>(not_a_number),
-                              scores, count);
-  if (const int at = value_at<int>(device, not_a_number); at < count)
+  simt::launch<number_kernel>(simt::each(count), stream, index, not_a_number, scores, count);
+  if (const int at = value_at(device, not_a_number); at < count)
     throw InputError("mark_lowest: scores[" + std::to_string(at) + "] is not a number");
   fill_zero(device, marked, count);
   if (lowest == 0) return {-std::numeric_limits<float>::infinity(), 0};
 
   size_t bytes = 0;
   const auto sort = [&](void* workspace) {
-    check(cub::DeviceRadixSort::SortPairs(workspace, bytes, scores, static_cast<float*>(ranked),
-                                          static_cast<const int*>(index), static_cast<int*>(ranked_index), count, 0, 32,
-                                          stream),
+    check(cub::DeviceRadixSort::SortPairs(workspace, bytes, scores, ranked, static_cast<const int*>(index),
+                                          ranked_index, count, 0, 32, stream),
           "cub::DeviceRadixSort::SortPairs");
   };
   sort(nullptr);  // asks for the size
-  const Scratch<char> workspace(bytes);
-  sort(workspace);
+  sort(scratch.take<char>(bytes));
   simt::launch<mark_kernel>(simt::each(lowest), stream, marked, static_cast<const int*>(ranked_index), lowest);
-  return {value_at<float>(device, ranked + (lowest - 1)), lowest};
+  return {value_at(device, ranked + (lowest - 1)), lowest};
 }
 
 }  // namespace baton

@@ -89,6 +89,18 @@ __device__ __forceinline__ float warp_max(float v) {
   __syncthreads();  // parts may be used again
   return v;
 }
+[[maybe_unused]] __device__ __forceinline__ double block_sum(double v) {
+  __shared__ double parts[32];
+  v = warp_sum(v);
+  if (lane_id() == 0) parts[threadIdx.x / warp_size] = v;
+  __syncthreads();
+  if (threadIdx.x / warp_size == 0) {
+    v = lane_id() < int(blockDim.x) / warp_size ? parts[lane_id()] : 0.;
+    v = warp_sum(v);
+  }
+  __syncthreads();  // parts may be used again
+  return v;
+}
 [[maybe_unused]] __device__ __forceinline__ float block_max(float v) {  // as block_sum
   __shared__ float parts[32];
   v = warp_max(v);

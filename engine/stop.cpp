@@ -3,12 +3,15 @@
 #include <signal.h>
 
 #include <atomic>
+#include <utility>
 
 namespace baton {
 namespace {
 
 std::atomic<int> received{0};
 static_assert(std::atomic<int>::is_always_lock_free, "a signal handler may touch nothing else");
+
+std::function<void()> look_first;
 
 extern "C" void note_signal(int signal) { received.store(signal); }
 
@@ -25,7 +28,10 @@ void stop_on_signals() {
   }
 }
 
-bool stop_requested() { return received.load(std::memory_order_relaxed) != 0; }
+bool stop_requested() {
+  if (look_first) look_first();
+  return received.load(std::memory_order_relaxed) != 0;
+}
 
 void throw_stopped(const std::string& what) {
   const int signal = received.load();
@@ -33,5 +39,7 @@ void throw_stopped(const std::string& what) {
 }
 
 void pretend_signal(int signal) { received.store(signal); }
+
+void look_when_asked(std::function<void()> look) { look_first = std::move(look); }
 
 }  // namespace baton

@@ -1,5 +1,6 @@
 // How a run ends early: on SIGINT or SIGTERM it finishes its step, writes a checkpoint and leaves.
 #pragma once
+#include <functional>
 #include <string>
 
 #include "engine/error.h"
@@ -24,5 +25,9 @@ class Stopped : public Error {
 
 // For tests: as if the signal had come; 0 takes it back.
 void pretend_signal(int signal);
+// For tests: stop_requested() calls `look` before it answers; nullptr takes it away. A step that a graph replays calls
+// nothing on the host, but every build asks before each step but the first of a graph, so what looks here sees the same
+// steps on a CPU and on a GPU. It may count, read device memory, pretend a signal, or throw.
+void look_when_asked(std::function<void()> look);
 
 }  // namespace baton

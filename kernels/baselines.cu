@@ -110,12 +110,13 @@ __device__ __forceinline__ float inverse_softplus(float y) {
   return logf(small ? y * p : 1.f - expf(-y)) + (small ? 0.f : y);
 }
 
-__global__ void rho_kernel(float* __restrict__ rho, const float* __restrict__ sd, int count) {
+// Both may work in place, so neither pointer is __restrict__.
+__global__ void rho_kernel(float* rho, const float* sd, int count) {
   const int i = simt::thread_item();
   if (i >= count) return;
   rho[i] = inverse_softplus(sd[i]);
 }
-__global__ void sd_kernel(float* __restrict__ sd, const float* __restrict__ rho, int count) {
+__global__ void sd_kernel(float* sd, const float* rho, int count) {
   const int i = simt::thread_item();
   if (i >= count) return;
   sd[i] = softplus(rho[i]);

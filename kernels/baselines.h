@@ -63,7 +63,7 @@ struct BbbArrays {
 // states[0].lr_mean; kl_weight is states[0].kl_now. For the Gaussian prior E[s] and E[s e] are its exact means over the
 // noise: mean / sd1^2 and sd / sd1^2.
 void bbb_update(const BbbArrays&, int count, const BbbSettings&, const StepState* states, Stream);
-// rho = ln(exp(sd) - 1), stable for small and large sd; and back.
+// rho = ln(exp(sd) - 1), stable for small and large sd; and back. rho may be sd.
 void rho_of_sd(float* rho, const float* sd, int count, Stream);
 void sd_of_rho(float* sd, const float* rho, int count, Stream);
 

@@ -382,6 +382,22 @@ __global__ void look_kernel(const float* __restrict__ sd, int count, SigmaStatis
   count_span(statistics, sd + first, n);
 }
 
+// upto[i] becomes histogram[0] + ... + histogram[i]: in each round every element takes in the one `step` before it,
+// from one half of `upto` [2][sd_bins] to the other. Returns the half with the result.
+__device__ __forceinline__ const uint32_t* running_sums(uint32_t* upto, const uint32_t* histogram) {
+  for (int i = threadIdx.x; i < sd_bins; i += blockDim.x) upto[i] = histogram[i];
+  __syncthreads();
+  uint32_t *from = upto, *to = upto + sd_bins;
+  for (int step = 1; step < sd_bins; step *= 2) {
+    for (int i = threadIdx.x; i < sd_bins; i += blockDim.x) to[i] = from[i] + (i >= step ? from[i - step] : 0u);
+    __syncthreads();
+    uint32_t* next = from;
+    from = to;
+    to = next;
+  }
+  return from;
+}
+
 // The blocks' values in one, the median from the histogram, and the wire.
 __global__ void finish_update_kernel(SigmaStatistics* statistics, TripWire* wire, StepState* states, int replicas,
                                      BgdRule rule, const float* __restrict__ partial, int blocks) {
@@ -400,25 +416,31 @@ __global__ void finish_update_kernel(SigmaStatistics* statistics, TripWire* wire
   smallest = -simt::block_max(-smallest);
   largest_x = simt::block_max(largest_x);
   __shared__ int totals[2];
-  if (threadIdx.x == 0) totals[0] = totals[1] = 0;
+  __shared__ float largest_of_all, smallest_of_all, median;
+  __shared__ uint32_t upto[2 * sd_bins];
+  if (threadIdx.x == 0) {
+    totals[0] = totals[1] = 0;
+    largest_of_all = largest;
+    smallest_of_all = smallest;
+    median = 0.f;
+  }
   __syncthreads();
   simt::add_shared(&totals[0], nonfinite);
   simt::add_shared(&totals[1], counted);
+  const uint32_t* sums = running_sums(upto, statistics->histogram);
+  nonfinite = totals[0];
+  counted = totals[1];
+  for (int b = threadIdx.x; b < sd_bins; b += blockDim.x) {  // one bin has the middle, unless there is no weight
+    const uint32_t below = b ? sums[b - 1] : 0u;
+    if (2 * below < uint32_t(counted) && 2 * sums[b] >= uint32_t(counted)) {
+      const int bits = (b + (127 + sd_first_octave) * sd_bins_an_octave) << 20;
+      const float low = __builtin_bit_cast(float, bits), high = __builtin_bit_cast(float, bits + (1 << 20));
+      // Of the values that there are.
+      median = fminf(fmaxf(0.5f * (low + high), smallest_of_all), largest_of_all);
+    }
+  }
   __syncthreads();
   if (threadIdx.x == 0 && !skip) {
-    nonfinite = totals[0];
-    counted = totals[1];
-    float median = 0.f;
-    uint32_t below = 0;
-    for (int b = 0; b < sd_bins; b++) {
-      const uint32_t here = statistics->histogram[b];
-      if (here && 2 * below < uint32_t(counted) && 2 * (below + here) >= uint32_t(counted)) {
-        const int bits = (b + (127 + sd_first_octave) * sd_bins_an_octave) << 20;
-        const float low = __builtin_bit_cast(float, bits), high = __builtin_bit_cast(float, bits + (1 << 20));
-        median = fminf(fmaxf(0.5f * (low + high), smallest), largest);  // of the values that there are
-      }
-      below += here;
-    }
     statistics->largest = largest;
     statistics->smallest = counted ? smallest : 0.f;
     statistics->median = median;

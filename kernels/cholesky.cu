@@ -37,6 +37,10 @@ using Indices = int;
 constexpr int vector = 1;
 __device__ __forceinline__ Indices index_of(int c) { return simt::lane_id() + c * simt::warp_size; }
 __device__ __forceinline__ Lanes load(const float* row, int c) { return row[index_of(c)]; }
+// A row's columns below `count`; the rest is another row's and is not read.
+__device__ __forceinline__ Lanes load_below(const float* row, int c, int count) {
+  return index_of(c) < count ? row[index_of(c)] : 0.f;
+}
 __device__ __forceinline__ void store(float* row, int c, Lanes x) { row[index_of(c)] = x; }
 __device__ __forceinline__ Lanes fused(float a, Lanes b, Lanes c) { return fmaf(a, b, c); }
 __device__ __forceinline__ float last_of(Lanes x) { return x; }  // in the last lane
@@ -48,6 +52,7 @@ typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int vector = 8;
 inline Indices index_of(int c) { return Indices{0, 1, 2, 3, 4, 5, 6, 7} + c * vector; }
 inline Lanes load(const float* row, int c) { return *reinterpret_cast<const Unaligned*>(row + c * vector); }
+inline Lanes load_below(const float* row, int c, int) { return load(row, c); }  // the rest is not used either
 inline void store(float* row, int c, Lanes x) { *reinterpret_cast<Unaligned*>(row + c * vector) = x; }
 inline Lanes fused(float a, Lanes b, Lanes c) { return a * b + c; }
 inline float last_of(Lanes x) { return x[vector - 1]; }
@@ -64,7 +69,8 @@ constexpr int whole_quads = simt::warp_size == 1 ? 4 : 1;
 static_assert(simt::warp_size == 1 || (4 * quads_of(9) < reach<9> && 4 * quads_of(25) < reach<25> &&
                                        4 * quads_of(largest_block) < reach<largest_block>));  // two lanes' writes
 
-// A warp's shared memory. The packed arrays may be read `reach` beyond a row's start.
+// A warp's shared memory. The one lane of the serial build takes whole vectors, up to `reach` beyond a row's start:
+// into the rows that follow, which are its own too, and zeros behind the last.
 template <int D>
 struct Shared {
   float factor[packed(D) + reach<D>];  // as stored
@@ -156,6 +162,8 @@ __device__ __forceinline__ float divergence(Lanes (&column)[D][columns<D>], Shar
   float* __restrict__ ratio = shared.ratio;
   stage(factor, a.factor + at, packed(d));
   stage(inverse, a.prior_inverse + at, packed(d));
+  if constexpr (vector > 1)
+    for (int i = 0; i < reach<D>; i++) factor[packed(d) + i] = 0;
   __syncthreads();
 
   for (int i = lane; i < d; i += simt::warp_size) {
@@ -182,7 +190,7 @@ __device__ __forceinline__ float divergence(Lanes (&column)[D][columns<D>], Shar
     for (int c = 0; c < columns<D>; c++) {
       const Indices j = index_of(c);
       const Lanes others = j == i ? own : j == mean_column ? away : Lanes{};
-      column[i][c] = j < i ? own * load(factor + packed(i), c) : others;
+      column[i][c] = j < i ? own * load_below(factor + packed(i), c, i) : others;
     }
   }
   Lanes squares{};
@@ -190,7 +198,7 @@ __device__ __forceinline__ float divergence(Lanes (&column)[D][columns<D>], Shar
   for (int i = (D - 1) / 2 * 2; i >= 0; i -= 2) {  // rows i and i + 1; downwards: in place
     if (i >= d) continue;
     const float* __restrict__ row = inverse + packed(i);
-    const float* __restrict__ next_row = inverse + packed(i + 1);  // beyond the block where i + 1 = d: then not used
+    const float* __restrict__ next_row = inverse + packed(i + 1 < d ? i + 1 : i);  // without a next one: not used
     Lanes sum[columns<D>] = {}, next[columns<D>] = {};
 #pragma unroll
     for (int k = 0; k <= i; k++) {
@@ -287,6 +295,8 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
     }
   }
 
+  // Columns between the block's and the mean's are nobody's.
+  for (int i = 4 * round_up(quads_of(d), whole_quads) + lane; i < reach<D> - 1; i += simt::warp_size) noise[i] = 0;
   for (int g = 0; grad_w && g < groups; g++) {
     __syncthreads();
     draw<D>(noise, d, uint32_t(g * a.blocks + b) * quads_of(d), s.noise, stream_id, s.step);
@@ -331,20 +341,13 @@ constexpr int total_threads = 256;
 __global__ void __launch_bounds__(total_threads)
     add_partials_kernel(double* __restrict__ kl, size_t kl_stride, const float* __restrict__ partial, int blocks,
                         bool add) {
-  __shared__ double parts[32];
   const int r = blockIdx.x;
   partial += size_t(blocks) * r;
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += double(partial[i]);
-  sum = simt::warp_sum(sum);
-  if (simt::lane_id() == 0) parts[threadIdx.x / simt::warp_size] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0;
-    for (int i = 0; i < int(blockDim.x) / simt::warp_size; i++) total += parts[i];
-    kl[kl_stride * r] = add ? kl[kl_stride * r] + total : total;
-  }
+  sum = simt::block_sum(sum);
+  if (threadIdx.x == 0) kl[kl_stride * r] = add ? kl[kl_stride * r] + sum : sum;
 }
 
 // ------------------------------------------------------------------------------------------------------ once a stage

@@ -1,7 +1,7 @@
 // KL of diagonal Gaussians fused with the optimizer over the flat store. A block takes a chunk of one replica's
 // parameters: it reads each of the eleven arrays once and writes seven, 72 bytes a parameter, two exponentials, and
-// adds the chunk's KL to a partial sum that a second kernel adds up in a fixed order. At the start of a stage t = e = 0
-// for every parameter, and the KL is 0 exactly.
+// adds the chunk's KL to a partial sum; a second kernel adds those up in a fixed order. At the start of a stage t = e =
+// 0 for every parameter, and the KL is 0 exactly.
 #include "kernels/gaussian.h"
 
 #include <algorithm>
@@ -182,13 +182,16 @@ __global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pie
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
 }
 
-// Books a replica's partial sums in their order: a few hundred numbers, one thread each replica.
-__global__ void book_kernel(Ledger ledger, const Run* __restrict__ pieces, const float* __restrict__ partial, int count,
-                            int replicas) {
-  const int r = simt::thread_item();
-  if (r >= replicas) return;
-  for (int i = 0; i < count; i++)
-    ledger.sums[ledger.stride * r + pieces[i].slot] += double(partial[size_t(count) * r + i]);
+// Books the partial sums: one block a slot and replica. Thread t adds up its slot's of the pieces t, t + T, ..., then
+// the threads' sums are added in a fixed order.
+__global__ void __launch_bounds__(threads)
+    book_kernel(Ledger ledger, const Run* __restrict__ pieces, const float* __restrict__ partial, int count) {
+  const int slot = blockIdx.x, r = simt::row();
+  partial += size_t(count) * r;
+  double sum = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += pieces[i].slot == slot ? double(partial[i]) : 0.;
+  sum = simt::block_sum(sum);
+  if (threadIdx.x == 0) ledger.sums[ledger.stride * r + slot] += sum;
 }
 
 __global__ void multiply_kernel(float* __restrict__ w, size_t w_stride, const float* __restrict__ mean, size_t stride,
@@ -357,7 +360,18 @@ void check_arrays(const char* who, const GaussianArrays& a) {
                      " parameters, " + std::to_string(a.stride) + " apart");
 }
 
+void book(Ledger ledger, Pieces pieces, const float* partial, int replicas, Stream stream) {
+  simt::launch<book_kernel>(simt::blocks(pieces.slots, threads, 0, replicas), stream, ledger, pieces.table, partial,
+                            pieces.count);
+}
+
 }  // namespace
+
+int slots_of(const std::vector<Run>& runs) {
+  int slots = 0;
+  for (const Run& run : runs) slots = std::max(slots, run.slot + 1);
+  return slots;
+}
 
 std::vector<Run> pieces_of(const std::vector<Run>& runs) {
   std::vector<Run> pieces;
@@ -391,7 +405,7 @@ void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const
   };
   if (rule == ScaleRule::adam) with_rule.template operator()<ScaleRule::adam>();
   else with_rule.template operator()<ScaleRule::natural>();
-  simt::launch<book_kernel>(simt::each(a.replicas), stream, ledger, pieces.table, partial, pieces.count, a.replicas);
+  book(ledger, pieces, partial, a.replicas, stream);
 }
 
 void gaussian_kl(Ledger ledger, const GaussianArrays& a, Pieces pieces, float* partial, Stream stream,
@@ -400,7 +414,7 @@ void gaussian_kl(Ledger ledger, const GaussianArrays& a, Pieces pieces, float* p
   check_arrays("gaussian_kl", a);
   simt::launch<gaussian_kl_kernel>(simt::blocks(pieces.count, threads, 0, a.replicas), stream, a, pieces.table, z,
                                    partial);
-  simt::launch<book_kernel>(simt::each(a.replicas), stream, ledger, pieces.table, partial, pieces.count, a.replicas);
+  book(ledger, pieces, partial, a.replicas, stream);
 }
 
 void multiply_weights(float* w, size_t w_stride, const GaussianArrays& a, Pieces pieces, const Multipliers& z,

@@ -35,12 +35,13 @@ struct Run {
 };
 // The runs cut into pieces of about 2,048, one a block of the kernels; pieces of a run with z hold whole z (or rows).
 std::vector<Run> pieces_of(const std::vector<Run>&);
-struct Pieces {  // in device memory
-  const Run* table;
-  int count;
+int slots_of(const std::vector<Run>&);  // one more than the largest slot
+struct Pieces {
+  const Run* table;  // device memory
+  int count, slots;
 };
 
-// Sums that grow from step to step: sums[stride * r + slot].
+// Sums that grow from step to step: sums[stride * r + slot], stride no less than the pieces' slots.
 struct Ledger {
   double* sums;
   size_t stride;

@@ -1,6 +1,6 @@
 // Local reparameterization around the products of engine/blas.h: bias, noise, ReLU, pooling, and the way back.
 //
-//   forward    v' = v + b_v;  y = relu?(m + b_mu + sqrt(v') e);  square = y y
+//   forward    v' = max(v, 0) + b_v;  y = relu?(m + b_mu + sqrt(v') e);  square = y y
 //   backward   g = (grad + 2 y grad_square) [y > 0 where there is a ReLU];  dm = g;  dv = g e / (2 sqrt v')
 //
 // The derivative of sqrt at 0 is taken as 0 (an all-zero input under a deterministic bias has v' = 0: no NaN).
@@ -26,12 +26,20 @@ constexpr int dense_threads = 128, plane_threads = 64;
 // dy/dv of y = m + sqrt(v) e.
 __device__ __forceinline__ float slope_of(float v, float e) { return v > 1e-30f ? 0.5f * e / sqrtf(v) : 0.f; }
 
+// A pre-activation's variance. Where a product that should be 0 has come out below (a library's order of sums may leave
+// errors of both signs), it counts as 0, or the root of the whole would be a NaN under a tiny bias variance. A NaN
+// stays one: it must reach the loss.
+__device__ __forceinline__ float variance_with_bias(float v, float bias_variance) {
+  return (v < 0.f ? 0.f : v) + bias_variance;
+}
+
+// m may be out.value, so it is read as memory that this launch writes: no __restrict__.
 template <bool noisy, bool relu>
-__device__ __forceinline__ void sample_one(const Signal& out, const float* __restrict__ m, float* __restrict__ v,
-                                           float bias_mean, float bias_variance, size_t i, float e) {
+__device__ __forceinline__ void sample_one(const Signal& out, const float* m, float* __restrict__ v, float bias_mean,
+                                           float bias_variance, size_t i, float e) {
   float y = m[i] + bias_mean;
   if constexpr (noisy) {
-    const float variance = v[i] + bias_variance;
+    const float variance = variance_with_bias(v[i], bias_variance);
     v[i] = variance;
     y += sqrtf(variance) * e;
   }
@@ -211,10 +219,10 @@ __global__ void conv_sample_pool_kernel(Signal out, uint8_t* __restrict__ which,
     float4 e{};
     if constexpr (noisy) {
       e = normal4(key, counter + py * ww + px, stream_id, step);
-      s0 = sqrtf(vp[a] + bias_variance);
-      s1 = sqrtf(vp[a + 1] + bias_variance);
-      s2 = sqrtf(vp[a + w] + bias_variance);
-      s3 = sqrtf(vp[a + w + 1] + bias_variance);
+      s0 = sqrtf(variance_with_bias(vp[a], bias_variance));
+      s1 = sqrtf(variance_with_bias(vp[a + 1], bias_variance));
+      s2 = sqrtf(variance_with_bias(vp[a + w], bias_variance));
+      s3 = sqrtf(variance_with_bias(vp[a + w + 1], bias_variance));
       p0 += s0 * e.x, p1 += s1 * e.y, p2 += s2 * e.z, p3 += s3 * e.w;
     }
     // Selects, not branches: random data would mispredict.
@@ -341,7 +349,7 @@ __global__ void conv_sample_pool3_kernel(Signal out, uint8_t* __restrict__ which
     const int i = y * w + 2 * x + odd, at = (2 * (y & 1) + odd) * n + (y >> 1) * qw + x;
     float p = mp[i];
     if constexpr (noisy) {
-      const float sd = sqrtf(vp[i] + bias_variance), e = pre[at];
+      const float sd = sqrtf(variance_with_bias(vp[i], bias_variance)), e = pre[at];
       p += sd * e;
       if constexpr (keep) {
         const float half = 0.5f * e / (sd > 1e-15f ? sd : 1.f);

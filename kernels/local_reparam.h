@@ -1,6 +1,7 @@
 // Local reparameterization (Kingma, Salimans and Welling 2015): a layer's pre-activations are Gaussian given its input,
 //   y = m + sqrt(v) e,   m = x mu + b_mu,   v = x^2 sigma^2 + b_sigma^2,   e ~ N(0, 1) for each example and output,
 // so a layer samples its outputs instead of its weights. The products are engine/blas.h's; here is what surrounds them.
+// A variance product below 0, which rounding may leave where it should be 0, counts as 0; a NaN stays one.
 // A point posterior is the same without the noise: pass v = nullptr.
 #pragma once
 #include "kernels/step_state.h"
@@ -29,7 +30,8 @@ struct Signal {
 struct DenseShape {
   int replicas, batch, units;
 };
-// out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2.
+// out.value = relu?(m + b_mu + sqrt(v + b_sigma^2) e), out.square its square. v is replaced by v + b_sigma^2. m may be
+// out.value.
 void dense_sample(Signal out, const float* m, float* v, Bias, DenseShape, bool relu, const StepState*,
                   uint32_t stream_id, Stream);
 // dm = g, dv = g e / (2 sqrt v), with g = dL/dy (0 where the ReLU cut) and e drawn again; v as dense_sample left it.
@@ -48,6 +50,7 @@ struct ConvPlanes {
   __host__ __device__ int pooled_h() const { return (h + 2 - window) / 2; }
   __host__ __device__ int pooled_w() const { return (w + 2 - window) / 2; }
 };
+// As dense_sample.
 void conv_sample(Signal out, const float* m, float* v, Bias, ConvPlanes, bool relu, const StepState*,
                  uint32_t stream_id, Stream);
 // dm, dv as for dense; sums [2][replicas][batch][channels]: each plane's sums of dm and dv, for conv_bias_gradient.

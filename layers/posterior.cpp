@@ -65,7 +65,7 @@ Posterior::Posterior(Device& device, Arena& arena, const ParameterLayout& layout
   const std::vector<Run> pieces = pieces_of(runs_);
   Run* table = arena.take<Run>(pieces.size());
   upload(device, table, pieces);
-  pieces_ = {table, int(pieces.size())};
+  pieces_ = {table, int(pieces.size()), slots_of(runs_)};
   partial_ = arena.take<float>(pieces.size() * replicas);
   for (Ledger* ledger : {&ledger_, &kl_}) {
     *ledger = {arena.take<double>(kl_names_.size() * replicas), kl_names_.size()};

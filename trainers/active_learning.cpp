@@ -138,8 +138,8 @@ struct Candidates {
 // k-means++ seeding over embeddings, after `first` (Arthur and Vassilvitskii 2007).
 template <class Real>
 std::vector<int> plus_plus(Device& device, const Embeddings<Real>& e, int first, int count, SplitMix64& random) {
-  Arena arena;
-  Real* distance = arena.take<Real>(e.n);
+  Scratch::Frame scratch(device);
+  Real* distance = scratch.take<Real>(e.n);
   std::vector<int> picks = {first};
   std::vector<char> taken(e.n);
   taken[first] = 1;
@@ -312,7 +312,7 @@ class Selection {
   void prepare_fisher(const FeatureRows<Real>& pool) {
     const size_t d = dim_;
     fisher_ = arena_.take<Real>(d * d);
-    Arena scratch;
+    Scratch::Frame scratch(device_);
     const int most = std::min(chunk_rows, pool.count);
     Real *scaled = scratch.take<Real>(most * d), *weight = scratch.take<Real>(most),
          *logits = scratch.take<Real>(size_t(most) * classes_);
@@ -331,7 +331,7 @@ class Selection {
   void measure() {
     const size_t d = dim_;
     const int most = std::min(chunk_rows, n_);
-    Arena scratch;
+    Scratch::Frame scratch(device_);
     Real *z = scratch.take<Real>(most * d), *zf = scratch.take<Real>(most * d);
     for (int first = 0; first < n_; first += most) {
       const int count = std::min(most, n_ - first);
@@ -345,7 +345,7 @@ class Selection {
   std::vector<int> forward_backward() {
     const size_t d = dim_;
     const int most = int(std::min<int64_t>(2 * int64_t(batch_), n_));
-    Arena scratch;
+    Scratch::Frame scratch(device_);
     Real *joined = scratch.take<Real>(most * d), *left = scratch.take<Real>((most - batch_) * d),
          *overlap = scratch.take<Real>(most), *scale = scratch.take<Real>(1);
     int joins = 0, leaves = 0;
@@ -470,11 +470,11 @@ namespace {
 template <class Real>
 std::vector<int> k_means(Device& device, const Candidates<Real>& rows, int clusters, SplitMix64& random) {
   const int n = rows.count, d = rows.dim;
-  Arena arena;
-  Real *ones = arena.take<Real>(n), *norm = arena.take<Real>(n), *centre = arena.take<Real>(size_t(clusters) * d),
-       *member = arena.take<Real>(size_t(n) * clusters), *overlap = arena.take<Real>(size_t(n) * clusters),
-       *centre_norm = arena.take<Real>(clusters);
-  int32_t* index = arena.take<int32_t>(clusters);
+  Scratch::Frame scratch(device);
+  Real *ones = scratch.take<Real>(n), *norm = scratch.take<Real>(n), *centre = scratch.take<Real>(size_t(clusters) * d),
+       *member = scratch.take<Real>(size_t(n) * clusters), *overlap = scratch.take<Real>(size_t(n) * clusters),
+       *centre_norm = scratch.take<Real>(clusters);
+  int32_t* index = scratch.take<int32_t>(clusters);
   upload(device, ones, std::vector<Real>(n, Real(1)));
   row_dots(norm, Real(1), rows.x, d, rows.x, d, Real(0), n, d, device.stream());
   // Distances of features are those of embeddings with r = 1.
@@ -522,8 +522,8 @@ std::vector<std::vector<int>> draw_trials(Device& device, LastLayer<Real>& layer
   }
   std::vector<int> unsure;
   if (trials > 2) {
-    Arena arena;
-    Real *p = arena.take<Real>(size_t(n) * classes), *margin = arena.take<Real>(n);
+    Scratch::Frame scratch(device);
+    Real *p = scratch.take<Real>(size_t(n) * classes), *margin = scratch.take<Real>(n);
     layer.logits(rows.x, n, p);
     softmax_residual<Real>(p, nullptr, nullptr, nullptr, p, nullptr, n, classes, device.stream());
     margins(margin, p, n, classes, device.stream());

@@ -205,8 +205,8 @@ LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptio
     throw InputError("Monte Carlo predictions of " + std::to_string(o.draws) + " draws");
   if (o.link == Link::mean_field && !(o.lambda >= 0))
     throw InputError("lambda of the mean-field link must not be negative");
-  Arena arena;
-  Real* normals = sampled ? arena.take<Real>(size_t(o.draws) * classes_) : nullptr;
+  Scratch::Frame scratch(device_);
+  Real* normals = sampled ? scratch.take<Real>(size_t(o.draws) * classes_) : nullptr;
   if (sampled) fill_normals(normals, o.draws * classes_, key_of(o.seed, 13), device_.stream());
   LinkedPredictions result;
   const auto append = [&](std::vector<double>& to, const Real* from, size_t count) {
@@ -746,10 +746,10 @@ void Reweighting<Real>::update(const FeatureRows<Real>& data, double gamma) {
   if (data.count < 1 || !data.labels) throw InputError("re-weighting needs samples with labels");
   if (!(gamma > 0) || !std::isfinite(gamma)) throw InputError("gamma must be positive, not " + shown(gamma));
   const int wide = draws_ * classes_;
-  Arena arena;
+  Scratch::Frame scratch(device_);
   const size_t rows = size_t(data.count) * draws_;
-  Real *logits = arena.take<Real>(size_t(data.count) * wide), *loss = arena.take<Real>(rows);
-  int32_t* labels = arena.take<int32_t>(rows);
+  Real *logits = scratch.take<Real>(size_t(data.count) * wide), *loss = scratch.take<Real>(rows);
+  int32_t* labels = scratch.take<int32_t>(rows);
   const std::vector<int32_t> y = download(device_, data.labels, data.count);
   std::vector<int32_t> repeated(rows);
   for (size_t i = 0; i < rows; i++) repeated[i] = y[i / draws_];
@@ -773,9 +773,9 @@ std::vector<double> Reweighting<Real>::predict(const Real* x, int n) {
   for (double w : log_weight_) sum += std::exp(w - top);
   for (int s = 0; s < draws_; s++) share[s] = Real(std::exp(log_weight_[s] - top) / sum);
   const int wide = draws_ * classes_, chunk = std::max(1, std::min(n, 4000000 / wide));
-  Arena arena;
-  Real *logits = arena.take<Real>(size_t(chunk) * wide), *mean = arena.take<Real>(size_t(chunk) * classes_),
-       *weight = arena.take<Real>(draws_);
+  Scratch::Frame scratch(device_);
+  Real *logits = scratch.take<Real>(size_t(chunk) * wide), *mean = scratch.take<Real>(size_t(chunk) * classes_),
+       *weight = scratch.take<Real>(draws_);
   upload(device_, weight, share);
   std::vector<double> result;
   for (int first = 0; first < n; first += chunk) {

@@ -61,7 +61,7 @@ std::vector<int32_t> checked_labels(Device& device, const FeatureRows<double>& r
     throw InputError("features of shape [" + std::to_string(rows.count) + "][" + std::to_string(rows.dim) +
                      "], expected dim " + std::to_string(dim));
   if (rows.count == 0) return {};
-  Arena scratch;
+  Scratch::Frame scratch(device);
   auto* hash = scratch.take<uint64_t>(rows.count);
   auto* nonfinite = scratch.take<int32_t>(rows.count);
   inspect_rows(hash, nonfinite, rows.x, rows.count, dim, device.stream());
@@ -81,7 +81,7 @@ std::vector<int32_t> checked_labels(Device& device, const FeatureRows<double>& r
 // softmax(W phi_n) [n][C] of all rows; weights [C][D] on the device.
 Doubles probabilities(Device& device, const double* weights, const double* x, int n, int dim, int classes) {
   const int step = rows_at_once(n, 2 * size_t(classes));
-  Arena scratch;
+  Scratch::Frame scratch(device);
   auto *logits = scratch.take<double>(size_t(step) * classes), *p = scratch.take<double>(size_t(step) * classes);
   Doubles all(size_t(n) * classes);
   for (int first = 0; first < n; first += step) {
@@ -245,7 +245,7 @@ struct ExactLastLayer::State {
   // block is a product of rows scaled by sqrt |G_ce| with themselves, and symmetric.
   void add_curvature(double* into, const double* x, const Doubles& probability, int n) {
     const int pairs = classes * (classes + 1) / 2, step = rows_at_once(n, size_t(dim) + pairs);
-    Arena scratch;
+    Scratch::Frame scratch(device);
     auto *scaled = scratch.take<double>(size_t(step) * dim), *weights = scratch.take<double>(size_t(step) * pairs);
     for (int first = 0; first < n; first += step) {
       const int count = std::min(step, n - first);
@@ -422,7 +422,7 @@ void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   if (n < 0) throw InputError(std::to_string(n) + " rows");
   const size_t square = size_t(classes_) * classes_, wide = square * dim_;
   const int step = rows_at_once(n, 2 * wide);
-  Arena scratch;
+  Scratch::Frame scratch(device_);
   auto *products = scratch.take<double>(step * wide), *repeated = scratch.take<double>(step * wide);
   auto* index = scratch.take<int32_t>(step * square);
   std::vector<int32_t> sources(step * square);
@@ -438,7 +438,6 @@ void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
     row_dots(out + first * square, 1.0, products, size_t(dim_), repeated, size_t(dim_), 0.0, entries, dim_,
              device_.stream());
   }
-  device_.synchronize();  // before the scratch goes
 }
 
 LinkedPredictions ExactLastLayer::predict(const double* x, int n, const LinkOptions& options) {
@@ -450,7 +449,7 @@ LinkedPredictions ExactLastLayer::predict(const double* x, int n, const LinkOpti
     throw InputError(std::to_string(options.draws) + " draws");
   const size_t square = size_t(classes_) * classes_;
   const int step = rows_at_once(n, 2 * square + 2 * size_t(classes_) + 2);
-  Arena scratch;
+  Scratch::Frame scratch(device_);
   auto *f = scratch.take<double>(size_t(step) * classes_), *probability = scratch.take<double>(size_t(step) * classes_);
   auto *entropy = scratch.take<double>(step), *information = scratch.take<double>(step);
   double* variance = options.link == Link::map ? nullptr : scratch.take<double>(step * square);
@@ -504,7 +503,7 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
   if (iterations < 1) throw InputError(std::to_string(iterations) + " Newton steps, at least 1");
   const int n = rows.count;
   const size_t outputs = size_t(n) * classes_;
-  Arena scratch;
+  Scratch::Frame scratch(device_);
   auto *logits = scratch.take<double>(outputs), *r = scratch.take<double>(outputs), *loss = scratch.take<double>(n);
   auto *shift = scratch.take<double>(s.order), *slope = scratch.take<double>(s.order);
   const Doubles start = weights();

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "engine/files.h"
 #include "trainers/parse.h"
 
 namespace baton {
@@ -261,8 +262,11 @@ void print_files(const Dataset& set, const std::filesystem::path& out) {
            set.name == "mnist" ? "MNIST" : "CIFAR-10");
   printf("\nResults: %s\nLog:     %s\n", (out / "result.json").c_str(), (out / "log.jsonl").c_str());
   fflush(stdout);
-  const std::string plot = std::string(BATON_SOURCE_DIR) + "/tools/plot '" + out.string() + "'";
-  if (std::system(plot.c_str()) != 0) printf("The plot was not drawn; tools/plot %s draws it.\n", out.c_str());
+  const std::filesystem::path plot = in_build_folder("tools/plot");
+  if (!std::filesystem::exists(plot))
+    printf("The plot was not drawn, for %s is not there; tools/plot %s draws it.\n", plot.c_str(), out.c_str());
+  else if (std::system(("'" + plot.string() + "' '" + out.string() + "'").c_str()) != 0)
+    printf("The plot was not drawn; tools/plot %s draws it.\n", out.c_str());
 }
 
 int run_bil(const BilProgram& program, int argc, char** argv) {

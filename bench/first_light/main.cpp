@@ -54,17 +54,21 @@ json head(const char* kind, const std::string& network, const Layer& layer) {
 }
 
 void print_offers(Device& device, const std::string& network, const Layer& layer) {
-  for (const ConvolutionOffer& o : offers(device, layer.shape)) {
-    json line = head("offer", network, layer);
-    line.update({{"direction", o.direction},
-                 {"algorithm", o.algorithm},
-                 {"status", o.status},
-                 {"determinism", o.determinism},
-                 {"math", o.math},
-                 {"workspace", o.workspace},
-                 {"chosen", o.chosen}});
-    print(line);
-  }
+  const std::pair<ConvDirection, const char*> directions[] = {{ConvDirection::forward, "forward"},
+                                                              {ConvDirection::data, "data gradient"},
+                                                              {ConvDirection::weights, "weight gradient"}};
+  for (const auto& [direction, name] : directions)
+    for (const OfferedAlgorithm& o : Convolution::offered_algorithms(device, layer.shape, direction)) {
+      json line = head("offer", network, layer);
+      line.update({{"direction", name},
+                   {"algorithm", o.name},
+                   {"status", o.status},
+                   {"determinism", o.determinism},
+                   {"math", o.math},
+                   {"workspace", o.workspace},
+                   {"chosen", o.chosen}});
+      print(line);
+    }
 }
 
 // The convolution of one image, in double precision.
@@ -113,9 +117,9 @@ void print_variance(Device& device, const std::string& network, const Layer& lay
     norm += exact[i] * exact[i];
   }
   json line = head("variance", network, layer);
-  line["algorithm"] = "none";
-  for (const ConvolutionOffer& o : offers(device, s))
-    if (o.chosen && o.direction == "forward") line["algorithm"] = o.algorithm;
+  line["algorithm"] = "direct";  // the CPU's, where there is nothing to choose
+  for (const OfferedAlgorithm& o : Convolution::offered_algorithms(device, s, ConvDirection::forward))
+    if (o.chosen) line["algorithm"] = o.name;
   const auto count = [&](auto wanted) { return std::count_if(y.begin(), y.end(), wanted); };
   line["least"] = *std::min_element(y.begin(), y.end(), [](float a, float b) { return a < b; });
   line["greatest"] = *std::max_element(y.begin(), y.end(), [](float a, float b) { return a < b; });

@@ -73,5 +73,5 @@ GaussianArrays take_arrays(Buffers& b, const NetworkSizes& network, int replicas
 
 Pieces take_pieces(Buffers& b, const std::vector<Run>& runs) {
   const std::vector<Run> pieces = pieces_of(runs);
-  return {b.put(pieces), int(pieces.size())};
+  return {b.put(pieces), int(pieces.size()), slots_of(runs)};
 }

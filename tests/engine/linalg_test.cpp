@@ -437,6 +437,52 @@ TYPED_TEST(Linalg, EigenKnown) {
   }
 }
 
+// Nothing is handed to the library where an element of the lower triangle is not finite: the first row that has one is
+// named, and the matrix is left as it was.
+TYPED_TEST(Linalg, EigenOfWhatIsNotFinite) {
+  BATON_NEEDS_DEVICE();
+  using Real = TypeParam;
+  Factored<Real> f(131);
+  for (int n : {1, 2, 40, 131}) {
+    const std::vector<Real> a = positive<Real>(n, n);
+    for (int i : {0, 1, n / 2, n - 1}) {
+      if (i >= n) continue;
+      for (int j : {0, i / 2, i})
+        for (const Real strange : {Real(NAN), Real(INFINITY), -Real(INFINITY)}) {
+          SCOPED_TRACE(testing::Message() << strange << " at (" << i << ", " << j << ") of " << n);
+          std::vector<Real> bad = a;
+          bad[size_t(i) * n + j] = strange;
+          bad[size_t(n - 1) * n] = strange;  // a later one says nothing
+          Buffer da(f.data, bad);
+          Buffer<Real> values(f.data, n, Real(7));
+          EXPECT_EQ(f.factorizer.eigen(da, values, n), i + 1);
+          EXPECT_TRUE(exact(da.host(), bad));
+        }
+    }
+  }
+}
+
+TYPED_TEST(Linalg, InvertOfASingularFactor) {
+  BATON_NEEDS_DEVICE();
+  using Real = TypeParam;
+  Factored<Real> f(131);
+  for (int n : {1, 2, 40, 131})
+    for (int i : {0, n / 2, n - 1}) {
+      SCOPED_TRACE(testing::Message() << "element " << i << " of " << n);
+      std::vector<Real> l = identity<Real>(n);
+      l[size_t(i) * (n + 1)] = 0;
+      Buffer dl(f.data, l);
+      try {
+        f.factorizer.invert(dl, n);
+        ADD_FAILURE() << "inverted";
+      } catch (const RunError& e) {
+        EXPECT_NE(std::string(e.what()).find("element " + std::to_string(i + 1) + " "), std::string::npos) << e.what();
+      }
+      dl.set(identity<Real>(n));
+      EXPECT_NO_THROW(f.factorizer.invert(dl, n));
+    }
+}
+
 TYPED_TEST(Linalg, FactorizerRefuses) {
   BATON_NEEDS_DEVICE();
   using Real = TypeParam;

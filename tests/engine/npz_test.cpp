@@ -1,4 +1,3 @@
-// BATON_GOLDENS: the folder of the layer goldens, set by the build.
 #include <gtest/gtest.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -24,8 +23,6 @@ namespace baton::test {
 namespace {
 
 namespace fs = std::filesystem;
-
-const fs::path kGoldens = BATON_GOLDENS;
 
 // One stored array in an archive.
 std::string archive(const std::string& descr, const std::string& shape, const std::string& data) {
@@ -61,7 +58,7 @@ class NpzTest : public ::testing::Test {
 };
 
 TEST(NpzGoldens, ADenseCaseReads) {
-  const Npz golden(kGoldens / "ffg_dense_small_gauss.npz");
+  const Npz golden(golden_file("layers/ffg_dense_small_gauss"));
   EXPECT_EQ(golden.shape("in_x"), (std::vector<int64_t>{4, 7}));
   EXPECT_EQ(golden.shape("out_y"), (std::vector<int64_t>{4, 5}));
   EXPECT_NE(golden.text("meta_json").find("\"kind\""), std::string::npos) << golden.text("meta_json");
@@ -88,7 +85,7 @@ TEST(NpzGoldens, ADenseCaseReads) {
 }
 
 TEST(NpzGoldens, FingerprintsAgree) {
-  const Npz golden(kGoldens / "net_lenet5_ffg_b4.npz");
+  const Npz golden(golden_file("layers/net_lenet5_ffg_b4"));
   for (const std::string name : {"g_conv1_mu", "g_conv1_sigma", "g_conv2_mu", "g_conv2_sigma"}) {
     const std::array<double, 11> print = fingerprint(golden.f64(name));  // of values rounded to float
     const std::vector<double> expected = golden.f64(name + "_fp");

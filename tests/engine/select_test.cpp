@@ -113,5 +113,20 @@ TEST(MarkLowest, RefusesCounts) {
   EXPECT_THROW(call(-1, -1), InputError);
 }
 
+TEST(MarkLowest, NothingGrowsAfterTheFirstCall) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  std::vector<float> values(5000);
+  for (size_t i = 0; i < values.size(); i++) values[i] = float(i * 7919 % 5003);
+  Buffer scores(memory, values);
+  Buffer<uint8_t> marked(memory, values.size());
+  const auto call = [&](int count, int lowest) { mark_lowest(memory.device(), marked, scores, count, lowest); };
+  call(5000, 100);
+  const size_t allocations = memory.device().allocations(), peak = memory.device().peak_bytes();
+  for (int lowest : {100, 0, 4999}) call(5000, lowest), call(700, lowest % 700);
+  EXPECT_EQ(memory.device().allocations(), allocations);
+  EXPECT_EQ(memory.device().peak_bytes(), peak);
+}
+
 }  // namespace
 }  // namespace baton::test

@@ -9,6 +9,7 @@
 
 #include "engine/dataset.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/test_data.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -139,7 +140,7 @@ int run_all(const std::vector<std::string>& wanted) {
   }
   for (const auto& [name, target] : targets()) {
     if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) continue;
-    const Counts counts = run_corpus(name, target, fs::path(BATON_SOURCE_DIR) / "tests/fuzz/corpus" / name);
+    const Counts counts = run_corpus(name, target, test::test_data() / "corpus" / name);
     std::printf("%-12s %3zu files, %6zu inputs, %6zu of them loaded\n", name.c_str(), counts.files, counts.runs,
                 counts.loaded);
     std::fflush(stdout);

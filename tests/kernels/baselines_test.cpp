@@ -212,7 +212,7 @@ struct Mlp {
 // Two tasks of five SGD steps, the second with the anchor. The golden's importance may be negative: its relu is ours.
 TEST(SynapticIntelligence, SmallGolden) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/si_sgd.npz");
+  const Npz golden(golden_file("layers/si_sgd"));
   const int n = Mlp::size, steps = 5;
   const std::vector<double> x = golden.f64("in_x"), first = Mlp::pack(golden, "in_");
   const std::vector<int64_t> y = golden.i64("in_y");

@@ -10,8 +10,6 @@
 #include "tests/support/device.h"
 #include "tests/support/npz.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd"
-
 namespace baton::test {
 namespace {
 
@@ -516,7 +514,7 @@ TEST(BgdUpdate, SmallEdgesOfBins) {
 // deviations at 0 or below.
 TEST(BgdUpdate, GoldenVectors) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(BATON_BGD_GOLDENS "/update_vectors.npz");
+  const Npz golden(golden_file("bgd/update_vectors"));
   const std::vector<float> mean = golden.f32("mu"), sd = golden.f32("sigma");
   const float eta = float(golden.scalar("eta"));
   ASSERT_EQ(eta, 2);
@@ -546,7 +544,7 @@ TEST(BgdUpdate, GoldenVectors) {
 
 // Every step of a recorded run, alone: from the recorded state, with the recorded expectations.
 void check_recorded_steps(const char* name, const std::vector<std::string>& tensors, bool bounded) {
-  const Npz golden(std::string(BATON_BGD_GOLDENS) + "/" + name + ".npz");
+  const Npz golden(golden_file(std::string("bgd/") + name));
   const int steps = int(golden.shape("batch_size")[0]);
   const float eta = float(golden.scalar("eta"));
   for (int t = 0; t < steps; t++)
@@ -775,6 +773,45 @@ TEST(SigmaStatistics, MedianWithinASixteenth) {
         EXPECT_NEAR(p.seen().median, most, 1.0001f / 16 * most) << others << " at " << rest;
         expect_statistics(p.seen(), sd);
       }
+}
+
+// The middle in every bin, the first and the last included, with as many weights below it as above, one more or fewer,
+// and pruned ones, which do not count.
+TEST(SigmaStatistics, MedianInEveryBin) {
+  BATON_NEEDS_DEVICE();
+  for (int bin = 0; bin < sd_bins; bin += bin == 0 || bin == sd_bins - 2 ? 1 : 3)
+    for (int more : {0, 1, -1}) {
+      SCOPED_TRACE(testing::Message() << "bin " << bin << ", " << more << " more above");
+      const float middle = 0.5f * (sd_bin_edge(bin) + sd_bin_edge(bin + 1));
+      std::vector<float> sd(3, middle);
+      const int aside = 4;
+      for (int i = 0; i < aside; i++) sd.push_back(bin > 0 ? sd_bin_edge(i * bin / aside) : middle);
+      for (int i = 0; i < aside + more; i++)
+        sd.push_back(bin + 1 < sd_bins ? sd_bin_edge(sd_bins - 1 - i * (sd_bins - 1 - bin) / (aside + more)) : middle);
+      sd.insert(sd.end(), 5, 0.f);
+      Posterior p(std::vector<float>(sd.size()), sd, states_of(1));
+      sigma_statistics(p.statistics, p.sd, p.count, p.partial, p.memory.stream());
+      EXPECT_EQ(p.seen().median, middle);
+      expect_statistics(p.seen(), sd);
+      p.update(quiet());  // the same kernel behind a step that moves nothing
+      EXPECT_EQ(p.seen().median, middle);
+    }
+}
+
+// More blocks than a block has threads: every one counts, and the same bits come out every time.
+TEST(SigmaStatistics, OfManyBlocks) {
+  BATON_NEEDS_DEVICE();
+  const int count = 300 * 4096 + 11;
+  std::vector<float> sd = deviations(count, 5, 0.02f, 0.5f);
+  for (int i = 0; i < count; i += 7) sd[i] = 0;
+  sd[count - 1] = 90.f, sd[5 * 4096] = 1e-5f;  // what the last block and one of the first have
+  Posterior p(std::vector<float>(count), sd, states_of(1));
+  for (int time = 0; time < 2; time++) {
+    sigma_statistics(p.statistics, p.sd, count, p.partial, p.memory.stream());
+    expect_statistics(p.seen(), sd);
+    EXPECT_EQ(p.seen().largest, 90.f);
+    EXPECT_EQ(p.seen().smallest, 1e-5f);
+  }
 }
 
 TEST(SigmaStatistics, OfGivenDeviations) {

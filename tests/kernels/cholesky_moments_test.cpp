@@ -201,7 +201,7 @@ TEST(CholeskyMoments, Goldens) {
   BATON_NEEDS_DEVICE();
   for (const char* name : {"cfg_conv_3x3_p1", "cfg_conv_5x5_p0"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + name));
     const auto x_shape = golden.shape("in_x"), w_shape = golden.shape("in_mu"), y_shape = golden.shape("up_y");
     ConvShape s{
         int(x_shape[0]), int(x_shape[1]), int(x_shape[2]), int(x_shape[3]), int(w_shape[0]), int(w_shape[2]), 0};

@@ -293,7 +293,7 @@ TEST(Cholesky, GoldenDivergence) {
   BATON_NEEDS_DEVICE();
   for (const char* name : {"cfg_kl_3x3", "cfg_kl_5x5", "cfg_kl_diag_q", "cfg_kl_iso_prior"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + name));
     auto p = posterior_of(golden);
     const int blocks = p->blocks, d = p->d;
     const auto factors = lowers(golden, "in_L", blocks, d), priors = lowers(golden, "in_Lp", blocks, d);
@@ -325,7 +325,7 @@ TEST(Cholesky, GoldenDivergence) {
 
 TEST(Cholesky, DivergenceFromItselfIsZero) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/cfg_kl_equal.npz");
+  const Npz golden(golden_file("layers/cfg_kl_equal"));
   auto p = posterior_of(golden);
   EXPECT_NEAR(p->divergence()[0], golden.scalar("out_kl"), 1e-11);
   p->step(false);
@@ -383,7 +383,7 @@ TEST(Cholesky, GoldenWeightSampling) {
   };
   for (Case c : {Case{"cfg_conv_3x3_p1", 1, 1}, Case{"cfg_conv_5x5_p0", 1, 0}, Case{"cfg_conv_2x3_s2", 2, 1}}) {
     SCOPED_TRACE(c.name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + c.name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + c.name));
     const auto x_shape = golden.shape("in_x"), w_shape = golden.shape("in_mu"), y_shape = golden.shape("up_y");
     const int batch = int(x_shape[0]), channels = int(x_shape[1]), h = int(x_shape[2]), width = int(x_shape[3]);
     const int filters = int(w_shape[0]), kh = int(w_shape[2]), kw = int(w_shape[3]);
@@ -736,7 +736,7 @@ TEST(Cholesky, DiagonalFactorHasTheDiagonalGaussiansDivergence) {
   Buffer pieces(memory, table);
   Buffer<float> partial(memory, table.size());
   Buffer<double> kl(memory, 1, 0.);
-  gaussian_kl({kl, 1}, g, {pieces, int(table.size())}, partial, memory.stream());
+  gaussian_kl({kl, 1}, g, {pieces, int(table.size()), 1}, partial, memory.stream());
   EXPECT_TRUE(close(p.divergence(), kl.host(), {.l2 = 1e-6}));
 
   Buffer<float> marginals(memory, n, NAN);

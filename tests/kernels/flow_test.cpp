@@ -698,7 +698,7 @@ TEST(Flow, GroupsAndReplicasAreSingleCalls) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- goldens
-Npz golden_of(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/" + name + ".npz"); }
+Npz golden_of(const std::string& name) { return Npz(golden_file(std::string("layers/") + name)); }
 
 const char* const coupling_names[] = {"m", "W0", "b0", "W1", "b1", "W2", "b2"};
 const char* const planar_names[] = {"w", "b", "u"};

@@ -18,7 +18,7 @@ struct Posterior {
   Posterior(int count_, int replicas_, size_t stride_, std::vector<Run> runs_ = {})
       : count(count_), replicas(replicas_), stride(stride_), runs(std::move(runs_)) {
     if (runs.empty()) runs = {{0, count, 0}};
-    for (const Run& run : runs) slots = std::max(slots, run.slot + 1);
+    slots = slots_of(runs);
     pieces = std::make_unique<Buffer<Run>>(memory, pieces_of(runs));
     for (auto* b : {&mean, &log_sd, &variance, &prior_mean, &prior_log_sd, &grad_mean, &grad_variance, &mean_m, &mean_v,
                     &scale_m, &scale_v})
@@ -39,7 +39,7 @@ struct Posterior {
   // A state that the next advance() makes the first step of its stage.
   void set_states(const std::vector<StepState>& s) { states->set(s); }
   void advance() { advance_step(*states, replicas, memory.stream()); }
-  Pieces table() { return {*pieces, int(pieces->size())}; }
+  Pieces table() { return {*pieces, int(pieces->size()), slots}; }
   void step(ScaleRule rule, const Multipliers& z = {}) {
     gaussian_step(arrays(), rule, table(), *states, {*booked, size_t(slots)}, *partial, memory.stream(), z);
   }
@@ -135,7 +135,7 @@ TEST(Gaussian, GoldenDivergence) {
   BATON_NEEDS_DEVICE();
   for (const char* name : {"kl_diag_small", "kl_diag_wide"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+    const Npz golden(golden_file(std::string("layers/") + name));
     for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
       auto p = posterior_of(golden);
       EXPECT_TRUE(close(p->divergence(), golden.f64("out_kl_sum"), {.l2 = 3e-6}));
@@ -158,7 +158,7 @@ TEST(Gaussian, GoldenDivergence) {
 // Where q is near p, a float KL of one parameter is good to about 1e-7, and so is its gradient by log sigma.
 TEST(Gaussian, GoldenNearEquality) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/kl_diag_near_equal.npz");
+  const Npz golden(golden_file("layers/kl_diag_near_equal"));
   auto p = posterior_of(golden);
   const double n = p->count, rounding = 2.5e-7;
   EXPECT_NEAR(p->divergence()[0], kl_of(*p)[0], n * 5e-8);
@@ -177,7 +177,7 @@ TEST(Gaussian, GoldenNearEquality) {
 
 TEST(Gaussian, DivergenceFromItselfIsZero) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/kl_diag_equal.npz");
+  const Npz golden(golden_file("layers/kl_diag_equal"));
   for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
     auto p = posterior_of(golden);
     EXPECT_NEAR(p->divergence()[0], golden.scalar("out_kl_sum"), 1e-6);
@@ -412,6 +412,37 @@ TEST(Gaussian, SmallPiecesOfRuns) {
   EXPECT_EQ(next, pieces.size());
   EXPECT_LE(pieces.size(), 1u + 3 + 4 + 4 + 7);  // no more than needed
   EXPECT_TRUE(pieces_of({}).empty());
+}
+
+// More pieces than a block has threads, of slots that alternate, and several replicas: every slot gets its own partial
+// sums, added in double, the same bits every time; and a NaN stays in its slot.
+TEST(Gaussian, ManyPiecesAreBooked) {
+  BATON_NEEDS_DEVICE();
+  constexpr int pieces = 700, slots = 5, replicas = 3;
+  std::vector<baton::Run> runs;
+  for (int i = 0; i < pieces; i++) runs.push_back({3 * i, 3, i * i % slots == 4 ? 4 : i % 3});  // slot 3 has none
+  Posterior p(3 * pieces, replicas, 3 * pieces + 1, runs);
+  ASSERT_EQ(p.pieces->size(), size_t(pieces));
+  randomize(p, 31);
+  std::vector<float> mean = p.mean->host();
+  const int poisoned = 6;  // a piece of slot 0
+  ASSERT_EQ(runs[poisoned].slot, 0);
+  mean[p.stride + size_t(runs[poisoned].first)] = NAN;
+  p.mean->set(mean);
+  const std::vector<double> got = p.divergence();
+  EXPECT_TRUE(exact(p.divergence(), got));
+  const std::vector<float> partial = p.partial->host();
+  for (int r = 0; r < replicas; r++)
+    for (int slot = 0; slot < slots; slot++) {
+      SCOPED_TRACE(testing::Message() << "replica " << r << ", slot " << slot);
+      long double want = 0;
+      for (int i = 0; i < pieces; i++)
+        if (runs[i].slot == slot) want += partial[size_t(pieces) * r + i];
+      const double sum = got[slots * r + slot];
+      if (r == 1 && slot == 0) EXPECT_TRUE(std::isnan(sum));
+      else EXPECT_NEAR(sum, double(want), 1e-14 * double(want));
+      EXPECT_EQ(want == 0, slot == 3);
+    }
 }
 
 // Several runs book into slots of their own, and what lies between them is not touched.

@@ -178,7 +178,7 @@ TEST(Predictive, AgainstReference) {
 
 TEST(Predictive, Golden) {
   BATON_NEEDS_DEVICE();
-  const Npz golden(std::string(BATON_GOLDENS) + "/predict_average.npz");
+  const Npz golden(golden_file("layers/predict_average"));
   const auto shape = golden.shape("out_logits");
   const int samples = int(shape[0]), batch = int(shape[1]), classes = int(shape[2]);
   const Moments m = run(golden.f32("out_logits"), {samples}, batch, classes);

@@ -14,7 +14,7 @@ constexpr uint32_t stream_id = 2;
 // A golden convolution: y = m + sqrt(v) eps without ReLU, with the gradients of sum(up y).
 struct Golden {
   explicit Golden(const std::string& name)
-      : z(BATON_GOLDENS "/" + name + ".npz"),
+      : z(golden_file("layers/" + name)),
         x(z.f32("in_x")),
         up(z.f64("up_y")),
         eps(z.f64("eps")),

@@ -13,7 +13,7 @@ constexpr uint32_t stream_id = 3;
 // A golden dense layer: y = m + sqrt(v) eps without ReLU, with the gradients of sum(up y).
 struct Golden {
   explicit Golden(const std::string& name)
-      : z(BATON_GOLDENS "/" + name + ".npz"), x(z.f32("in_x")), up(z.f64("up_y")), eps(z.f64("eps")) {
+      : z(golden_file("layers/" + name)), x(z.f32("in_x")), up(z.f64("up_y")), eps(z.f64("eps")) {
     const auto meta = nlohmann::json::parse(z.text("meta_json"));
     const bool integers = z.has("in_mu_q");
     mean = z.f64(integers ? "in_mu_q" : "in_mu"), sd = z.f64(integers ? "in_sigma_q" : "in_sigma");

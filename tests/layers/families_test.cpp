@@ -824,7 +824,7 @@ Doubles logarithms(Doubles x) {
 // base's mean is moved until z0, and with it all but the density of z0 and the gradient of s0, is the golden's.
 void check_mnf_golden(const std::string& name, FlowKind flow, int steps) {
   SCOPED_TRACE(name);
-  const Npz z(std::string(BATON_GOLDENS) + "/" + name + ".npz");
+  const Npz z(golden_file(std::string("layers/") + name));
   const auto meta = nlohmann::json::parse(z.text("meta_json"));
   const double total = meta["Ntot"], beta = meta["beta"];
   const int batch = 5, in = 7, out = 4;
@@ -955,7 +955,7 @@ TEST(Families, MnfGoldens) {
 // constant in the bias lifts every output above the ReLU.
 TEST(Families, CfgGolden) {
   BATON_NEEDS_DEVICE();
-  const Npz z(BATON_GOLDENS "/cfg_conv_5x5_p0.npz");
+  const Npz z(golden_file("layers/cfg_conv_5x5_p0"));
   const int batch = 2, in = 2, side = 8, out = 3, k = 5, d = k * k, blocks = out * in;
   ParameterLayout layout;
   Conv2d conv(layout, "conv", in, side, side, out, k, 0, Pooling::none, 0);

@@ -15,8 +15,6 @@
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd/"
-
 namespace baton::test {
 namespace {
 
@@ -223,7 +221,7 @@ Doubles part(const Doubles& all, size_t index, size_t size) {
 class GoldenRun {
  public:
   GoldenRun(const std::string& file, const Make& make, std::map<std::string, std::string> names)
-      : golden_(BATON_BGD_GOLDENS + file), make_(make), names_(std::move(names)) {
+      : golden_(golden_file("bgd/" + file)), make_(make), names_(std::move(names)) {
     layout_ = make()->layout();
     draws_ = int(golden_.scalar("K"));
     mean_.assign(layout_.stride(), 0.f), sd_.assign(layout_.stride(), 0.f);
@@ -420,7 +418,7 @@ class GoldenRun {
 
 TEST(LearnerGoldens, APerceptronsWholeTrajectory) {
   BATON_NEEDS_DEVICE();
-  GoldenRun run("mlp_small_f64.npz", maker<Mlp>(36, std::vector<int>{24, 24}, 10),
+  GoldenRun run("mlp_small_f64", maker<Mlp>(36, std::vector<int>{24, 24}, 10),
                 {{"fc1", "layer1.0"}, {"fc2", "layer2.0"}, {"fc3", "last_layer.0"}});
   run.steps();
   run.inference();
@@ -428,7 +426,7 @@ TEST(LearnerGoldens, APerceptronsWholeTrajectory) {
 
 TEST(LearnerGoldens, AConvolutionalNetworksWithHeads) {
   BATON_NEEDS_DEVICE();
-  GoldenRun run("conv_heads_f64.npz", maker<HeadsNetwork>(), {});
+  GoldenRun run("conv_heads_f64", maker<HeadsNetwork>(), {});
   run.steps();
   run.inference();
 }

@@ -70,7 +70,7 @@ void Reference::set(const Weights& w) {
 }
 
 struct Golden {
-  Golden() : z(BATON_GOLDENS "/net_lenet5_ffg_b4.npz"), x(z.f32("in_x")), labels(z.i64("in_y")) {
+  Golden() : z(golden_file("layers/net_lenet5_ffg_b4")), x(z.f32("in_x")), labels(z.i64("in_y")) {
     const auto meta = nlohmann::json::parse(z.text("meta_json"));
     const auto scaled = [&](const std::string& name, const char* scale) {
       Doubles values = z.f64(name);

@@ -257,7 +257,7 @@ TEST(PosteriorState, RefreshDerivesTheVariances) {
 // reference layers with the golden noise, at the weights as the posterior holds them.
 TEST(PosteriorState, GoldenTrajectory) {
   BATON_NEEDS_DEVICE();
-  const Npz z(BATON_GOLDENS "/incr_ffg_adam_logsigma.npz");
+  const Npz z(golden_file("layers/incr_ffg_adam_logsigma"));
   const auto meta = nlohmann::json::parse(z.text("meta_json"));
   const int batch = meta["batch"], in = meta["sizes"][0], hidden = meta["sizes"][1], out = meta["sizes"][2];
   const std::string tensors[] = {"W1", "b1", "W2", "b2"};

@@ -8,7 +8,7 @@
 
 namespace baton::test {
 
-inline Npz golden(const std::string& name) { return Npz(std::string(BATON_GOLDENS) + "/../laplace/" + name + ".npz"); }
+inline Npz golden(const std::string& name) { return Npz(golden_file("laplace/" + name)); }
 
 // Handwritten digits: 64 pixels from 0 to 1, and a feature that is always 1.
 constexpr int digit_dim = 65, digit_classes = 10;

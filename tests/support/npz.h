@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/npy.h"
+#include "tests/support/test_data.h"
 
 namespace baton::test {
 

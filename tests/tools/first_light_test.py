@@ -364,10 +364,12 @@ def fat_binary(*images):
 
 class PackTest(FolderCase):
     def make_build(self, programs=pack.NEEDED, content=b""):
-        for path in ("tools/first-light", "tools/first_light", "bench/peers", "tests/goldens/laplace", "tests/kernels"):
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        copies = {path: path for path in ("tools/first-light", "tools/first_light", "bench/peers", "tests/kernels")}
+        copies["tests/goldens/laplace"] = "build/cuda/tests/data/goldens/laplace"
+        for path, to in copies.items():
+            (self.folder / to).parent.mkdir(parents=True, exist_ok=True)
             source = ROOT / path
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, self.folder / path)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, self.folder / to)
         source = self.folder / "fake.c"
         blob = fat_binary((1, 90, b"PTX" * 100), (2, 80, b"OLD!" * 50), (2, 90, b"NEW!" * 50)) + content
         source.write_text("const unsigned char image[] = {" + ",".join(map(str, blob)) + "};\n"
@@ -403,7 +405,7 @@ class PackTest(FolderCase):
         self.assertIn(b"PTXPTX", data)
         self.assertNotIn(b"OLD!", data)
         self.assertTrue((there / "first-light/data/mnist/train-images-idx3-ubyte.gz").exists())
-        self.assertTrue(any((there / "first-light/tests/goldens").rglob("*.npz")))
+        self.assertTrue(any((there / "first-light/build/cuda/tests/data/goldens").rglob("*.npz")))
         done = subprocess.run([sys.executable, "first-light/tools/first-light", "run", "--only",
                                "machine/files,kernels/kernels.maxpool_test", "--out", "out"],
                               cwd=there, capture_output=True, text=True)
@@ -450,7 +452,7 @@ class ProgramTest(FolderCase):
         shutil.copy(ROOT / "tools" / "first-light", self.folder / "tools")
         shutil.copytree(ROOT / "tools" / "first_light", self.folder / "tools" / "first_light")
         (self.folder / "CMakeLists.txt").touch()
-        (self.folder / "tests" / "goldens").mkdir(parents=True)
+        (self.folder / "build" / "host" / "tests" / "data" / "goldens").mkdir(parents=True)
         (self.folder / "tests.json").write_text(json.dumps(
             [["kernels", "kernels.a_test", ["A.*"]], ["kernels", "kernels.b_test", ["B.*"]],
              ["layers", "layers.c_test", ["C.*"]]]))

@@ -216,7 +216,7 @@ TEST(Laplace, TwiceTheImagesAreTwiceTheSum) {
 // A 6-8-7-4 network by an independent implementation.
 TEST(Laplace, GoldenMlp) {
   BATON_NEEDS_DEVICE();
-  const Npz z(BATON_GOLDENS "/laplace_mlp_relu.npz");
+  const Npz z(golden_file("layers/laplace_mlp_relu"));
   const Shape s{1, 1, 0, 0, 0, Pooling::none, {8, 7, 4}};
   const int count = 12, features = 6;
   Images images{count, 1, 1, 1, 4, {}, {}};
@@ -280,12 +280,12 @@ void check_digits(const std::string& file, const Shape& s, const std::vector<std
 
 TEST(Laplace, GoldenCnn) {  // a convolution, pooling and a dense layer
   BATON_NEEDS_DEVICE();
-  check_digits(BATON_GOLDENS "/cnn_diag_laplace.npz", {1, 8, 4, 3, 0, Pooling::max2, {5}},
+  check_digits(golden_file("layers/cnn_diag_laplace"), {1, 8, 4, 3, 0, Pooling::max2, {5}},
                {{"conv1.weight", 36}, {"conv1.bias", 4}, {"fc1.weight", 180}, {"fc1.bias", 5}});
 }
 TEST(Laplace, GoldenTanhMlp) {  // 64-16-5; always-black pixels have no curvature
   BATON_NEEDS_DEVICE();
-  check_digits(BATON_GOLDENS "/../laplace/mlp_diag_laplace.npz", {1, 8, 0, 0, 0, Pooling::none, {16, 5}, true},
+  check_digits(golden_file("laplace/mlp_diag_laplace"), {1, 8, 0, 0, 0, Pooling::none, {16, 5}, true},
                {{"fc1.weight", 1024}, {"fc1.bias", 16}, {"fc2.weight", 80}, {"fc2.bias", 5}});
 }
 

@@ -708,6 +708,29 @@ TEST(ExactLastLayer, PredictionsOfManyRows) {
   }
 }
 
+// After a first call of each kind, predictions and updates of no more samples take no memory.
+TEST(ExactLastLayer, NothingGrowsAfterTheFirstCalls) {
+  BATON_NEEDS_DEVICE();
+  const int dim = 5, classes = 3;
+  const Samples base = random_samples(30, dim, classes, 5), more = random_samples(6, dim, classes, 6);
+  Rows rows(base), fresh(more);
+  Device& device = rows.memory.device();
+  ExactLastLayer layer(device, dim, classes, 1);
+  layer.fit_covariance(rows, Doubles(dim * classes, 0.1));
+  const auto calls = [&] {
+    for (Link link : {Link::map, Link::probit, Link::monte_carlo, Link::bridge})
+      layer.predict(rows.x, rows.count, {.link = link, .draws = 50});
+    for (ExactRule rule : {ExactRule::newton_old, ExactRule::newton_new, ExactRule::implicit})
+      layer.update(fresh, rule);
+    layer.update_jointly(fresh, 2);
+  };
+  calls();
+  const size_t allocations = device.allocations(), peak = device.peak_bytes();
+  for (int time = 0; time < 3; time++) calls();
+  EXPECT_EQ(device.allocations(), allocations);
+  EXPECT_EQ(device.peak_bytes(), peak);
+}
+
 // Probabilities that are 0 and 1 in double, and a sample without features.
 TEST(ExactLastLayer, CertainAndEmptySamples) {
   BATON_NEEDS_DEVICE();

@@ -1141,6 +1141,31 @@ TYPED_TEST(LastLayerOf, ChunksAreInvisible) {
   }
 }
 
+// After a first call of each kind, predictions and updates of no more samples take no memory.
+TYPED_TEST(LastLayerOf, NothingGrowsAfterTheFirstCalls) {
+  BATON_NEEDS_DEVICE();
+  using Real = TypeParam;
+  Fitted<Real> f(6, 3, 20, 40);
+  Device& device = f.rows.memory().device();
+  Reweighting<Real> draws(device, f.layer, 20, 3);
+  int next = 0;
+  const auto calls = [&] {
+    for (Link link : {Link::map, Link::mean_field, Link::probit, Link::monte_carlo, Link::bridge, Link::bridge_norm})
+      f.layer.predict(f.fitted.x, 20, {.link = link, .draws = 100});
+    f.layer.update(f.next(next, 4));
+    f.layer.update_one_by_one(f.next(next + 4, 2));
+    f.layer.update_first_order(f.next(next, 2), 0.1);
+    draws.update(f.next(next, 4), 1);
+    draws.predict(f.fitted.x, 20);
+    next += 6;
+  };
+  calls();
+  const size_t allocations = device.allocations(), peak = device.peak_bytes();
+  for (int time = 0; time < 5; time++) calls();
+  EXPECT_EQ(device.allocations(), allocations);
+  EXPECT_EQ(device.peak_bytes(), peak);
+}
+
 TYPED_TEST(LastLayerOf, LogEvidence) {
   BATON_NEEDS_DEVICE();
   using Real = TypeParam;

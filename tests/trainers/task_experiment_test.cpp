@@ -13,8 +13,6 @@
 #include "tests/support/device.h"
 #include "tests/support/npz.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd/"
-
 namespace baton::test {
 namespace {
 
@@ -56,9 +54,9 @@ TEST(TaskMeasures, OfChoices) {
 }
 
 TEST(TaskMeasures, OfTheAuthorsRuns) {
-  for (const char* name : {"mlp_small_f64.npz", "conv_heads_f64.npz"}) {
+  for (const char* name : {"mlp_small_f64", "conv_heads_f64"}) {
     SCOPED_TRACE(name);
-    const Npz golden(std::string(BATON_BGD_GOLDENS) + name);
+    const Npz golden(golden_file(std::string("bgd/") + name));
     const auto shape = golden.shape("test.logits_mc");
     const size_t draws = size_t(shape[0]), batch = size_t(shape[1]), classes = size_t(shape[2]);
     const std::vector<double> logits = golden.f64("test.logits_mc"), accuracy = golden.f64("test.acc");
@@ -93,11 +91,14 @@ NetworkFactory mlp(int* stop_after = nullptr) {
     return std::make_unique<Mlp>(784, std::vector<int>{8}, 10);
   };
 }
-LearnerFactory bgd(double warn_ratio = 10) {
+BgdSettings bgd_settings(double warn_ratio) {
   BgdSettings s;
   s.draws = 4, s.at_once = 2, s.sigma = 0.04, s.warn_ratio = warn_ratio;
+  return s;
+}
+LearnerFactory bgd(double warn_ratio = 10) {
   return [=](Device& device, Arena& arena, const ParameterLayout& layout) {
-    return std::make_unique<BgdLearner>(device, arena, layout, s);
+    return std::make_unique<BgdLearner>(device, arena, layout, bgd_settings(warn_ratio));
   };
 }
 LearnerFactory bbb() {
@@ -427,26 +428,43 @@ TEST_F(TaskExperiment, AKilledExperimentGoesOn) {
   EXPECT_GE(killed, 6);
 }
 
-// Killed in the middle of a run: here by its learner, at a step of the second task.
-class StoppingLearner : public BgdLearner {
+// Kills a run in the middle of a stage: once `steps` of its training have been done, by the count that the device
+// keeps.
+class KilledAfter {
  public:
-  StoppingLearner(Device& device, Arena& arena, const ParameterLayout& layout, const BgdSettings& s, int* left)
-      : BgdLearner(device, arena, layout, s), left_(left) {}
-  void step(StepState* states) override {
-    if ((*left_)-- == 0) throw Stop();
-    BgdLearner::step(states);
+  explicit KilledAfter(uint32_t steps) {
+    look_when_asked([this, steps] {
+      if (states_ && download(*device_, states_, 1)[0].step >= steps) throw Stop();
+    });
+  }
+  ~KilledAfter() { look_when_asked(nullptr); }
+  KilledAfter(const KilledAfter&) = delete;
+  KilledAfter& operator=(const KilledAfter&) = delete;
+  // The learner of the run.
+  LearnerFactory learner(double warn_ratio = 10) {
+    return [this, warn_ratio](Device& device, Arena& arena, const ParameterLayout& layout) {
+      device_ = &device;
+      return std::make_unique<Watched>(device, arena, layout, bgd_settings(warn_ratio), &states_);
+    };
   }
 
  private:
-  int* left_;
-};
-LearnerFactory stopping(int* left, double warn_ratio) {
-  BgdSettings s;
-  s.draws = 4, s.at_once = 2, s.sigma = 0.04, s.warn_ratio = warn_ratio;
-  return [=](Device& device, Arena& arena, const ParameterLayout& layout) {
-    return std::make_unique<StoppingLearner>(device, arena, layout, s, left);
+  class Watched : public BgdLearner {
+   public:
+    Watched(Device& device, Arena& arena, const ParameterLayout& layout, const BgdSettings& s, const StepState** states)
+        : BgdLearner(device, arena, layout, s), seen_(states) {}
+    ~Watched() override { *seen_ = nullptr; }
+    void step(StepState* states) override {
+      *seen_ = states;
+      BgdLearner::step(states);
+    }
+
+   private:
+    const StepState** seen_;
   };
-}
+  Device* device_ = nullptr;
+  const StepState* states_ = nullptr;
+};
 
 TEST_F(TaskExperiment, ARunKilledInAStageGoesOn) {
   BATON_NEEDS_DEVICE();
@@ -454,65 +472,49 @@ TEST_F(TaskExperiment, ARunKilledInAStageGoesOn) {
   const TaskExperimentOptions whole = options("whole");
   const json want = timeless(run_task_experiment(whole, data, several()));
   for (int after : {3, 15, 20, 35}) {  // of 36 steps
-    SCOPED_TRACE(testing::Message() << "killed at step " << after);
+    SCOPED_TRACE(testing::Message() << "killed after step " << after);
     TaskExperimentOptions o = options("killed" + std::to_string(after));
     o.checkpoint_seconds = 0;
-    int left = after;
-    std::vector<TaskRun> runs = several();
-    runs[0].learner = stopping(&left, 10);
-    EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+    {
+      KilledAfter killed(after);
+      std::vector<TaskRun> runs = several();
+      runs[0].learner = killed.learner();
+      EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+    }
     EXPECT_EQ(timeless(run_task_experiment(options("killed" + std::to_string(after), true), data, several())), want);
     EXPECT_EQ(timeless(lines(o)), timeless(lines(whole)));
   }
 }
 
-// ---- a signal: at a step, in a prediction (of a judgement, or after pruning), in the Fisher information of a task
-int events_left = 0;  // until the signal comes
-
-void event() {
-  if (events_left-- == 0) pretend_signal(SIGINT);
-}
-
-template <class L>
-class Signalled : public L {
+// ---- a signal: before a step, in a prediction (of a judgement, or after pruning), in the Fisher information of a task
+class SignalAtQuestion {  // of stop_requested()
  public:
-  using L::L;
-  void step(StepState* states) override {
-    event();
-    L::step(states);
+  SignalAtQuestion() {
+    look_when_asked([this] {
+      if (left_-- == 0) pretend_signal(SIGINT);
+    });
   }
-  void sample(float* w, int first, int count, Key key) override {
-    event();
-    L::sample(w, first, count, key);
+  ~SignalAtQuestion() {
+    look_when_asked(nullptr);
+    pretend_signal(0);
   }
-  void mean_weights(float* w) override {
-    event();
-    L::mean_weights(w);
+  SignalAtQuestion(const SignalAtQuestion&) = delete;
+  SignalAtQuestion& operator=(const SignalAtQuestion&) = delete;
+  void after(int questions) {
+    pretend_signal(0);
+    left_ = questions;
   }
+  void never() { after(1 << 30); }
+  int asked_since_never() const { return (1 << 30) - left_; }
+
+ private:
+  int left_ = 1 << 30;
 };
 
 std::vector<TaskRun> signalled() {
-  std::vector<TaskRun> runs = several();
+  std::vector<TaskRun> runs = several(nullptr, 1.0001);
   for (TaskRun& r : runs) r.judge_every = 1;
-  runs[0].learner = [](Device& device, Arena& arena, const ParameterLayout& layout) {
-    BgdSettings s;
-    s.draws = 4, s.at_once = 2, s.sigma = 0.04, s.warn_ratio = 1.0001;
-    return std::make_unique<Signalled<BgdLearner>>(device, arena, layout, s);
-  };
-  for (const auto& [run, rule, anchor] :
-       {std::tuple(1, PointRule::adam, Anchor::path), {2, PointRule::sgd, Anchor::fisher}}) {
-    PointSetup s;
-    s.rule.rule = rule, s.rule.strength = 0.5f;
-    s.anchor = anchor;
-    runs[run].learner = [s](Device& device, Arena& arena, const ParameterLayout& layout) {
-      return std::make_unique<Signalled<PointLearner>>(device, arena, layout, s);
-    };
-    runs[run].sequence = permuted(2);
-  }
-  runs[2].network = [] {
-    event();
-    return std::make_unique<Mlp>(784, std::vector<int>{8}, 10);
-  };
+  for (int r : {1, 2}) runs[r].sequence = permuted(2);
   return runs;
 }
 
@@ -520,48 +522,42 @@ TEST_F(TaskExperiment, ASignalledExperimentGoesOn) {
   BATON_NEEDS_DEVICE();
   const TaskData data = digits();
   const TaskExperimentOptions whole = options("whole");
-  events_left = 1 << 30;
+  SignalAtQuestion signal;
   const json want = timeless(run_task_experiment(whole, data, signalled()));
-  const int events = (1 << 30) - events_left;
+  const int questions = signal.asked_since_never();
   ASSERT_EQ(want["runs"][0]["warnings"].size(), 1u);
-  // Once, at many an event.
-  int stops = 0;
-  for (int at = 0; at < events; at += 11) {
-    SCOPED_TRACE(testing::Message() << "signal at event " << at << " of " << events);
+  // Once, at many a question.
+  for (int at = 0; at < questions; at += 11) {
+    SCOPED_TRACE(testing::Message() << "signal at question " << at << " of " << questions);
     const std::string name = "stopped" + std::to_string(at);
-    events_left = at;
+    signal.after(at);
     try {
       run_task_experiment(options(name), data, signalled());
+      ADD_FAILURE() << "not stopped";
     } catch (const Stopped& e) {
-      stops++;
       EXPECT_EQ(e.exit_code(), 130);
       EXPECT_STREQ(e.what(), "stopped by SIGINT: the checkpoint is written; --resume goes on from it");
       EXPECT_TRUE(fs::exists(folder_ / name / "checkpoint"));
-      pretend_signal(0);
-      events_left = 1 << 30;
+      signal.never();
       run_task_experiment(options(name, true), data, signalled());
     }
-    pretend_signal(0);
     EXPECT_EQ(timeless(result(options(name))), want);
     EXPECT_EQ(timeless(lines(options(name))), timeless(lines(whole)));
     EXPECT_FALSE(fs::exists(folder_ / name / "checkpoint"));
     if (HasFailure()) break;
     fs::remove_all(folder_ / name);
   }
-  EXPECT_GT(stops, events / 11 - 4);
   // Again and again, on the way to one end.
-  stops = 0;
+  int stops = 0;
   for (bool resume = false;; resume = true) {
-    events_left = 20 + 7 * stops % 31;
+    signal.after(20 + 7 * stops % 31);
     try {
       run_task_experiment(options("often", resume), data, signalled());
       break;
     } catch (const Stopped&) {
-      pretend_signal(0);
       ASSERT_LT(++stops, 100);
     }
   }
-  pretend_signal(0);
   EXPECT_GT(stops, 3);
   EXPECT_EQ(timeless(result(options("often"))), want);
   EXPECT_EQ(timeless(lines(options("often"))), timeless(lines(whole)));
@@ -576,10 +572,12 @@ TEST_F(TaskExperiment, AWarningIsGivenOnce) {
   ASSERT_EQ(want["runs"][0]["warnings"].size(), 1u);
   TaskExperimentOptions o = options("killed");
   o.checkpoint_seconds = 0;
-  int left = 15;
-  std::vector<TaskRun> runs = several(nullptr, ratio);
-  runs[0].learner = stopping(&left, ratio);
-  EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  {
+    KilledAfter killed(15);
+    std::vector<TaskRun> runs = several(nullptr, ratio);
+    runs[0].learner = killed.learner(ratio);
+    EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  }
   EXPECT_EQ(
       timeless(run_task_experiment(options("killed", true), data, several(nullptr, ratio)))["runs"][0]["warnings"],
       want["runs"][0]["warnings"]);
@@ -590,10 +588,12 @@ TEST_F(TaskExperiment, AnotherExperimentIsRefused) {
   const TaskData data = digits();
   TaskExperimentOptions o = options("a");
   o.checkpoint_seconds = 0;
-  int left = 15;
   std::vector<TaskRun> runs = several();
-  runs[0].learner = stopping(&left, 10);
-  EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  {
+    KilledAfter killed(15);
+    runs[0].learner = killed.learner();
+    EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  }
   const auto refuses = [&](const char* what, auto change) {
     TaskExperimentOptions other = options("a", true);
     TaskData its_data = data;
@@ -636,10 +636,12 @@ TEST_F(TaskExperiment, ADamagedCheckpointIsRefused) {
   const TaskData data = digits();
   TaskExperimentOptions o = options("a");
   o.checkpoint_seconds = 0;
-  int left = 8;
   std::vector<TaskRun> runs = several();
-  runs[0].learner = stopping(&left, 10);
-  EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  {
+    KilledAfter killed(8);
+    runs[0].learner = killed.learner();
+    EXPECT_THROW(run_task_experiment(o, data, runs), Stop);
+  }
   const fs::path path = o.out / "checkpoint" / "run.safetensors";
   fs::resize_file(path, fs::file_size(path) - 1);
   EXPECT_THROW(run_task_experiment(options("a", true), data, several()), InputError);

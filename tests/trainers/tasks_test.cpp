@@ -13,8 +13,6 @@
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
-#define BATON_BGD_GOLDENS BATON_SOURCE_DIR "/tests/goldens/bgd/"
-
 namespace baton::test {
 namespace {
 
@@ -252,7 +250,7 @@ TEST(Tasks, PermutedPixels) {
 }
 
 TEST(Tasks, TheScheduleIsTheAuthors) {
-  const Npz golden(BATON_BGD_GOLDENS "cont_task_probs.npz");
+  const Npz golden(golden_file("bgd/cont_task_probs"));
   for (const auto& [name, tasks, steps] : {std::tuple("probs_t10_i1000_b4", 10, 1000), {"probs_t4_i40_b4", 4, 40}}) {
     SCOPED_TRACE(name);
     const std::vector<double> want = golden.f64(name);  // [tasks][steps], in float

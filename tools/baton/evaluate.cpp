@@ -68,7 +68,11 @@ std::vector<float> doubt(const Predictions& p, int classes) {
 
 // tools/plot draws what lies in the folder; its words go to stderr. Whether it did.
 bool plot(const fs::path& folder) {
-  const std::string program = std::string(BATON_SOURCE_DIR) + "/tools/plot", where = folder.string();
+  const std::string program = in_build_folder("tools/plot"), where = folder.string();
+  if (!fs::exists(program)) {
+    fprintf(stderr, "baton evaluate: no figure was drawn, for %s is not there\n", program.c_str());
+    return false;
+  }
   const char* const arguments[] = {program.c_str(), "--", where.c_str(), nullptr};
   posix_spawn_file_actions_t actions;
   if (posix_spawn_file_actions_init(&actions) != 0) return false;

@@ -142,7 +142,7 @@ def pack(root, out, data, predictions, architecture, with_ptx, most=MOST_BYTES, 
             bundle.add("gpu-cost.json", json.dumps(predicted).encode())
         bundle.add("manifest.json", json.dumps({
             "commit": place.commit, "packed": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "programs": programs, "holds": sorted(kept), "sources": str(root)}).encode())
+            "programs": programs, "holds": sorted(kept)}).encode())
         bundle.end_part("scripts and tables", len(scripts) + 3)
         bundle.close()
         for name, files, plain, packed in bundle.sizes:

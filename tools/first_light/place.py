@@ -88,9 +88,8 @@ class Place:
 
     @property
     def goldens(self):
-        """The folder of the goldens: beside the test program, where its build has put them there; else the sources'."""
-        beside = self.build / "tests" / "data" / "goldens"
-        return beside if beside.is_dir() else self.root / "tests" / "goldens"
+        """The folder of the goldens, beside the test program."""
+        return self.build / "tests" / "data" / "goldens"
 
     def predictions(self):
         """What tools/gpu-cost predicts, as its --json wrote it, or None."""
