@@ -201,6 +201,13 @@ std::vector<Problem> problems_of(const ReferenceLayer& shape, Pooling pooling, i
   return problems;
 }
 
+// Where cuDNN runs no product for a gradient, a transform gives it (engine/blas.h), with larger errors.
+#if defined(BATON_CUDA)
+constexpr double gradient_error = 5e-6, variance_gradient_error = 1e-5;
+#else
+constexpr double gradient_error = 2e-6, variance_gradient_error = 5e-6;
+#endif
+
 void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool sampled) {
   SCOPED_TRACE(testing::Message() << shape.batch << "x" << shape.in << "x" << shape.height << "x" << shape.width
                                   << " -> " << shape.out << ", kernel " << shape.kernel << ", pad " << shape.pad
@@ -217,12 +224,12 @@ void check_against_reference(const ReferenceLayer& shape, Pooling pooling, bool 
   const Doubles up = total_gradient(floats(y), p.up, sampled ? p.up_square : std::vector<float>());
   r.backward(pool.backward(up, r.outputs()));
   EXPECT_TRUE(close(got.y, y, {.l2 = 2e-6}));
-  EXPECT_TRUE(close(got.weight_mean, r.g_mean, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(got.weight_mean, r.g_mean, {.l2 = gradient_error}));
   EXPECT_TRUE(close(got.bias_mean, r.g_bias_mean, {.l2 = 5e-6}));
-  EXPECT_TRUE(close(total_gradient(p.x, got.x_grad, got.x_grad_square), r.g_x, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(total_gradient(p.x, got.x_grad, got.x_grad_square), r.g_x, {.l2 = gradient_error}));
   if (!sampled) return;
   EXPECT_TRUE(close(got.square, squares(y), {.l2 = 4e-6}));
-  EXPECT_TRUE(close(got.weight_variance, r.g_variance, {.l2 = 5e-6}));
+  EXPECT_TRUE(close(got.weight_variance, r.g_variance, {.l2 = variance_gradient_error}));
   EXPECT_TRUE(close(got.bias_variance, r.g_bias_variance, {.l2 = 1e-5}));
 }
 
