@@ -8,15 +8,12 @@ import array
 import json
 import pathlib
 import random
-import signal
 import struct
-import subprocess
 import sys
-import time
 import unittest
 import xml.etree.ElementTree
 
-from support import ProgramTest, figures
+from support import ProgramTest
 
 FOLDER = pathlib.Path(sys.argv.pop(1)).resolve()
 METHODS = ["base", "first_order", "monte_carlo", "gaussian", "implicit", "one_by_one", "lbfgs_warm", "newton_warm",
@@ -93,27 +90,8 @@ class LaplaceUpdate(ProgramTest):
     def test_killed_and_resumed_is_the_same(self):
         options = ["--sets", "pixels", *SMALL]
         self.finish(*options, out="whole")
-        command = [str(self.program), *options, "--out", "killed"]
-        log = self.folder / "killed" / "log.jsonl"
-        kills = 0
-        for lines in (7, 60, 89, None):
-            process = subprocess.Popen(command + (["--resume"] if kills else []), cwd=self.folder, env=self.environment,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            while process.poll() is None and lines is not None:
-                if log.exists() and log.read_bytes().count(b"\n") >= lines:
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.002)
-            message = process.stderr.read().decode()
-            process.stderr.close()
-            if process.wait() == -signal.SIGKILL:
-                kills += 1
-            else:
-                self.assertEqual(process.returncode, 0, message)
-                break
-        self.assertGreater(kills, 0)
-        self.assertEqual(figures(self.result("killed")), figures(self.result("whole")))
-        self.assertEqual(figures(self.log("killed")), figures(self.log("whole")))
+        self.finish_with_kills(*options, out="killed", lines=[7, 60, 89], often=())
+        self.check_same_runs("killed", "whole")
         self.expect_refusal(2, ["--resume", "other settings"], *options, "--gamma", "5", "--out", "killed", "--resume")
 
     def test_stopped_and_resumed_is_the_same(self):

@@ -68,12 +68,12 @@ class OnPtx(ProgramTest):
             compared += 1
         self.assertGreater(compared, 4)
 
-    def check_three_runs(self, program, arguments, lines):
+    def check_three_runs(self, program, arguments, lines, **options):
         """A whole run, the same again, and one that is killed when its log has so many lines, and resumed."""
         self.finish(*arguments, out="whole", program=BUILD / program)
         self.finish(*arguments, out="again", program=BUILD / program)
         self.check_same_runs("again", "whole")
-        self.finish_with_kills(*arguments, out="killed", lines=lines, program=BUILD / program)
+        self.finish_with_kills(*arguments, out="killed", lines=lines, program=BUILD / program, **options)
         self.check_same_runs("killed", "whole")
         self.assertIn("PTX interpreter", self.result("whole")["device"])
 
@@ -94,7 +94,7 @@ class OnPtx(ProgramTest):
         arguments = ["--sets", "pixels", "--pool", "150", "--test", "100", "--bases", "20", "--new", "2", "--seeds", "0",
                      "--adam-seeds", "1", "--adam-epochs", "2", "--draws", "20", "--repeats", "1", "--active-seeds", "0",
                      "--active-pool", "40", "--cycles", "1", "--batch", "2", "--initial", "10", "--trials", "4"]
-        self.check_three_runs("bench/laplace_update", arguments, lines=[3])
+        self.check_three_runs("bench/laplace_update", arguments, lines=[3], often=())
         self.finish(*arguments, out="host", program=self.host("bench/laplace_update"))
         self.check_near(self.result("whole")["updates"], self.result("host")["updates"], 100)
 
@@ -121,15 +121,17 @@ class OnPtx(ProgramTest):
         baton(ours, "init", "--architecture", "mlp", "--image", "1x8x8", "--hidden", "24,16", "--classes", 4, "--family",
               "ffg", "--out", "m")
         update = ["update", "--model", "m", "--data", "part", "--epochs", 6, "--batch", 32]
+        start = time.monotonic()
         baton(ours, *update, "--out", "whole")
+        seconds = time.monotonic() - start
         baton(ours, *update, "--out", "again")
         self.assertEqual((self.folder / "again").read_bytes(), (self.folder / "whole").read_bytes())
         kills = 0
-        for wait in (0.4, 0.7, 1.0):
+        for share in (0.4, 0.5, 0.6, 0.3):  # of the time that a whole run takes, its start included
             process = subprocess.Popen([str(ours), *map(str, update), "--out", "killed", "--checkpoint-seconds", "0"]
                                        + (["--resume"] if kills else []), cwd=self.folder, env=self.environment,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(wait)
+            time.sleep(share * seconds)
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
         self.assertGreater(kills, 0)

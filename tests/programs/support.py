@@ -72,12 +72,12 @@ class ProgramTest(unittest.TestCase):
             else:
                 self.assertEqual(line["kl"], 0)  # of a point estimate
 
-    def finish_with_kills(self, *arguments, out, lines, program=None):
+    def finish_with_kills(self, *arguments, out, lines, program=None, often=("--checkpoint-seconds", "0")):
         """Kills the run when the log has so many lines, one after another, and lets it end at last. Every time but the
-        first it goes on from its checkpoint."""
+        first it goes on from its checkpoint. `often` are the options that make it write one whenever it can."""
         lines = iter(lines)
         kills = 0
-        command = [program or self.program, *arguments, "--out", out, "--checkpoint-seconds", "0"]
+        command = [program or self.program, *arguments, "--out", out, *often]
         log = self.folder / out / "log.jsonl"
         while True:
             wanted = next(lines, None)
