@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "engine/blas_tiles_host.h"
+#include "engine/openblas_host.h"
 
 namespace baton {
 
@@ -14,17 +15,13 @@ namespace {
 constexpr double flops_per_tile = 4e6;
 constexpr int most_tiles = 8;
 
-struct SingleThreaded {
-  SingleThreaded() { openblas_set_num_threads(1); }
-};
-
 constexpr size_t floats_a_tile = 64 * 1024;  // of what consumes a product by tiles: a tile and two more fit in L2
 
 }  // namespace
 
 void for_product_tiles(int m, int n, int k, Matrices a, Matrices b, int replicas,
                        const std::function<void(int replica, int row, int rows, const float* c)>& tile) {
-  static const SingleThreaded once;
+  prepare_openblas();
   const int fits = int(floats_a_tile / size_t(n)) / 16 * 16;
   const int even = (m / 8 + 15) / 16 * 16;  // enough tiles for a few threads
   const int rows = std::max(16, std::min(fits, even)), tiles = (m + rows - 1) / rows;
@@ -45,7 +42,7 @@ void for_product_tiles(int m, int n, int k, Matrices a, Matrices b, int replicas
 
 void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {
-  static const SingleThreaded once;
+  prepare_openblas();
   if (m == 0 || n == 0 || replicas == 0) return;
   const bool cut_rows = m >= n;
   const int extent = cut_rows ? m : n;

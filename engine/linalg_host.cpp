@@ -13,6 +13,7 @@
 
 #include "engine/linalg.h"
 #include "engine/linalg_checks.h"
+#include "engine/openblas_host.h"
 
 // Fortran passes the lengths of strings behind the arguments.
 extern "C" {
@@ -35,8 +36,6 @@ namespace {
 constexpr double flops_per_tile = 16e6;
 constexpr int most_tiles = 4;
 constexpr double worth_threads = 4e6;  // flops
-
-void one_thread_a_call() { [[maybe_unused]] static const bool once = (openblas_set_num_threads(1), true); }
 
 template <class Real>
 struct Library;
@@ -124,7 +123,7 @@ void multiply(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, 
               const Real* b, int ldb, Real beta, Real* c, int ldc) {
   linalg::check_multiply(transpose_a, transpose_b, m, n, k, lda, ldb, ldc);
   if (m == 0 || n == 0) return;
-  one_thread_a_call();
+  prepare_openblas();
   if (m == 1 && transpose_a && lda == 1) transpose_a = false, lda = k;  // the same vector; A' B' takes thrice as long
   const Cut cut = cut_product(transpose_b, m, n, k);
   const int extent = cut.rows ? m : n, tiles = (extent + cut.step - 1) / cut.step;
@@ -148,7 +147,7 @@ void rank_update(Device&, bool transpose, int n, int k, Real alpha, const Real* 
                  int ldc) {
   linalg::check_rank_update(transpose, n, k, lda, ldc);
   if (n == 0) return;
-  one_thread_a_call();
+  prepare_openblas();
   const int step = tile_step(n, double(n) * n * k, 16), tiles = (n + step - 1) / step;
   const auto update_tile = [&](int t) {
     const int first = t * step, count = std::min(step, n - first);
@@ -175,7 +174,7 @@ struct Factorizer<Real>::Workspace {
 template <class Real>
 Factorizer<Real>::Factorizer(Device& device, Arena& arena, int largest) : device_(device), largest_(largest) {
   linalg::check_extent("Factorizer", "the largest order", largest);
-  one_thread_a_call();
+  prepare_openblas();
   workspace_ = std::make_unique<Workspace>();
   Workspace& w = *workspace_;
   const int ask = -1, lda = leading(largest);

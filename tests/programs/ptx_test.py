@@ -78,21 +78,21 @@ class OnPtx(ProgramTest):
         self.assertIn("PTX interpreter", self.result("whole")["device"])
 
     def test_bil_mnist(self):
-        arguments = ["--methods", "ft,ffg,cfg,mnf", "--parts", "2", "--train-limit", "400", "--test-limit", "100",
+        arguments = ["--methods", "ft,ffg,cfg,mnf", "--parts", "2", "--train-limit", "100", "--test-limit", "40",
                      "--epochs", "1", "--samples", "2", "--stage-samples", "1"]
         self.check_three_runs("bench/bil_mnist", arguments, lines=[2, 5])
         self.finish(*arguments, out="host", program=self.host("bench/bil_mnist"))
-        self.check_near(self.result("whole")["runs"], self.result("host")["runs"], 100)
+        self.check_near(self.result("whole")["runs"], self.result("host")["runs"], 40)
 
     def test_bgd_mnist(self):
-        arguments = ["--widths", "50", "--train-limit", "400", "--test-limit", "100", "--epochs", "2"]
+        arguments = ["--widths", "20", "--train-limit", "200", "--test-limit", "100", "--epochs", "2"]
         self.check_three_runs("bench/bgd_mnist", arguments, lines=[1, 3])
         self.finish(*arguments, out="host", program=self.host("bench/bgd_mnist"))
         self.check_near(self.result("whole")["runs"], self.result("host")["runs"], 100)
 
     def test_laplace_update(self):
-        arguments = ["--sets", "pixels", "--pool", "150", "--test", "100", "--bases", "20", "--new", "2", "--seeds", "0",
-                     "--adam-seeds", "1", "--adam-epochs", "2", "--draws", "20", "--repeats", "1", "--active-seeds", "0",
+        arguments = ["--sets", "pixels", "--pool", "100", "--test", "100", "--bases", "20", "--new", "2", "--seeds", "0",
+                     "--adam-seeds", "1", "--adam-epochs", "2", "--draws", "10", "--repeats", "1", "--active-seeds", "0",
                      "--active-pool", "40", "--cycles", "1", "--batch", "2", "--initial", "10", "--trials", "4"]
         self.check_three_runs("bench/laplace_update", arguments, lines=[3], often=())
         self.finish(*arguments, out="host", program=self.host("bench/laplace_update"))

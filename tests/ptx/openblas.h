@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "engine/openblas_host.h"
+
 extern "C" {
 void spotrf_(const char* uplo, const int* n, float* a, const int* lda, int* info);
 void dpotrf_(const char* uplo, const int* n, double* a, const int* lda, int* info);
@@ -39,11 +41,6 @@ struct Functions<double> {
   static constexpr auto syevd = dsyevd_;
 };
 
-inline void use_one_thread() {
-  static const bool once = (openblas_set_num_threads(1), true);
-  (void)once;
-}
-
 inline CBLAS_TRANSPOSE op(bool transposed) { return transposed ? CblasTrans : CblasNoTrans; }
 inline CBLAS_UPLO triangle(bool lower) { return lower ? CblasLower : CblasUpper; }
 
@@ -51,14 +48,14 @@ inline CBLAS_UPLO triangle(bool lower) { return lower ? CblasLower : CblasUpper;
 template <class Real>
 void gemm(bool ta, bool tb, int m, int n, int k, Real alpha, const Real* a, int lda, const Real* b, int ldb, Real beta,
           Real* c, int ldc) {
-  use_one_thread();
+  baton::prepare_openblas();
   Functions<Real>::gemm(CblasColMajor, op(ta), op(tb), m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 // A triangle of C[n][n] = alpha op(A) op(A)' + beta C
 template <class Real>
 void syrk(bool lower, bool ta, int n, int k, Real alpha, const Real* a, int lda, Real beta, Real* c, int ldc) {
-  use_one_thread();
+  baton::prepare_openblas();
   Functions<Real>::syrk(CblasColMajor, triangle(lower), op(ta), n, k, alpha, a, lda, beta, c, ldc);
 }
 
@@ -66,7 +63,7 @@ void syrk(bool lower, bool ta, int n, int k, Real alpha, const Real* a, int lda,
 template <class Real>
 void trsm(bool left, bool lower, bool ta, bool unit, int m, int n, Real alpha, const Real* a, int lda, Real* b,
           int ldb) {
-  use_one_thread();
+  baton::prepare_openblas();
   Functions<Real>::trsm(CblasColMajor, left ? CblasLeft : CblasRight, triangle(lower), op(ta),
                         unit ? CblasUnit : CblasNonUnit, m, n, alpha, a, lda, b, ldb);
 }
@@ -74,21 +71,21 @@ void trsm(bool left, bool lower, bool ta, bool unit, int m, int n, Real alpha, c
 // The factorisations return LAPACK's info.
 template <class Real>
 int potrf(bool lower, int n, Real* a, int lda) {
-  use_one_thread();
+  baton::prepare_openblas();
   int info = 0;
   Functions<Real>::potrf(lower ? "L" : "U", &n, a, &lda, &info);
   return info;
 }
 template <class Real>
 int potri(bool lower, int n, Real* a, int lda) {
-  use_one_thread();
+  baton::prepare_openblas();
   int info = 0;
   Functions<Real>::potri(lower ? "L" : "U", &n, a, &lda, &info);
   return info;
 }
 template <class Real>
 int syevd(bool vectors, bool lower, int n, Real* a, int lda, Real* values) {
-  use_one_thread();
+  baton::prepare_openblas();
   std::vector<Real> work(1 + 6 * size_t(n) + 2 * size_t(n) * n);  // what LAPACK needs at least, with vectors
   std::vector<int> integers(3 + 5 * size_t(n));
   const int work_size = int(work.size()), integers_size = int(integers.size());

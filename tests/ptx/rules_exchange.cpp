@@ -11,43 +11,39 @@ namespace {
 enum Shuffle : uint8_t { up, down, butterfly, index };
 
 // The source lane's value, where it lies in the segment; else the lane's own, and a false predicate.
+template <Shuffle kind>
 void shuffle(Warp& w, const Instruction& i) {
   const uint32_t* value = lanes_of<uint32_t>(w, i.a);
   const uint32_t* offset = lanes_of<uint32_t>(w, i.b);
   const uint32_t* clamp = lanes_of<uint32_t>(w, i.vector[0]);
-  uint32_t result[lanes] = {}, inside = 0;
-  for (int lane = 0; lane < lanes; lane++) {
-    if (!has_lane(w.active, lane)) continue;
+  const uint32_t active = w.active;
+  int source[lanes];
+  uint32_t result[lanes], inside = 0, without = 0;
+  PTX_EACH_LANE {
     const int by = int(offset[lane] & 31), segment = int(clamp[lane] >> 8 & 31), last = int(clamp[lane] & 31);
     const int highest = (lane & segment) | (last & ~segment), lowest = lane & segment;
-    int source = lane;
-    bool in = false;
-    switch (i.kind) {
-      case up:
-        source = lane - by, in = source >= highest;
-        break;
-      case down:
-        source = lane + by, in = source <= highest;
-        break;
-      case butterfly:
-        source = lane ^ by, in = source <= highest;
-        break;
-      case index:
-        source = lowest | (by & ~segment), in = source <= highest;
-        break;
-    }
-    if (!in) source = lane;
-    if (!has_lane(w.active, source))
-      fail(w, i, lane, "a shuffle from lane " + std::to_string(source) + ", which takes no part in it");
-    result[lane] = value[source];
+    const int wanted = kind == up          ? lane - by
+                       : kind == down      ? lane + by
+                       : kind == butterfly ? lane ^ by
+                                           : lowest | (by & ~segment);
+    const bool in = kind == up ? wanted >= highest : wanted <= highest;
+    source[lane] = in ? wanted : lane;
     inside |= uint32_t(in) << lane;
   }
+  PTX_EACH_LANE {
+    result[lane] = value[source[lane]];
+    without |= (~active >> source[lane] & 1) << lane;
+  }
+  without &= active;
+  if (without) {
+    const int lane = std::countr_zero(without);
+    fail(w, i, lane, "a shuffle from lane " + std::to_string(source[lane]) + ", which takes no part in it");
+  }
   uint32_t* d = lanes_of<uint32_t>(w, i.d);
-  for (int lane = 0; lane < lanes; lane++)
-    if (has_lane(w.active, lane)) d[lane] = result[lane];
+  PTX_EACH_LANE d[lane] = has_lane(active, lane) ? result[lane] : d[lane];
   if (i.flag) {
     uint32_t& p = predicate_of(w, i.e);
-    p = (p & ~w.active) | inside;
+    p = (p & ~active) | (inside & active);
   }
 }
 
@@ -65,7 +61,8 @@ void shfl(Builder& b) {
   b.source(i.c, word);
   i.flow = Flow::meeting;
   i.cost = Class::exchange;
-  i.handler = shuffle;
+  constexpr Handler handlers[] = {shuffle<up>, shuffle<down>, shuffle<butterfly>, shuffle<index>};
+  i.handler = handlers[i.kind];
 }
 
 enum Vote : uint8_t { ballot, any, all, uniform };

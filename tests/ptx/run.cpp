@@ -85,11 +85,13 @@ uint32_t lanes_to_meet(const Warp& w, const Instruction& i) {
   const uint32_t* mask = lanes_of<uint32_t>(w, i.c);
   const int first = first_lane(w.active);
   const uint32_t named = mask[first];
+  uint32_t others = 0, outside = 0;
   for (int lane = 0; lane < lanes; lane++) {
-    if (!has_lane(w.active, lane)) continue;
-    if (mask[lane] != named) fail(w, i, lane, "lanes of one instruction name different masks");
-    if (!has_lane(named, lane)) fail(w, i, lane, "a lane is not in the mask that it names");
+    others |= uint32_t(mask[lane] != named) << lane;
+    outside |= uint32_t(!has_lane(mask[lane], lane)) << lane;
   }
+  if (others &= w.active) fail(w, i, first_lane(others), "lanes of one instruction name different masks");
+  if (outside &= w.active) fail(w, i, first_lane(outside), "a lane is not in the mask that it names");
   if (const uint32_t gone = named & w.present & ~w.alive)
     fail(w, i, first, "the mask names lane " + std::to_string(first_lane(gone)) + ", which has exited");
   return named & w.alive;
@@ -240,8 +242,8 @@ void release_barrier(std::vector<Warp>& warps) {
   }
 }
 
+// What it held stays: nothing can be read that the block has not written.
 void clear_shared(Block& block, const Kernel& kernel) {
-  std::fill(block.shared.begin(), block.shared.end(), char(0xff));
   std::fill(block.shared_state.begin(), block.shared_state.begin() + block.static_bytes, Block::gap);
   for (const Variable& v : kernel.shared) std::fill_n(block.shared_state.begin() + v.offset, v.bytes, Block::unwritten);
   std::fill(block.shared_state.begin() + block.static_bytes, block.shared_state.end(), Block::unwritten);
