@@ -69,6 +69,7 @@ int run(int argc, char** argv) {
   CLI::App app{"Times a training step or a prediction of LeNet5, 3Conv3FC or a perceptron"};
   std::string which = "ffg_step", network = "lenet5";
   int batch = 128, steps = 20, warmup = 3, replicas = 1, samples = 100, draws = 10, at_once = 0, together = 0;
+  bool path_gradient = false;
   app.add_option("--network", network, "lenet5, mlp1200 (generated digits) or 3conv3fc (generated colour images)")
       ->check(CLI::IsMember({"lenet5", "3conv3fc", "mlp1200"}));
   app.add_option("--case", which,
@@ -84,6 +85,7 @@ int run(int argc, char** argv) {
                  "[1 on the CPU, up to 10 on the GPU]; of predictions always 1");
   app.add_option("--replicas", replicas, "networks at once");
   app.add_option("--samples", samples, "draws of a prediction");
+  app.add_flag("--path-gradient", path_gradient, "mnf_step as bil_mnist trains it: ln q(z) through the flow's inverse");
   CLI11_PARSE(app, argc, argv);
 
   const bool tasks = network == "mlp1200";
@@ -110,6 +112,7 @@ int run(int argc, char** argv) {
     };
     TrainingPlan plan;
     plan.posterior.family = family_of_case(which);
+    plan.posterior.path_gradient = path_gradient;
     plan.batch = batch;
     plan.epochs = 1000;
     std::vector<int32_t> order(images.count);

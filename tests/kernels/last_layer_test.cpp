@@ -641,6 +641,7 @@ TEST(SequentialSteps, AgainstThePosteriorItself) {
   for (UpdateRule rule : all_rules)
     for (int samples : {1, 3, 17, 64})
       for (int classes : {2, 10, 33}) {
+        if (samples == 64 && classes != 33) continue;  // the most of both; it costs the cube of the samples
         const int passes = samples % 2 + 1, dim = samples == 64 ? 40 : 19;
         check_steps<double>({rule, samples > 3 ? 1. : 4., passes, samples, classes, dim, samples < 64 ? 3 : 2});
         check_steps<double>({rule, 2, 3 - passes, samples, classes, dim, 1});

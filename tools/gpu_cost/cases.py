@@ -12,7 +12,8 @@ Case = collections.namedtuple("Case", "name arguments")
 
 
 def _network(network, case, rows):
-    return ["--network", network, "--case", f"{case}_step", "--replicas", str(rows)]
+    as_trained = ["--path-gradient"] if case == "mnf" else []  # as bil_mnist trains it
+    return ["--network", network, "--case", f"{case}_step", "--replicas", str(rows), *as_trained]
 
 
 CASES = [Case(f"lenet5 {m} x{rows}", _network("lenet5", m, rows)) for m in ("ft", "ffg", "cfg", "mnf") for rows in (1, 16)]
