@@ -14,7 +14,8 @@ class Error : public std::runtime_error {
   int exit_code_;
 };
 
-// The caller's input is at fault: a file, an option, a shape. The message names it, what was found and what was expected.
+// The caller's input is at fault: a file, an option, a shape. The message names it, what was found and what was
+// expected.
 class InputError : public Error {
  public:
   explicit InputError(const std::string& message) : Error(message, 2) {}

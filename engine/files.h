@@ -28,8 +28,8 @@ void remove_leftovers(const std::filesystem::path& path);
 // RunError when the system refuses (permissions, a full disk).
 void make_directories(const std::filesystem::path& path);
 
-// A file by its place in the build folder, such as "tools/plot", found from where the running program lies: programs are
-// built into folders of that folder, which may have been moved. The file need not be there.
+// A file by its place in the build folder, such as "tools/plot", found from where the running program lies: programs
+// are built into folders of that folder, which may have been moved. The file need not be there.
 std::filesystem::path in_build_folder(const std::filesystem::path& name);
 
 }  // namespace baton
