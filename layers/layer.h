@@ -25,7 +25,7 @@ struct WeightsView {
 };
 // Gradients of the mean cross-entropy, same layouts; written (=), not added to. variance null for a point posterior.
 // squares (a point posterior, one replica): the backward pass adds (+=) to it the squares of every *example's* gradient
-// of the weights, and writes no gradients: sums over examples of (dl_n/dw)^2 (layers/curvature.h).
+// of the weights, and writes no gradients: sums over examples of (dl_n/dw)^2 (kernels/squares.h).
 struct GradientsView {
   float* mean;
   float* variance;

@@ -38,7 +38,7 @@ struct Function {
 };
 
 struct Runtime {
-  std::map<const void*, Function> functions;  // by the address of the host's stub
+  std::map<const void*, Function> functions;  // by the address of the function that stands for it on the host
   std::set<const void*> events, graphs, executables;
   std::map<const void*, std::chrono::steady_clock::time_point> event_times;
   uint32_t launches = 0;
@@ -76,8 +76,8 @@ const Kernel& kernel_of(Function& f) {
   return *found->second;
 }
 
-Function& function_of(const void* stub) {
-  const auto found = runtime().functions.find(stub);
+Function& function_of(const void* host_function) {
+  const auto found = runtime().functions.find(host_function);
   if (found == runtime().functions.end()) refuse("a function that is no registered kernel");
   return found->second;
 }
@@ -109,10 +109,11 @@ void check_launch(const Kernel& k, const Function& f, const dim3& grid, const di
            std::to_string(max_shared) + which);
 }
 
-cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t dynamic, cudaStream_t stream) {
+cudaError_t launch(const void* host_function, dim3 grid, dim3 block, void** arguments, size_t dynamic,
+                   cudaStream_t stream) {
   Operation operation;
   const cudaError_t prepared = call("a kernel's launch", [&] {
-    Function& f = function_of(stub);
+    Function& f = function_of(host_function);
     const Kernel& k = kernel_of(f);
     check_launch(k, f, grid, block, dynamic);
     check_stream(stream);
@@ -173,14 +174,14 @@ using namespace ptx;
 
 extern "C" {
 
-// ---------------------------------------------------------------------------- what nvcc's stubs call
+// ---------------------------------------------------------------------------- what nvcc's host code calls
 void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(new Binary{wrapper, nullptr}); }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void** binary, const char* stub, char*, const char* symbol, int, uint3*, uint3*, dim3*,
-                            dim3*, int*) {
-  runtime().functions[stub] = {reinterpret_cast<Binary*>(binary), symbol, default_shared};
+void __cudaRegisterFunction(void** binary, const char* host_function, char*, const char* symbol, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  runtime().functions[host_function] = {reinterpret_cast<Binary*>(binary), symbol, default_shared};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -194,8 +195,8 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   *static_cast<cudaStream_t*>(stream) = runtime().configuration.stream;
   return cudaSuccess;
 }
-cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
-  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(stub));
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host_function));
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
@@ -204,18 +205,18 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 // ------------------------------------------------------------------------------------------- kernels
-cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared,
+cudaError_t cudaLaunchKernel(const void* host_function, dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t stream) {
-  return launch(stub, grid, block, arguments, shared, stream);
+  return launch(host_function, grid, block, arguments, shared, stream);
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* stub, void** arguments) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* host_function, void** arguments) {
   if (c->numAttrs != 0)
     return report("cudaLaunchKernelExC", Fault(FaultKind::unsupported, "launch attributes are not known here"));
-  return launch(stub, c->gridDim, c->blockDim, arguments, c->dynamicSmemBytes, c->stream);
+  return launch(host_function, c->gridDim, c->blockDim, arguments, c->dynamicSmemBytes, c->stream);
 }
-cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* host_function, cudaFuncAttribute attribute, int value) {
   return call("cudaFuncSetAttribute", [&] {
-    Function& f = function_of(stub);
+    Function& f = function_of(host_function);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return;  // preferences change no result
     const size_t used = kernel_of(f).shared_used;
     if (value < 0 || size_t(value) + used > max_shared)
@@ -224,9 +225,9 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
     f.dynamic_limit = std::max(size_t(value), default_shared);
   });
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* stub) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* host_function) {
   return call("cudaFuncGetAttributes", [&] {
-    Function& f = function_of(stub);
+    Function& f = function_of(host_function);
     const Kernel& k = kernel_of(f);
     *a = {};
     a->ptxVersion = a->binaryVersion = 90;
@@ -237,10 +238,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* stub) {
   });
 }
 // By threads and shared memory; registers, which only ptxas knows, are left out.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host_function, int threads,
                                                                    size_t dynamic, unsigned) {
   return call("cudaOccupancyMaxActiveBlocksPerMultiprocessor", [&] {
-    const size_t shared = kernel_of(function_of(stub)).shared_used + dynamic + 1024;
+    const size_t shared = kernel_of(function_of(host_function)).shared_used + dynamic + 1024;
     if (threads < 1 || threads > int(max_threads)) refuse(std::to_string(threads) + " threads in a block");
     *blocks = int(std::min<size_t>({2048 / size_t((threads + 31) / 32 * 32), size_t(228 * 1024) / shared, 32}));
   });
