@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
-#include "engine/program.h"
-#include "engine/synthetic.h"
+#include "engine/io/program.h"
+#include "engine/io/synthetic.h"
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "layers/mlp.h"

@@ -1,5 +1,6 @@
 // What the layers share. A layer owns its activations and their gradients, knows where its tensors lie in the flat
-// store, and writes its forward and backward pass out; the weights themselves are the posterior's (layers/posterior.h).
+// store, and writes its forward and backward pass out; the weights themselves are the posterior's
+// (layers/posteriors/posterior.h).
 #pragma once
 #include <string>
 

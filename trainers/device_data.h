@@ -1,6 +1,6 @@
 // A data set on the device, as bytes.
 #pragma once
-#include "engine/dataset.h"
+#include "engine/io/dataset.h"
 #include "kernels/batch.h"
 
 namespace baton {

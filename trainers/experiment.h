@@ -4,8 +4,8 @@
 #pragma once
 #include <filesystem>
 
-#include "engine/dataset.h"
-#include "engine/runlog.h"
+#include "engine/io/dataset.h"
+#include "engine/io/runlog.h"
 #include "trainers/incremental.h"
 
 namespace baton {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "engine/stop.h"
+#include "engine/io/stop.h"
 
 namespace baton {
 

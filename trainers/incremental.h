@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <map>
 
-#include "engine/safetensors.h"
+#include "engine/io/safetensors.h"
 #include "trainers/device_data.h"
 #include "trainers/predictor.h"
 
@@ -78,7 +78,7 @@ class IncrementalTrainer {
 
   // Hands the posterior on (but for the very first stage of all) and restarts optimizer and step counts.
   void begin_stage(int stage);
-  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/stop.h).
+  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/io/stop.h).
   // Returns how many.
   int advance(int count);
   // What the steps since the last time add up to. Throws RunError when a loss was not finite, naming the layer where it

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "engine/stop.h"
+#include "engine/io/stop.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/squares.h"
 

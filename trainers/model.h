@@ -7,9 +7,9 @@
 #include <filesystem>
 #include <memory>
 
-#include "engine/own_data.h"
-#include "engine/runlog.h"
-#include "engine/safetensors.h"
+#include "engine/io/own_data.h"
+#include "engine/io/runlog.h"
+#include "engine/io/safetensors.h"
 #include "trainers/incremental.h"
 
 namespace baton {

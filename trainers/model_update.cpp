@@ -3,8 +3,8 @@
 #include <chrono>
 #include <cmath>
 
-#include "engine/files.h"
-#include "engine/stop.h"
+#include "engine/io/files.h"
+#include "engine/io/stop.h"
 #include "trainers/metrics.h"
 #include "trainers/model_learning.h"
 

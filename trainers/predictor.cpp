@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "engine/stop.h"
+#include "engine/io/stop.h"
 
 namespace baton {
 

@@ -4,9 +4,9 @@
 
 #include "kernels/batch.h"
 #include "kernels/predictive.h"
-#include "layers/learner.h"
 #include "layers/network.h"
-#include "layers/posterior.h"
+#include "layers/posteriors/learner.h"
+#include "layers/posteriors/posterior.h"
 
 namespace baton {
 
@@ -29,7 +29,7 @@ class Predictor {
 
   // samples = 0, or a point posterior: one pass at the mean. Otherwise the average over `samples` draws (Kochurov et
   // al.: 100), each draw of all weights serving the whole set. seed: of the draws. Throws Stopped when a signal asks
-  // the program to end (engine/stop.h).
+  // the program to end (engine/io/stop.h).
   Predictions predict(Posterior&, int replica, int samples, uint64_t seed);
   Predictions predict(Learner&, int samples, uint64_t seed);
   int images() const { return set_.count; }

@@ -6,9 +6,9 @@
 #include <map>
 #include <numeric>
 
-#include "engine/files.h"
-#include "engine/progress.h"
-#include "engine/stop.h"
+#include "engine/io/files.h"
+#include "engine/io/progress.h"
+#include "engine/io/stop.h"
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"
 #include "trainers/task_pruning.h"

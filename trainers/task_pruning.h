@@ -4,9 +4,9 @@
 #pragma once
 #include <functional>
 
-#include "engine/runlog.h"
-#include "engine/safetensors.h"
-#include "layers/learner.h"
+#include "engine/io/runlog.h"
+#include "engine/io/safetensors.h"
+#include "layers/posteriors/learner.h"
 
 namespace baton {
 

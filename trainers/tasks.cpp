@@ -5,7 +5,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "engine/stop.h"
+#include "engine/io/stop.h"
 
 namespace baton {
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <optional>
 
-#include "engine/safetensors.h"
-#include "layers/learner.h"
+#include "engine/io/safetensors.h"
+#include "layers/posteriors/learner.h"
 #include "trainers/device_data.h"
 #include "trainers/incremental.h"
 
@@ -57,7 +57,7 @@ class TaskTrainer {
   int stage_step() const { return stage_step_; }
   void begin_stage(int stage);
   void restart_optimizer();  // its moments and step count start anew with the next stage; else they go on
-  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/stop.h).
+  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/io/stop.h).
   // Returns how many.
   int advance(int count);
   // What the steps since the last time add up to. Throws RunError when a loss was not finite or sigma diverged.

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "engine/files.h"
+#include "engine/io/files.h"
 #include "trainers/parse.h"
 
 namespace baton {

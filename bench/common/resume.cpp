@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
-#include "engine/files.h"
-#include "engine/stop.h"
+#include "engine/io/files.h"
+#include "engine/io/stop.h"
 
 namespace baton {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <filesystem>
 
-#include "engine/runlog.h"
+#include "engine/io/runlog.h"
 #include "trainers/incremental.h"
 
 namespace baton {

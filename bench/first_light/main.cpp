@@ -14,8 +14,8 @@
 
 #include "bench/first_light/kernels.h"
 #include "engine/blas.h"
-#include "engine/dataset.h"
-#include "engine/program.h"
+#include "engine/io/dataset.h"
+#include "engine/io/program.h"
 
 using namespace baton;
 using json = nlohmann::ordered_json;

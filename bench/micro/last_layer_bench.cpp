@@ -1,8 +1,9 @@
 // The last layer's closed-form update (kernels/last_layer.h, kernels/acquisition.h, engine/linalg.h,
-// trainers/last_layer.h) in float and double: its kernels, its products with the covariance, and whole updates.
+// trainers/last_layer/last_layer.h) in float and double: its kernels, its products with the covariance, and whole
+// updates.
 #include "common.h"
 #include "kernels/acquisition.h"
-#include "trainers/last_layer.h"
+#include "trainers/last_layer/last_layer.h"
 
 using namespace baton;
 

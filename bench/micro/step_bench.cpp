@@ -1,7 +1,7 @@
 // Whole training steps of LeNet5 and a prediction by draws of its weights. The models are those of a perfectly fused
 // step (../shared/reference/cuda-practice.md, section 3.3), so bytes/s is below what the kernels really move.
 #include "common.h"
-#include "engine/synthetic.h"
+#include "engine/io/synthetic.h"
 #include "layers/lenet5.h"
 #include "trainers/incremental.h"
 

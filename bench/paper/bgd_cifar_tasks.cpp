@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "bench/common/bgd.h"
-#include "engine/program.h"
+#include "engine/io/program.h"
 #include "layers/task_cnn.h"
 
 using namespace baton;

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "bench/common/bgd.h"
-#include "engine/program.h"
+#include "engine/io/program.h"
 #include "layers/mlp.h"
 
 using namespace baton;

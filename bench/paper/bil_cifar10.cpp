@@ -1,7 +1,7 @@
 // Bayesian incremental learning on CIFAR-10 (Kochurov et al. 2018, figure 1, middle): 3Conv3FC learns 50,000 images in
 // T parts. The KL is weighted by 0.05, as the paper does for its larger network.
 #include "bench/common/bil.h"
-#include "engine/program.h"
+#include "engine/io/program.h"
 #include "layers/conv3fc3.h"
 
 using namespace baton;

@@ -12,9 +12,9 @@
 
 #include "bench/common/bil.h"
 #include "bench/common/resume.h"
-#include "engine/files.h"
-#include "engine/program.h"
-#include "engine/stop.h"
+#include "engine/io/files.h"
+#include "engine/io/program.h"
+#include "engine/io/stop.h"
 #include "layers/conv3fc3.h"
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"

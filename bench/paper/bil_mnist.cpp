@@ -2,7 +2,7 @@
 // T parts, by fine-tuning (FT) and with a posterior that is handed on as the next prior: fully factorized (FFG),
 // channel factorized (CFG), multiplicative normalizing flows (MNF). T = 1 is all the data at once.
 #include "bench/common/bil.h"
-#include "engine/program.h"
+#include "engine/io/program.h"
 #include "layers/lenet5.h"
 
 using namespace baton;

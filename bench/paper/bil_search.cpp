@@ -10,10 +10,10 @@
 #include <map>
 
 #include "bench/common/resume.h"
-#include "engine/files.h"
-#include "engine/program.h"
-#include "engine/runlog.h"
-#include "engine/stop.h"
+#include "engine/io/files.h"
+#include "engine/io/program.h"
+#include "engine/io/runlog.h"
+#include "engine/io/stop.h"
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/metrics.h"

@@ -8,13 +8,13 @@
 #include <set>
 
 #include "bench/common/bil.h"
-#include "engine/program.h"
-#include "engine/stop.h"
+#include "engine/io/program.h"
+#include "engine/io/stop.h"
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
-#include "trainers/active_learning.h"
-#include "trainers/last_layer_exact.h"
-#include "trainers/update_study.h"
+#include "trainers/last_layer/active_learning.h"
+#include "trainers/last_layer/last_layer_exact.h"
+#include "trainers/last_layer/update_study.h"
 
 using namespace baton;
 

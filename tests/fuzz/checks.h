@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <filesystem>
 
-#include "engine/own_data.h"
-#include "engine/safetensors.h"
+#include "engine/io/own_data.h"
+#include "engine/io/safetensors.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace baton::fuzz {

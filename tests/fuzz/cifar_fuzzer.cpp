@@ -1,7 +1,7 @@
 // A byte (odd: CIFAR-100), then for CIFAR-100 one file, for CIFAR-10 files with their lengths.
 #include <deque>
 
-#include "engine/dataset.h"
+#include "engine/io/dataset.h"
 #include "tests/fuzz/checks.h"
 
 namespace baton {

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "engine/dataset.h"
+#include "engine/io/dataset.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/test_data.h"
 

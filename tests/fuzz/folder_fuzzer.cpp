@@ -1,6 +1,6 @@
 // A byte of options, then files: the name's length (a byte; its highest bit: a symbolic link), the name, the content
 // (or the link's target) with its length. A name that ends in '/' is a folder.
-#include "engine/dataset.h"
+#include "engine/io/dataset.h"
 #include "tests/fuzz/checks.h"
 
 namespace baton {

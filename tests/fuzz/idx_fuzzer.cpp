@@ -1,5 +1,5 @@
 // Classes less one (a byte), the images' file (with its length), the labels' file.
-#include "engine/dataset.h"
+#include "engine/io/dataset.h"
 #include "tests/fuzz/checks.h"
 
 namespace baton {

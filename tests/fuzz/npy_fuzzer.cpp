@@ -1,7 +1,7 @@
 // A .npy file.
-#include "engine/npy.h"
+#include "engine/io/npy.h"
 
-#include "engine/npy_images.h"
+#include "engine/io/npy_images.h"
 #include "tests/fuzz/checks.h"
 
 namespace baton {

@@ -1,5 +1,5 @@
 // An .npz file.
-#include "engine/npy.h"
+#include "engine/io/npy.h"
 #include "tests/fuzz/checks.h"
 
 namespace baton {

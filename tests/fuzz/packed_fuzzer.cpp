@@ -1,5 +1,5 @@
 // The most bytes that are read, as a power of two (a byte, by 28), then a file: plain, gzip or xz.
-#include "engine/files.h"
+#include "engine/io/files.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace baton {

@@ -1,5 +1,5 @@
 // A PNG or a JPEG file.
-#include "engine/picture.h"
+#include "engine/io/picture.h"
 
 #include <zlib.h>
 

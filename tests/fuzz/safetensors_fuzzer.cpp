@@ -1,5 +1,5 @@
 // A safetensors file.
-#include "engine/safetensors.h"
+#include "engine/io/safetensors.h"
 
 #include "tests/fuzz/checks.h"
 

@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "kernels/softmax_xent.h"
-#include "layers/posterior.h"
+#include "layers/posteriors/posterior.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 

@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "engine/error.h"
-#include "engine/files.h"
-#include "engine/npy.h"
-#include "engine/own_data.h"
+#include "engine/io/files.h"
+#include "engine/io/npy.h"
+#include "engine/io/own_data.h"
 #include "tests/support/packed.h"
 
 namespace baton::test {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/npy.h"
+#include "engine/io/npy.h"
 #include "tests/support/test_data.h"
 
 namespace baton::test {

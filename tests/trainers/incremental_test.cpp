@@ -5,8 +5,8 @@
 #include <csignal>
 #include <nlohmann/json.hpp>
 
-#include "engine/stop.h"
-#include "engine/synthetic.h"
+#include "engine/io/stop.h"
+#include "engine/io/synthetic.h"
 #include "layers/lenet5.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"

@@ -8,7 +8,7 @@
 #include <functional>
 #include <random>
 
-#include "engine/files.h"
+#include "engine/io/files.h"
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
 #include "tests/support/device.h"

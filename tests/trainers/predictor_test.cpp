@@ -2,8 +2,8 @@
 
 #include <csignal>
 
-#include "engine/stop.h"
-#include "engine/synthetic.h"
+#include "engine/io/stop.h"
+#include "engine/io/synthetic.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 #include "trainers/device_data.h"

@@ -7,8 +7,8 @@
 #include <map>
 #include <numeric>
 
-#include "engine/stop.h"
-#include "engine/synthetic.h"
+#include "engine/io/stop.h"
+#include "engine/io/synthetic.h"
 #include "layers/mlp.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"

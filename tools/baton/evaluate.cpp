@@ -10,7 +10,7 @@
 #include <optional>
 #include <tuple>
 
-#include "engine/files.h"
+#include "engine/io/files.h"
 #include "tools/baton/predictions.h"
 #include "trainers/metrics.h"
 

@@ -1,5 +1,5 @@
 // baton export: the network at the posterior mean, as PyTorch reads it.
-#include "engine/safetensors.h"
+#include "engine/io/safetensors.h"
 #include "tools/baton/layers.h"
 #include "tools/baton/predictions.h"
 

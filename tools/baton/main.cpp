@@ -1,8 +1,8 @@
 // baton: a network of one's own, made Bayesian, and kept up to date as data arrive.
 #include <algorithm>
 
-#include "engine/files.h"
-#include "engine/program.h"
+#include "engine/io/files.h"
+#include "engine/io/program.h"
 #include "tools/baton/command.h"
 #include "tools/baton/config.h"
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "engine/files.h"
-#include "engine/npy.h"
+#include "engine/io/files.h"
+#include "engine/io/npy.h"
 #include "tools/baton/predictions.h"
 
 namespace baton {

@@ -1,7 +1,7 @@
 // baton update: the posterior becomes the prior, and a new part of the data is learned.
 #include <cmath>
 
-#include "engine/progress.h"
+#include "engine/io/progress.h"
 #include "tools/baton/command.h"
 #include "trainers/model_update.h"
 #include "trainers/parse.h"
