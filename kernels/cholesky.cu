@@ -372,22 +372,22 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
 }
 
 __global__ void cholesky_from_diagonal_kernel(float* __restrict__ factor, size_t factor_stride,
-                                              const float* __restrict__ log_sd, size_t sd_stride, int rows, int d) {
+                                              const float* __restrict__ log_std, size_t sd_stride, int rows, int d) {
   const int item = simt::thread_item(), b = item / d, i = item - b * d;
   if (item >= rows) return;
   float* __restrict__ to = factor + factor_stride * simt::row() + size_t(b) * packed(d) + packed(i);
   for (int j = 0; j < i; j++) to[j] = 0;
-  to[i] = log_sd[sd_stride * simt::row() + item];
+  to[i] = log_std[sd_stride * simt::row() + item];
 }
 
-__global__ void cholesky_marginals_kernel(float* __restrict__ log_sd, size_t sd_stride,
+__global__ void cholesky_marginals_kernel(float* __restrict__ log_std, size_t sd_stride,
                                           const float* __restrict__ factor, size_t factor_stride, int rows, int d) {
   const int item = simt::thread_item(), b = item / d, i = item - b * d;
   if (item >= rows) return;
   const float* __restrict__ from = factor + factor_stride * simt::row() + size_t(b) * packed(d) + packed(i);
   float sum = 1;
   for (int j = 0; j < i; j++) sum = fmaf(from[j], from[j], sum);
-  log_sd[sd_stride * simt::row() + item] = from[i] + 0.5f * logf(sum);
+  log_std[sd_stride * simt::row() + item] = from[i] + 0.5f * logf(sum);
 }
 
 // --------------------------------------------------------------------------------------------------------- launching
@@ -487,21 +487,21 @@ void cholesky_invert(float* inverse, const float* factor, size_t factor_stride, 
                                        inverse, factor, factor_stride, d);
 }
 
-void cholesky_from_diagonal(float* factor, size_t factor_stride, const float* log_sd, size_t sd_stride, int blocks,
+void cholesky_from_diagonal(float* factor, size_t factor_stride, const float* log_std, size_t sd_stride, int blocks,
                             int d, int replicas, Stream stream) {
   BATON_RANGE("cholesky_from_diagonal");
   check_blocks("cholesky_from_diagonal", blocks, d, replicas);
   if (replicas > 1) check_stride("cholesky_from_diagonal", "factors", factor_stride, size_t(blocks) * packed(d));
-  simt::launch<cholesky_from_diagonal_kernel>(simt::each(blocks * d, replicas), stream, factor, factor_stride, log_sd,
+  simt::launch<cholesky_from_diagonal_kernel>(simt::each(blocks * d, replicas), stream, factor, factor_stride, log_std,
                                               sd_stride, blocks * d, d);
 }
 
-void cholesky_marginals(float* log_sd, size_t sd_stride, const float* factor, size_t factor_stride, int blocks, int d,
+void cholesky_marginals(float* log_std, size_t sd_stride, const float* factor, size_t factor_stride, int blocks, int d,
                         int replicas, Stream stream) {
   BATON_RANGE("cholesky_marginals");
   check_blocks("cholesky_marginals", blocks, d, replicas);
   if (replicas > 1) check_stride("cholesky_marginals", "standard deviations", sd_stride, size_t(blocks) * d);
-  simt::launch<cholesky_marginals_kernel>(simt::each(blocks * d, replicas), stream, log_sd, sd_stride, factor,
+  simt::launch<cholesky_marginals_kernel>(simt::each(blocks * d, replicas), stream, log_std, sd_stride, factor,
                                           factor_stride, blocks * d, d);
 }
 

@@ -60,11 +60,11 @@ void cholesky_kl(double* kl, size_t kl_stride, const CholeskyArrays&, float* par
 // inverse = L^-1 (packed, plain) from a stored factor, in double: once a stage. inverse may not be factor.
 void cholesky_invert(float* inverse, const float* factor, size_t factor_stride, int blocks, int d, int replicas,
                      Stream);
-// factor = sigma I: the diagonal exp(log_sd[sd_stride * r + b * d + i]), nothing below it.
-void cholesky_from_diagonal(float* factor, size_t factor_stride, const float* log_sd, size_t sd_stride, int blocks,
+// factor = sigma I: the diagonal exp(log_std[sd_stride * r + b * d + i]), nothing below it.
+void cholesky_from_diagonal(float* factor, size_t factor_stride, const float* log_std, size_t sd_stride, int blocks,
                             int d, int replicas, Stream);
-// The marginal standard deviations: log_sd[...] = ln sqrt(sum_j L_ij^2).
-void cholesky_marginals(float* log_sd, size_t sd_stride, const float* factor, size_t factor_stride, int blocks, int d,
+// The marginal standard deviations: log_std[...] = ln sqrt(sum_j L_ij^2).
+void cholesky_marginals(float* log_std, size_t sd_stride, const float* factor, size_t factor_stride, int blocks, int d,
                         int replicas, Stream);
 
 }  // namespace baton

@@ -207,11 +207,11 @@ template <class T>
 __device__ __forceinline__ double base_density(const FlowTensor& tensor, const float* values,
                                                const T* __restrict__ z0) {
   const float* __restrict__ mean = values + tensor.base_mean;
-  const float* __restrict__ log_sd = values + tensor.base_log_sd;
+  const float* __restrict__ log_std = values + tensor.base_log_std;
   double sum = 0;
   for (int i = threadIdx.x; i < tensor.size; i += blockDim.x) {
-    const double e = (z0[i] - double(mean[i])) * exp(-double(log_sd[i]));
-    sum -= 0.5 * e * e + log_sd[i] + half_ln_2pi;
+    const double e = (z0[i] - double(mean[i])) * exp(-double(log_std[i]));
+    sum -= 0.5 * e * e + log_std[i] + half_ln_2pi;
   }
   return sum;
 }
@@ -293,7 +293,7 @@ __global__ void couple_backward_kernel(FlowShape s, FlowParameters p, Trace trac
         for (int k = 0; k < teams; k++) more += sums[k * tile + e];
         a = adjoint[e] + double(values[tensor.steps[done].mask + first + e]) * more;
       } else if (b.inverse) {
-        const double z0 = trace.state(q)[i + e], precision = exp(-2 * double(values[tensor.base_log_sd + first + e]));
+        const double z0 = trace.state(q)[i + e], precision = exp(-2 * double(values[tensor.base_log_std + first + e]));
         a = -(z0 - values[tensor.base_mean + first + e]) * precision;
       } else {
         a = b.dz[size_t(s.z_size) * q + i + e];
@@ -327,9 +327,9 @@ __global__ void couple_backward_kernel(FlowShape s, FlowParameters p, Trace trac
       } else {
         b.dz[size_t(s.z_size) * q + i + e] = float(a);
         const double z0 = b.z0[size_t(s.z_size) * q + i + e];
-        const double by_log_sd = a * (z0 - values[tensor.base_mean + first + e]) - (b.density ? weight : 0);
+        const double by_log_std = a * (z0 - values[tensor.base_mean + first + e]) - (b.density ? weight : 0);
         put(gradients[tensor.base_mean + first + e], s.fixed_base ? 0 : a, add);
-        put(gradients[tensor.base_log_sd + first + e], s.fixed_base ? 0 : by_log_sd, add);
+        put(gradients[tensor.base_log_std + first + e], s.fixed_base ? 0 : by_log_std, add);
       }
       adjoint[e] = a;
     }
@@ -509,11 +509,11 @@ __global__ void planar_backward_kernel(FlowShape s, FlowParameters p, Trace trac
     const double logdet_slope = b.inverse ? -1 : b.density ? -weight : 0;
     const size_t at = size_t(s.z_size) * q + tensor.z_at;
     const float* __restrict__ base_mean = values + tensor.base_mean;
-    const float* __restrict__ base_log_sd = values + tensor.base_log_sd;
+    const float* __restrict__ base_log_std = values + tensor.base_log_std;
     const double* __restrict__ z0 = trace.state(q) + tensor.z_at;  // of the inverse
     double* __restrict__ adjoint = trace.adjoint(q) + tensor.z_at;
     for (int i = threadIdx.x; i < size; i += blockDim.x)
-      adjoint[i] = b.inverse ? -(z0[i] - base_mean[i]) * exp(-2 * double(base_log_sd[i])) : double(b.dz[at + i]);
+      adjoint[i] = b.inverse ? -(z0[i] - base_mean[i]) * exp(-2 * double(base_log_std[i])) : double(b.dz[at + i]);
     const int steps = passed_over(b.identity, r) ? 0 : s.steps;
     for (int n = 0; n < steps; n++) {
       const int k = b.inverse ? n : steps - 1 - n;
@@ -557,9 +557,9 @@ __global__ void planar_backward_kernel(FlowShape s, FlowParameters p, Trace trac
         b.dz[at + i] += float(weight * a);
       } else {
         b.dz[at + i] = float(a);
-        const double by_log_sd = a * (double(b.z0[at + i]) - base_mean[i]) - (b.density ? weight : 0);
+        const double by_log_std = a * (double(b.z0[at + i]) - base_mean[i]) - (b.density ? weight : 0);
         put(gradients[tensor.base_mean + i], s.fixed_base ? 0 : a, add);
-        put(gradients[tensor.base_log_sd + i], s.fixed_base ? 0 : by_log_sd, add);
+        put(gradients[tensor.base_log_std + i], s.fixed_base ? 0 : by_log_std, add);
       }
     }
   }
@@ -581,7 +581,7 @@ __global__ void draw_base_kernel(float* __restrict__ z0, FlowShape s, FlowParame
   const uint32_t step = b.states ? b.states[r].step : b.first_draw + q, stream_id = tensor.stream_id;
   const uint32_t counter = uint32_t(g) * ((tensor.size + 3) / 4) + at.first / 4;
   const float* __restrict__ mean = p.values + p.stride * r + tensor.base_mean + at.first;
-  const float* __restrict__ log_sd = p.values + p.stride * r + tensor.base_log_sd + at.first;
+  const float* __restrict__ log_std = p.values + p.stride * r + tensor.base_log_std + at.first;
   float* __restrict__ to = z0 + size_t(s.z_size) * q + tensor.z_at + at.first;
   const int count = at.count, noisy = b.noise;
   SIMT_SIMD()
@@ -591,13 +591,14 @@ __global__ void draw_base_kernel(float* __restrict__ z0, FlowShape s, FlowParame
     SIMT_UNROLL
     for (int c = 0; c < 4; c++) {
       const int j = 4 * i + c;
-      if (j < count) to[j] = noisy ? mean[j] + expf(log_sd[j]) * lane[c] : mean[j];
+      if (j < count) to[j] = noisy ? mean[j] + expf(log_std[j]) * lane[c] : mean[j];
     }
   }
 }
 
-__global__ void flow_kl_kernel(double* __restrict__ ledger, size_t ledger_stride, const double* __restrict__ log_q,
-                               const double* __restrict__ log_prior, int tensors, int groups) {
+__global__ void flow_kl_kernel(double* __restrict__ accumulator, size_t accumulator_stride,
+                               const double* __restrict__ log_q, const double* __restrict__ log_prior, int tensors,
+                               int groups) {
   const int t = simt::thread_item(), r = simt::row();
   if (t >= tensors) return;
   double sum = 0;
@@ -605,7 +606,7 @@ __global__ void flow_kl_kernel(double* __restrict__ ledger, size_t ledger_stride
     const size_t i = (size_t(r) * groups + g) * tensors + t;
     sum += log_q[i] - log_prior[i];
   }
-  ledger[ledger_stride * r + t] += sum / groups;
+  accumulator[accumulator_stride * r + t] += sum / groups;
 }
 
 // Counters by the parameters' places in the store, draw 1: no other initialisation uses these.
@@ -620,7 +621,7 @@ __device__ __forceinline__ void fill(float* __restrict__ values, int at, int cou
 
 // One step of one tensor, and the base with step 0. A balanced mask: a coin for every two neighbours says which of them
 // is kept; odd steps toss the coins of the step before them, and keep the others.
-__global__ void initialise_kernel(float* values, FlowShape s, size_t stride, float log_sd, const StepState* states) {
+__global__ void initialise_kernel(float* values, FlowShape s, size_t stride, float log_std, const StepState* states) {
   const int t = blockIdx.x % s.tensors, step = blockIdx.x / s.tensors, r = simt::row();
   const FlowTensor& tensor = s.table[t];
   const int size = tensor.size;
@@ -628,7 +629,7 @@ __global__ void initialise_kernel(float* values, FlowShape s, size_t stride, flo
   float* own = values + stride * r;
   if (step == 0) {
     fill(own, tensor.base_mean, size, 1.f);
-    fill(own, tensor.base_log_sd, size, log_sd);
+    fill(own, tensor.base_log_std, size, log_std);
   }
   if (step < s.steps) {
     const FlowStep& at = tensor.steps[step];
@@ -794,23 +795,23 @@ void flow_backward(float* gradients, float* dz, const FlowShape& s, FlowParamete
   run_back(s, p, view, {gradients, dz, z0, nullptr, states, scale, density, false, groups, groups}, trace.rows, stream);
 }
 
-void flow_kl(double* ledger, size_t ledger_stride, const double* log_q, const double* log_prior, int tensors,
+void flow_kl(double* accumulator, size_t accumulator_stride, const double* log_q, const double* log_prior, int tensors,
              int groups, int replicas, Stream stream) {
   BATON_RANGE("flow_kl");
-  if (tensors < 1 || groups < 1 || replicas < 1 || replicas > most_rows || ledger_stride < size_t(tensors))
+  if (tensors < 1 || groups < 1 || replicas < 1 || replicas > most_rows || accumulator_stride < size_t(tensors))
     throw InputError("flow_kl: log_q is [" + number(replicas) + " replicas x " + number(groups) + " groups][" +
-                     number(tensors) + "], a ledger's row has " + number(long(ledger_stride)));
-  simt::launch<flow_kl_kernel>(simt::each(tensors, replicas), stream, ledger, ledger_stride, log_q, log_prior, tensors,
-                               groups);
+                     number(tensors) + "], an accumulator's row has " + number(long(accumulator_stride)));
+  simt::launch<flow_kl_kernel>(simt::each(tensors, replicas), stream, accumulator, accumulator_stride, log_q, log_prior,
+                               tensors, groups);
 }
 
-void flow_initialise(float* values, const FlowShape& s, size_t stride, float log_sd, const StepState* states,
+void flow_initialise(float* values, const FlowShape& s, size_t stride, float log_std, const StepState* states,
                      int replicas, Stream stream) {
   BATON_RANGE("flow_initialise");
   check_shape("flow_initialise", s);
   check_rows("flow_initialise", 1, replicas);
   simt::launch<initialise_kernel>(simt::blocks(s.tensors * max(s.steps, 1), threads, 0, replicas), stream, values, s,
-                                  stride, log_sd, states);
+                                  stride, log_std, states);
 }
 
 }  // namespace baton

@@ -36,7 +36,7 @@ struct FlowTensor {
   int size;            // D
   int z_at;            // where its z lies in a row of z
   int base_mean;       // m0 [D]
-  int base_log_sd;     // ln s0 [D]
+  int base_log_std;    // ln s0 [D]
   uint32_t stream_id;  // of its base noise
   FlowStep steps[most_flow_steps];
 };
@@ -95,15 +95,16 @@ void flow_log_density_backward(float* dz, const FlowShape&, FlowParameters, cons
 void flow_backward(float* gradients, float* dz, const FlowShape&, FlowParameters, const float* z0, FlowTrace,
                    const StepState* states, float scale, bool density, int groups, int replicas, Stream);
 
-// ledger[ledger_stride * r + t] += mean over the groups of log_q - log_prior: the KL of z, [rows][tensors] both.
-void flow_kl(double* ledger, size_t ledger_stride, const double* log_q, const double* log_prior, int tensors,
+// accumulator[accumulator_stride * r + t] += mean over the groups of log_q - log_prior: the KL of z, [rows][tensors]
+// both.
+void flow_kl(double* accumulator, size_t accumulator_stride, const double* log_q, const double* log_prior, int tensors,
              int groups, int replicas, Stream);
 
 // Parameters of a fresh flow: near the identity with z = 1 (every replica; states[r].noise, stream stream_init, draw 1,
 // counters by the place in the store). Masks: a random balanced one for even steps (a coin for every two neighbours)
-// and its complement for the odd one that follows. base mean 1, ln s0 = log_sd.
+// and its complement for the odd one that follows. base mean 1, ln s0 = log_std.
 // W ~ N(0, (0.1)^2 / fan_in), b0 = 0; gated b1 = 1, b2 = 2; affine b1 = 0, b2 = 0; planar u, w ~ N(0, 0.1^2 / D).
-void flow_initialise(float* values, const FlowShape&, size_t stride, float log_sd, const StepState*, int replicas,
+void flow_initialise(float* values, const FlowShape&, size_t stride, float log_std, const StepState*, int replicas,
                      Stream);
 
 }  // namespace baton

@@ -16,13 +16,13 @@ constexpr int chunk = 2048, threads = 256;
 
 // One replica's arrays at a piece, and the step's numbers.
 struct Piece {
-  float *mean, *log_sd, *variance;
-  const float *prior_mean, *prior_log_sd, *grad_variance;
+  float *mean, *log_std, *variance;
+  const float *prior_mean, *prior_log_std, *grad_variance;
   float *mean_m, *mean_v, *scale_m, *scale_v;
 };
 __device__ __forceinline__ Piece piece_of(const GaussianArrays& a, size_t at) {
-  return {a.mean + at,          a.log_sd + at, a.variance + at, a.prior_mean + at, a.prior_log_sd + at,
-          a.grad_variance + at, a.mean_m + at, a.mean_v + at,   a.scale_m + at,    a.scale_v + at};
+  return {a.mean + at,          a.log_std + at, a.variance + at, a.prior_mean + at, a.prior_log_std + at,
+          a.grad_variance + at, a.mean_m + at,  a.mean_v + at,   a.scale_m + at,    a.scale_v + at};
 }
 struct Rates {
   float kl_weight, per_nat, rate;
@@ -39,7 +39,7 @@ __device__ __forceinline__ Rates rates_of(const StepState& s) {
 // The step of one parameter whose data gradient is g and whose z^2 is z2; returns its KL.
 template <ScaleRule rule>
 __device__ __forceinline__ float step_one(const Piece& p, const Rates& s, int i, float g, float z2) {
-  const float mu = p.mean[i], ls = p.log_sd[i], t = ls - p.prior_log_sd[i];
+  const float mu = p.mean[i], ls = p.log_std[i], t = ls - p.prior_log_std[i];
   const float ratio = expf(2.f * t), sigma2 = p.variance[i], precision = ratio / sigma2;  // 1 / sigma_p^2
   const float away = mu - p.prior_mean[i], pull = z2 * away * precision;
   float m = p.mean_m[i], v = p.mean_v[i];
@@ -57,7 +57,7 @@ __device__ __forceinline__ float step_one(const Piece& p, const Rates& s, int i,
     next = ls - (move < -largest_scale_step ? -largest_scale_step : move);
   }
   p.scale_m[i] = sm;
-  p.log_sd[i] = next;
+  p.log_std[i] = next;
   p.variance[i] = expf(2.f * next);
   return divergence_of_scale(t, ratio) + 0.5f * away * pull;
 }
@@ -154,8 +154,8 @@ __global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ p
 }
 
 __device__ __forceinline__ float divergence_of(const GaussianArrays& a, size_t i, float z2) {
-  const float t = a.log_sd[i] - a.prior_log_sd[i], away = a.mean[i] - a.prior_mean[i];
-  return divergence_of_scale(t, expf(2.f * t)) + 0.5f * z2 * away * away * expf(-2.f * a.prior_log_sd[i]);
+  const float t = a.log_std[i] - a.prior_log_std[i], away = a.mean[i] - a.prior_mean[i];
+  return divergence_of_scale(t, expf(2.f * t)) + 0.5f * z2 * away * away * expf(-2.f * a.prior_log_std[i]);
 }
 
 __global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pieces, Multipliers z,
@@ -184,14 +184,14 @@ __global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pie
 
 // Books the partial sums: one block a slot and replica. Thread t adds up its slot's of the pieces t, t + T, ..., then
 // the threads' sums are added in a fixed order.
-__global__ void __launch_bounds__(threads)
-    book_kernel(Ledger ledger, const Run* __restrict__ pieces, const float* __restrict__ partial, int count) {
+__global__ void __launch_bounds__(threads) book_kernel(KlAccumulator accumulator, const Run* __restrict__ pieces,
+                                                       const float* __restrict__ partial, int count) {
   const int slot = blockIdx.x, r = simt::row();
   partial += size_t(count) * r;
   double sum = 0;
   for (int i = threadIdx.x; i < count; i += blockDim.x) sum += pieces[i].slot == slot ? double(partial[i]) : 0.;
   sum = simt::block_sum(sum);
-  if (threadIdx.x == 0) ledger.sums[ledger.stride * r + slot] += sum;
+  if (threadIdx.x == 0) accumulator.sums[accumulator.stride * r + slot] += sum;
 }
 
 __global__ void multiply_kernel(float* __restrict__ w, size_t w_stride, const float* __restrict__ mean, size_t stride,
@@ -215,14 +215,14 @@ __global__ void block_multiplier_kernel(float* __restrict__ dz, GaussianArrays a
   const size_t at = a.stride * r + run.first + size_t(k) * run.width;
   const float* __restrict__ mean = a.mean + at;
   const float* __restrict__ prior_mean = a.prior_mean + at;
-  const float* __restrict__ prior_log_sd = a.prior_log_sd + at;
+  const float* __restrict__ prior_log_std = a.prior_log_std + at;
   const float* __restrict__ grad = z.grad + z.grad_stride * q + run.first + size_t(k) * run.width;
   float data = 0, away2 = 0;
   SIMT_SIMD(reduction(+ : data, away2))
   for (int i = simt::lane_id(); i < run.width; i += simt::warp_size) {
     const float mu = mean[i], e = mu - prior_mean[i];
     data += mu * grad[i];
-    away2 += e * e * expf(-2.f * prior_log_sd[i]);
+    away2 += e * e * expf(-2.f * prior_log_std[i]);
   }
   data = simt::warp_sum(data), away2 = simt::warp_sum(away2);
   if (simt::lane_id() == 0) {
@@ -252,7 +252,7 @@ __global__ void column_multiplier_kernel(float* __restrict__ partial, GaussianAr
       const size_t i = size_t(row) * width + (mine ? column : 0);
       const float mu = a.mean[at + i], e = mu - a.prior_mean[at + i];
       data[k] += mine ? mu * z.grad[grad_at + i] : 0.f;
-      away2[k] += mine ? e * e * expf(-2.f * a.prior_log_sd[at + i]) : 0.f;
+      away2[k] += mine ? e * e * expf(-2.f * a.prior_log_std[at + i]) : 0.f;
     }
   }
   const int segments = (rows + segment - 1) / segment;
@@ -346,12 +346,12 @@ __global__ void fill_rows_kernel(float* __restrict__ x, size_t stride, int count
   x[stride * r + i] = values[r];
 }
 
-__global__ void variance_kernel(float* __restrict__ variance, const float* __restrict__ log_sd, size_t stride,
+__global__ void variance_kernel(float* __restrict__ variance, const float* __restrict__ log_std, size_t stride,
                                 int count) {
   const int i = simt::thread_item();
   if (i >= count) return;
   const size_t at = stride * simt::row() + i;
-  variance[at] = expf(2.f * log_sd[at]);
+  variance[at] = expf(2.f * log_std[at]);
 }
 
 void check_arrays(const char* who, const GaussianArrays& a) {
@@ -360,9 +360,9 @@ void check_arrays(const char* who, const GaussianArrays& a) {
                      " parameters, " + std::to_string(a.stride) + " apart");
 }
 
-void book(Ledger ledger, Pieces pieces, const float* partial, int replicas, Stream stream) {
-  simt::launch<book_kernel>(simt::blocks(pieces.slots, threads, 0, replicas), stream, ledger, pieces.table, partial,
-                            pieces.count);
+void book(KlAccumulator accumulator, Pieces pieces, const float* partial, int replicas, Stream stream) {
+  simt::launch<book_kernel>(simt::blocks(pieces.slots, threads, 0, replicas), stream, accumulator, pieces.table,
+                            partial, pieces.count);
 }
 
 }  // namespace
@@ -392,8 +392,8 @@ std::vector<Run> pieces_of(const std::vector<Run>& runs) {
   return pieces;
 }
 
-void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const StepState* states, Ledger ledger,
-                   float* partial, Stream stream, const Multipliers& z) {
+void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const StepState* states,
+                   KlAccumulator accumulator, float* partial, Stream stream, const Multipliers& z) {
   BATON_RANGE("gaussian_step");
   check_arrays("gaussian_step", a);
   const auto shape = simt::blocks(pieces.count, threads, 0, a.replicas);
@@ -405,16 +405,16 @@ void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const
   };
   if (rule == ScaleRule::adam) with_rule.template operator()<ScaleRule::adam>();
   else with_rule.template operator()<ScaleRule::natural>();
-  book(ledger, pieces, partial, a.replicas, stream);
+  book(accumulator, pieces, partial, a.replicas, stream);
 }
 
-void gaussian_kl(Ledger ledger, const GaussianArrays& a, Pieces pieces, float* partial, Stream stream,
+void gaussian_kl(KlAccumulator accumulator, const GaussianArrays& a, Pieces pieces, float* partial, Stream stream,
                  const Multipliers& z) {
   BATON_RANGE("gaussian_kl");
   check_arrays("gaussian_kl", a);
   simt::launch<gaussian_kl_kernel>(simt::blocks(pieces.count, threads, 0, a.replicas), stream, a, pieces.table, z,
                                    partial);
-  book(ledger, pieces, partial, a.replicas, stream);
+  book(accumulator, pieces, partial, a.replicas, stream);
 }
 
 void multiply_weights(float* w, size_t w_stride, const GaussianArrays& a, Pieces pieces, const Multipliers& z,
@@ -488,9 +488,9 @@ void fill_rows(float* x, size_t stride, int count, const float* values, int repl
   simt::launch<fill_rows_kernel>(simt::each(count, replicas), stream, x, stride, count, values);
 }
 
-void variance_of(float* variance, const float* log_sd, size_t stride, int count, int replicas, Stream stream) {
+void variance_of(float* variance, const float* log_std, size_t stride, int count, int replicas, Stream stream) {
   BATON_RANGE("variance_of");
-  simt::launch<variance_kernel>(simt::each(count, replicas), stream, variance, log_sd, stride, count);
+  simt::launch<variance_kernel>(simt::each(count, replicas), stream, variance, log_std, stride, count);
 }
 
 }  // namespace baton

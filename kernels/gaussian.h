@@ -10,10 +10,10 @@ namespace baton {
 // Every array is [replicas][stride], its first `count` elements of each replica in use. Device memory.
 struct GaussianArrays {
   float* mean;
-  float* log_sd;    // log sigma
+  float* log_std;   // log sigma
   float* variance;  // sigma^2, kept beside it for the products
   const float* prior_mean;
-  const float* prior_log_sd;
+  const float* prior_log_std;
   float* grad_mean;      // d/d mu of the mean cross-entropy
   float* grad_variance;  // d/d sigma^2 of the mean cross-entropy
   float* mean_m;         // Adam's first and second moments
@@ -42,7 +42,7 @@ struct Pieces {
 };
 
 // Sums that grow from step to step: sums[stride * r + slot], stride no less than the pieces' slots.
-struct Ledger {
+struct KlAccumulator {
   double* sums;
   size_t stride;
 };
@@ -68,14 +68,15 @@ constexpr float largest_scale_step = 0.1f;  // of the natural rule, in log sigma
 //   KL = sum [ (exp(2t) - 1 + z^2 e^2) / 2 - t ],  t = log sigma - log sigma_p,  e = (mu - mu_p) / sigma_p
 //   dJ/dmu = z grad + kl_now z^2 e / sigma_p;   dJ/d log sigma = 2 sigma^2 grad_variance + kl_now (exp(2t) - 1)
 // with z = 1 and grad = grad_mean where a piece has no z; z grad is summed and z^2 averaged over the groups (Kochurov
-// et al. 2018, equations 21 and 22, for w | z ~ N(z mu, sigma^2)). The KL before the step is added to the ledger.
+// et al. 2018, equations 21 and 22, for w | z ~ N(z mu, sigma^2)). The KL before the step is added to the accumulator.
 // partial: scratch, a float a piece and replica. A replica whose loss was not finite (StepState::halted) is left as it
 // is.
-void gaussian_step(const GaussianArrays&, ScaleRule, Pieces, const StepState*, Ledger, float* partial, Stream,
+void gaussian_step(const GaussianArrays&, ScaleRule, Pieces, const StepState*, KlAccumulator, float* partial, Stream,
                    const Multipliers& = {});
 
-// The KL itself (+=) into the ledger, in double. The same scratch. grad and grad_stride of Multipliers are not read.
-void gaussian_kl(Ledger, const GaussianArrays&, Pieces, float* partial, Stream, const Multipliers& = {});
+// The KL itself (+=) into the accumulator, in double. The same scratch. grad and grad_stride of Multipliers are not
+// read.
+void gaussian_kl(KlAccumulator, const GaussianArrays&, Pieces, float* partial, Stream, const Multipliers& = {});
 
 // w[w_stride * q + i] = z mean[i] over the pieces that have z, for every row q.
 void multiply_weights(float* w, size_t w_stride, const GaussianArrays&, Pieces, const Multipliers&, Stream);
@@ -107,7 +108,7 @@ void sample_weights(float* w, const float* mean, size_t mean_stride, const float
 void init_normal(float* x, size_t stride, int first, int count, float sd, const StepState*, int replicas, Stream);
 // x[r][i] = values[r] for i < count. values: device memory [replicas].
 void fill_rows(float* x, size_t stride, int count, const float* values, int replicas, Stream);
-// variance = exp(2 log_sd).
-void variance_of(float* variance, const float* log_sd, size_t stride, int count, int replicas, Stream);
+// variance = exp(2 log_std).
+void variance_of(float* variance, const float* log_std, size_t stride, int count, int replicas, Stream);
 
 }  // namespace baton

@@ -37,14 +37,14 @@ __global__ void prune_kernel(float* __restrict__ mean, float* __restrict__ sd, c
   if (sd) sd[i] = 0;
 }
 
-__global__ void hold_kernel(float* __restrict__ mean, float* __restrict__ log_sd, float* __restrict__ variance,
-                            float* __restrict__ prior_mean, const float* __restrict__ prior_log_sd,
+__global__ void hold_kernel(float* __restrict__ mean, float* __restrict__ log_std, float* __restrict__ variance,
+                            float* __restrict__ prior_mean, const float* __restrict__ prior_log_std,
                             const float* __restrict__ kept, int n) {
   const int i = simt::thread_item();
   if (i >= n || kept[i] != 0.f) return;
   mean[i] = 0;
-  if (!log_sd) return;
-  log_sd[i] = prior_log_sd[i];
+  if (!log_std) return;
+  log_std[i] = prior_log_std[i];
   variance[i] = 1e-30f;
   prior_mean[i] = 0;
 }
@@ -83,12 +83,12 @@ void prune_scores(float* score, const float* mean, const float* sd, const std::v
   });
 }
 
-void hold_pruned(float* mean, float* log_sd, float* variance, float* prior_mean, const float* prior_log_sd,
+void hold_pruned(float* mean, float* log_std, float* variance, float* prior_mean, const float* prior_log_std,
                  const float* kept, int n, Stream stream) {
   BATON_RANGE("hold_pruned");
-  if (log_sd && !(variance && prior_mean && prior_log_sd))
-    throw InputError("hold_pruned: a Gaussian has log_sd, variance, prior_mean and prior_log_sd");
-  simt::launch<hold_kernel>(simt::each(n), stream, mean, log_sd, variance, prior_mean, prior_log_sd, kept, n);
+  if (log_std && !(variance && prior_mean && prior_log_std))
+    throw InputError("hold_pruned: a Gaussian has log_std, variance, prior_mean and prior_log_std");
+  simt::launch<hold_kernel>(simt::each(n), stream, mean, log_std, variance, prior_mean, prior_log_std, kept, n);
 }
 
 void zero_pruned(float* w, size_t stride, const float* kept, int n, int draws, Stream stream) {

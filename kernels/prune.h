@@ -20,10 +20,10 @@ void prune_scores(float* score, const float* mean, const float* sd, const std::v
 // mean = sd = 0 (sd may be null) where pruned[j] is set, j as above.
 void prune_weights(float* mean, float* sd, const uint8_t* pruned, const std::vector<Stretch>&, Stream);
 
-// Holds pruned weights where they are: where kept[i] is 0, mean = prior_mean = 0, log_sd = prior_log_sd, so that the KL
-// there is 0, and variance = 1e-30, so that no noise to speak of comes from it and its inverse stays finite. All [n];
-// but mean and kept, all are null for a point estimate.
-void hold_pruned(float* mean, float* log_sd, float* variance, float* prior_mean, const float* prior_log_sd,
+// Holds pruned weights where they are: where kept[i] is 0, mean = prior_mean = 0, log_std = prior_log_std, so that the
+// KL there is 0, and variance = 1e-30, so that no noise to speak of comes from it and its inverse stays finite. All
+// [n]; but mean and kept, all are null for a point estimate.
+void hold_pruned(float* mean, float* log_std, float* variance, float* prior_mean, const float* prior_log_std,
                  const float* kept, int n, Stream);
 // Draws of the weights, w [draws][stride]: exactly 0 where kept [n] is (n <= stride).
 void zero_pruned(float* w, size_t stride, const float* kept, int n, int draws, Stream);

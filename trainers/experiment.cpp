@@ -289,7 +289,7 @@ class Runner {
     const int stage = trainer.stage();
     const bool last = stage + 1 == trainer.stages();
     const std::vector<std::vector<double>> kl = trainer.posterior().kl_by_name();
-    const std::vector<double> log_sd = trainer.posterior().mean_log_sd();
+    const std::vector<double> log_std = trainer.posterior().mean_log_std();
     std::vector<json> judged;
     for (size_t r = 0; r < at_.current.size(); r++) {
       const int samples = job.plan.posterior.family == Family::point ? 0
@@ -309,7 +309,7 @@ class Runner {
       s["samples"] = samples;
       s["kl"] = std::accumulate(kl[r].begin(), kl[r].end(), 0.0);
       if (job.plan.posterior.family != Family::point) s["kl_by_layer"] = by_layer(trainer, kl[r]);
-      s["mean_log_std"] = job.plan.posterior.family == Family::point ? json() : json(log_sd[r]);
+      s["mean_log_std"] = job.plan.posterior.family == Family::point ? json() : json(log_std[r]);
       s["seconds"] = at_.stage_seconds;
       s["examples_per_second"] = double(trainer.steps_of(stage)) * job.plan.batch * double(at_.current.size()) /
                                  std::max(at_.stage_seconds, 1e-9);
@@ -372,13 +372,13 @@ json settings_json(const Job& job, const ExperimentOptions& options, size_t repl
     j["z"] = o.z_per_filter ? "per filter" : "per filter and channel";
     j["fixed_base"] = o.fixed_base;
     j["path_gradient"] = o.path_gradient;
-    j["z_log_sd"] = o.z_log_sd;
+    j["z_log_std"] = o.z_log_std;
   }
   j["scale_rule"] = name_of(job.plan.scale_rule);
   j["lr_scale"] = s.lr_scale;
   j["prior_sd"] = s.prior_sd;
-  if (s.pretrained && s.pretrained->prior_log_sd.empty()) j["pretrained_sd"] = s.pretrained_sd;
-  j["init_log_sd"] = s.init_log_sd;
+  if (s.pretrained && s.pretrained->prior_log_std.empty()) j["pretrained_sd"] = s.pretrained_sd;
+  j["init_log_std"] = s.init_log_std;
   j["beta"] = s.beta;
   j["warmup_epochs"] = s.warmup_epochs;
   j["samples"] = options.samples;

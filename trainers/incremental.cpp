@@ -52,17 +52,17 @@ IncrementalTrainer::IncrementalTrainer(Device& device, Arena& arena, const Netwo
   }
   upload(device, order_, all);
   states_host_.resize(replicas);
-  std::vector<float> log_sd, prior_sd;
+  std::vector<float> log_std, prior_sd;
   for (int r = 0; r < replicas; r++) {
     StepState& s = states_host_[r];
     s = {};
     s.noise = key_of(plan.seeds[r], 1);
     s.shuffle = key_of(plan.seeds[r], 2);
-    log_sd.push_back(float(plan.settings[r].init_log_sd));
+    log_std.push_back(float(plan.settings[r].init_log_std));
     prior_sd.push_back(float(plan.settings[r].prior_sd));
   }
   upload_states();
-  posterior_.initialise(states_, log_sd, prior_sd);
+  posterior_.initialise(states_, log_std, prior_sd);
   adopt_pretrained();
 }
 
@@ -73,9 +73,9 @@ void adopt(Posterior& posterior, const Network& network, int replica, const Pret
     if (tensor == tensors.end())
       throw InputError("the pretrained network has a tensor " + name + ", which " + network.architecture() +
                        " has not");
-    const auto laplace = pretrained.prior_log_sd.find(name);
+    const auto laplace = pretrained.prior_log_std.find(name);
     const std::vector<float> one{float(std::log(sd))};
-    posterior.adopt(replica, *tensor, weights, laplace == pretrained.prior_log_sd.end() ? one : laplace->second);
+    posterior.adopt(replica, *tensor, weights, laplace == pretrained.prior_log_std.end() ? one : laplace->second);
   }
 }
 
@@ -228,7 +228,7 @@ std::string identity_of(const TrainingPlan& plan, const char* architecture, cons
   if (o.family == Family::channel) j["draws"] = {o.groups, o.moments};
   if (o.family == Family::multiplicative)
     j["draws"] = {o.groups,       int(o.flow),  o.flow_steps,    o.flow_hidden,
-                  o.z_per_filter, o.fixed_base, o.path_gradient, o.z_log_sd};
+                  o.z_per_filter, o.fixed_base, o.path_gradient, o.z_log_std};
   j["augment"] = plan.augment;
   j["scale_rule"] = plan.scale_rule == ScaleRule::adam ? "adam" : "natural";
   j["batch"] = plan.batch;
@@ -238,7 +238,7 @@ std::string identity_of(const TrainingPlan& plan, const char* architecture, cons
   if (!plan.goes_on_from.empty()) j["goes_on_from"] = {plan.stages_before, plan.goes_on_from};
   j["part_sizes"] = part_sizes;
   for (const TrainingSettings& s : plan.settings)
-    j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_sd, s.beta, s.warmup_epochs, int(s.schedule),
+    j["settings"].push_back({s.lr, s.lr_scale, s.prior_sd, s.init_log_std, s.beta, s.warmup_epochs, int(s.schedule),
                              s.pretrained ? s.pretrained->description : "", s.pretrained_sd});
   return j.dump();
 }

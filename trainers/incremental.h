@@ -15,8 +15,8 @@ namespace baton {
 // A network trained before, as the centre of the first prior: N(w, sd^2) for the tensors that it names.
 struct Pretrained {
   std::map<std::string, std::vector<float>> weights;
-  std::map<std::string, std::vector<float>> prior_log_sd;  // for each weight (Laplace); where absent, one sd for all
-  std::string description;                                 // for results and for telling runs apart
+  std::map<std::string, std::vector<float>> prior_log_std;  // for each weight (Laplace); where absent, one sd for all
+  std::string description;                                  // for results and for telling runs apart
 };
 
 // One replica's settings.
@@ -24,7 +24,7 @@ struct TrainingSettings {
   double lr = 1e-3;          // Adam's step size for the means
   double lr_scale = 1e-2;    // for log sigma: Adam's step size, or the natural rule's rate
   double prior_sd = 1;       // of the first prior N(0, prior_sd^2)
-  double init_log_sd = -5;   // initial log sigma
+  double init_log_std = -5;  // initial log sigma
   double beta = 1;           // weight of the KL
   double warmup_epochs = 0;  // over which the KL's weight grows to beta, in every stage
   Schedule schedule = Schedule::constant;

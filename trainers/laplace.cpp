@@ -71,7 +71,7 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   return result;
 }
 
-NamedWeights laplace_log_sd(const NamedWeights& curvature, const LaplaceSettings& s) {
+NamedWeights laplace_log_std(const NamedWeights& curvature, const LaplaceSettings& s) {
   if (!(s.tau > 0) || !(s.temperature > 0) || !(s.least_sd > 0))
     throw InputError("a Laplace prior needs a positive prior precision, temperature and least standard deviation");
   NamedWeights result;

@@ -30,6 +30,6 @@ struct LaplaceSettings {
   double least_sd = 1e-4;  // a floor, so that no weight freezes
 };
 // ln standard deviations from sums of curvature.
-NamedWeights laplace_log_sd(const NamedWeights& curvature, const LaplaceSettings&);
+NamedWeights laplace_log_std(const NamedWeights& curvature, const LaplaceSettings&);
 
 }  // namespace baton

@@ -69,7 +69,7 @@ json to_json(const PosteriorOptions& o) {
          {"z_per_filter", o.z_per_filter},
          {"fixed_base", o.fixed_base},
          {"path_gradient", o.path_gradient},
-         {"z_log_sd", o.z_log_sd}};
+         {"z_log_std", o.z_log_std}};
   j["masked"] = o.masked;
   return j;
 }
@@ -101,7 +101,7 @@ PosteriorOptions posterior_options(Family family, const json& j) {
   o.z_per_filter = j.at("z_per_filter");
   o.fixed_base = j.at("fixed_base");
   o.path_gradient = j.at("path_gradient");
-  o.z_log_sd = float(real_at(j, "z_log_sd"));
+  o.z_log_std = float(real_at(j, "z_log_std"));
   return o;
 }
 
@@ -110,7 +110,7 @@ TrainingSettings settings_of(const json& j) {
   s.lr = real_at(j, "lr");
   s.lr_scale = real_at(j, "lr_scale");
   s.prior_sd = real_at(j, "prior_sd");
-  s.init_log_sd = real_at(j, "init_log_sd");
+  s.init_log_std = real_at(j, "init_log_std");
   s.beta = real_at(j, "beta");
   s.warmup_epochs = real_at(j, "warmup_epochs");
   s.schedule = schedule_of(j.at("schedule"));
@@ -141,7 +141,7 @@ json training_json(const Model& m) {
           {"warmup_epochs", s.warmup_epochs},
           {"draws", m.draws},
           {"prior_sd", s.prior_sd},
-          {"init_log_sd", s.init_log_sd}};
+          {"init_log_std", s.init_log_std}};
 }
 
 Architecture architecture_of(const std::string& name) {
@@ -399,7 +399,7 @@ void initialise(Device& device, Model& m, const Beginning& beginning) {
   state.noise = key_of(m.seed, 1);
   StepState* states = arena.take<StepState>(1);
   upload(device, states, std::vector<StepState>{state});
-  posterior.initialise(states, {float(m.training.init_log_sd)}, {float(m.training.prior_sd)});
+  posterior.initialise(states, {float(m.training.init_log_std)}, {float(m.training.prior_sd)});
   if (beginning.pretrained) {
     adopt(posterior, *network, 0, *beginning.pretrained, beginning.pretrained_sd);
     posterior.settle();

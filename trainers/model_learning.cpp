@@ -99,12 +99,12 @@ class DescentLearning : public Learning {
       const auto put = [&](const char* array, const std::vector<float>& v) {
         next.arrays.tensors[t.name + array] = Tensor::of<float>(std::span<const float>(v), t.shape);
       };
-      std::vector<float> log_sd = store.read(device_, "std", 0, t), prior_log_sd = values(t, ".log_std");
-      for (size_t i = 0; i < log_sd.size(); i++) log_sd[i] = log_sd[i] > 0 ? std::log(log_sd[i]) : prior_log_sd[i];
+      std::vector<float> log_std = store.read(device_, "std", 0, t), prior_log_std = values(t, ".log_std");
+      for (size_t i = 0; i < log_std.size(); i++) log_std[i] = log_std[i] > 0 ? std::log(log_std[i]) : prior_log_std[i];
       put(".mean", store.read(device_, "mean", 0, t));
-      put(".log_std", log_sd);
+      put(".log_std", log_std);
       put(".prior_mean", values(t, ".mean"));
-      put(".prior_log_std", prior_log_sd);
+      put(".prior_log_std", prior_log_std);
       if (model_.arrays.has(t.name + ".mask"))
         next.arrays.tensors[t.name + ".mask"] = model_.arrays.at(t.name + ".mask", t.shape);
     }

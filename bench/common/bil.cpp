@@ -17,7 +17,7 @@ void set_cifar(BilPreset& p) {
   p.ffg.lr = 1e-3;
   p.ffg.lr_scale = 1e-2;
   p.ffg.prior_sd = 1;
-  p.ffg.init_log_sd = -5;
+  p.ffg.init_log_std = -5;
   p.ffg.beta = 0.05;
   p.ffg.schedule = Schedule::linear;
   p.cfg = p.mnf = p.ffg;
@@ -92,7 +92,7 @@ void BilOptions::add_to(CLI::App& app, const std::string& known_methods, const s
   given_.rule = training->add_option("--scale-rule", scale_rule_, "how log sigma moves: adam or natural (gradient)");
   given_.lr_scale = training->add_option("--lr-scale", settings_.lr_scale, "step size of log sigma");
   given_.prior = training->add_option("--prior-sd", settings_.prior_sd, "of the first prior");
-  given_.init = training->add_option("--init-log-sd", settings_.init_log_sd, "initial log sigma");
+  given_.init = training->add_option("--init-log-std", settings_.init_log_std, "initial log sigma");
   given_.beta = training->add_option("--beta", settings_.beta, "weight of the KL");
   given_.warmup = training->add_option("--warmup-epochs", settings_.warmup_epochs,
                                        "over which the KL's weight grows, in each stage");
@@ -143,7 +143,7 @@ void BilOptions::apply(BilPreset& p) const {
   }
   if (*given_.z_sd) {
     if (!(z_sd_ > 0)) throw InputError("--z-sd must be positive");
-    p.posterior.z_log_sd = float(std::log(z_sd_));
+    p.posterior.z_log_std = float(std::log(z_sd_));
   }
   for (Family f : {Family::point, Family::gaussian, Family::channel, Family::multiplicative}) {
     TrainingSettings& s = p.of(f);
@@ -151,7 +151,7 @@ void BilOptions::apply(BilPreset& p) const {
     if (*given_.schedule) s.schedule = schedule_of(schedule_);
     if (*given_.lr_scale) s.lr_scale = settings_.lr_scale;
     if (*given_.prior) s.prior_sd = settings_.prior_sd;
-    if (*given_.init) s.init_log_sd = settings_.init_log_sd;
+    if (*given_.init) s.init_log_std = settings_.init_log_std;
     if (*given_.beta) s.beta = settings_.beta;
     if (*given_.warmup) s.warmup_epochs = settings_.warmup_epochs;
     if (!(s.prior_sd > 0)) throw InputError("--prior-sd must be positive");

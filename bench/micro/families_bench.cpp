@@ -139,10 +139,11 @@ void multipliers(const NetworkSizes& network, int groups) {
         const TakenMultipliers of = take_multipliers(b, network, groups);
         const Pieces pieces = take_pieces(b, network.runs(true));
         const StepState* states = b.states(1);
-        const Ledger ledger{b.room<double>(network.layout.tensors().size()), network.layout.tensors().size()};
+        const KlAccumulator accumulator{b.room<double>(network.layout.tensors().size()),
+                                        network.layout.tensors().size()};
         float* partial = b.room<float>(pieces.count);
         return [=, stream = b.stream()] {
-          gaussian_step(of.arrays, ScaleRule::adam, pieces, states, ledger, partial, stream, of.z);
+          gaussian_step(of.arrays, ScaleRule::adam, pieces, states, accumulator, partial, stream, of.z);
         };
       });
   add("multiply_weights" + suffix, {n * (4 + 4 * groups), n * groups},
@@ -193,7 +194,7 @@ TakenFlow take_flow(Buffers& b, const NetworkSizes& network, int steps, int hidd
     FlowTensor t{};
     t.size = size, t.z_at = z_at;
     t.stream_id = stream_z + uint32_t(table.size());
-    t.base_mean = take(size), t.base_log_sd = take(size);
+    t.base_mean = take(size), t.base_log_std = take(size);
     for (int k = 0; k < steps; k++) {
       FlowStep& s = t.steps[k];
       s.mask = take(size), s.w0 = take(size_t(hidden) * size), s.b0 = take(hidden);

@@ -144,15 +144,15 @@ void posterior(const NetworkSizes& network, int replicas) {
           const GaussianArrays a = take_arrays(b, network, replicas, true);
           const Pieces pieces = take_pieces(b, network.runs(false));
           const StepState* states = b.states(replicas);
-          const Ledger ledger{b.room<double>(slots * replicas), slots};
+          const KlAccumulator accumulator{b.room<double>(slots * replicas), slots};
           float* partial = b.room<float>(size_t(pieces.count) * replicas);
-          return [=, stream = b.stream()] { gaussian_step(a, rule, pieces, states, ledger, partial, stream); };
+          return [=, stream = b.stream()] { gaussian_step(a, rule, pieces, states, accumulator, partial, stream); };
         });
   }
   add("gaussian_kl" + suffix, {16 * n, 15 * n}, [=, &network](Buffers& b) -> std::function<void()> {
     const GaussianArrays a = take_arrays(b, network, replicas, true);
     const Pieces pieces = take_pieces(b, network.runs(false));
-    const Ledger kl{b.room<double>(slots * replicas), slots};
+    const KlAccumulator kl{b.room<double>(slots * replicas), slots};
     float* partial = b.room<float>(size_t(pieces.count) * replicas);
     return [=, stream = b.stream()] { gaussian_kl(kl, a, pieces, partial, stream); };
   });
@@ -196,9 +196,9 @@ void initialisation(const NetworkSizes& network, int replicas) {
     return [=, stream = b.stream()] { fill_rows(x, stride, count, values, replicas, stream); };
   });
   add("variance_of" + suffix, {8 * used, 2 * used}, [=](Buffers& b) -> std::function<void()> {
-    const float* log_sd = b.normal(n);
+    const float* log_std = b.normal(n);
     float* variance = b.room<float>(n);
-    return [=, stream = b.stream()] { variance_of(variance, log_sd, stride, count, replicas, stream); };
+    return [=, stream = b.stream()] { variance_of(variance, log_std, stride, count, replicas, stream); };
   });
 }
 

@@ -60,11 +60,11 @@ GaussianArrays take_arrays(Buffers& b, const NetworkSizes& network, int replicas
   a.mean_m = b.normal(n, 1e-2f);
   a.mean_v = b.positive(n, 1e-4f);
   if (!gaussian) return a;
-  a.log_sd = b.normal(n, 0.5f);
+  a.log_std = b.normal(n, 0.5f);
   a.variance = b.room<float>(n);
-  variance_of(a.variance, a.log_sd, a.stride, a.count, replicas, b.stream());
+  variance_of(a.variance, a.log_std, a.stride, a.count, replicas, b.stream());
   a.prior_mean = b.normal(n, 0.1f);
-  a.prior_log_sd = b.normal(n, 0.5f);
+  a.prior_log_std = b.normal(n, 0.5f);
   a.grad_variance = b.normal(n, 1e-2f);
   a.scale_m = b.normal(n, 1e-2f);
   a.scale_v = b.positive(n, 1e-4f);

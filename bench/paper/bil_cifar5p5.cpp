@@ -410,11 +410,11 @@ int run(int argc, char** argv) {
     } catch (const Stopped&) {
       throw_stopped("the pretrained network is kept; --resume goes on from it");
     }
-    const NamedWeights log_sd = laplace_log_sd(squares, laplace);
+    const NamedWeights log_std = laplace_log_std(squares, laplace);
     double sum = 0, count = 0;
     for (const std::string& name : names) {
-      from.prior_log_sd[name] = log_sd.at(name);
-      for (float x : log_sd.at(name)) sum += x, count++;
+      from.prior_log_std[name] = log_std.at(name);
+      for (float x : log_std.at(name)) sum += x, count++;
     }
     char text[120];
     snprintf(text, sizeof text, ", Laplace %s, tau %g, temperature %g", name_of(kind), laplace.tau,

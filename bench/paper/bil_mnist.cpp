@@ -15,12 +15,12 @@ BilPreset preset_of(const std::string& name) {
   p.ffg.lr = 2e-3;
   p.ffg.lr_scale = 1e-2;
   p.ffg.prior_sd = 1;
-  p.ffg.init_log_sd = -4;
+  p.ffg.init_log_std = -4;
   p.ffg.beta = 0.03;
   p.ffg.schedule = Schedule::linear;
   p.cfg = p.mnf = p.ffg;
   p.posterior.path_gradient = true;
-  p.posterior.z_log_sd = -3.5f;
+  p.posterior.z_log_std = -3.5f;
   p.ft.lr = 2e-3;
   p.ft.schedule = Schedule::linear;
   p.batch = 100;

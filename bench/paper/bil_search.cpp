@@ -34,7 +34,7 @@ struct Candidate {
   auto group() const {
     return std::make_tuple(int(posterior.family), int(rule), parts, batch, epochs, seed, augment, posterior.groups,
                            posterior.moments, int(posterior.flow), posterior.flow_steps, posterior.flow_hidden,
-                           posterior.z_per_filter, posterior.fixed_base, posterior.path_gradient, posterior.z_log_sd);
+                           posterior.z_per_filter, posterior.fixed_base, posterior.path_gradient, posterior.z_log_std);
   }
 };
 
@@ -59,8 +59,8 @@ Candidate candidate_of(const json& j) {
       c.posterior.fixed_base = value;
     } else if (key == "path_gradient") {
       c.posterior.path_gradient = value;
-    } else if (key == "z_log_sd") {
-      c.posterior.z_log_sd = value;
+    } else if (key == "z_log_std") {
+      c.posterior.z_log_std = value;
     } else if (key == "augment") {
       c.augment = value;
     } else if (key == "scale_rule") c.rule = scale_rule_of(value);
@@ -71,7 +71,7 @@ Candidate candidate_of(const json& j) {
     else if (key == "lr") c.settings.lr = value;
     else if (key == "lr_scale") c.settings.lr_scale = value;
     else if (key == "prior_sd") c.settings.prior_sd = value;
-    else if (key == "init_log_sd") c.settings.init_log_sd = value;
+    else if (key == "init_log_std") c.settings.init_log_std = value;
     else if (key == "beta") c.settings.beta = value;
     else if (key == "warmup_epochs") c.settings.warmup_epochs = value;
     else if (key == "schedule") c.settings.schedule = schedule_of(value);
@@ -85,9 +85,9 @@ std::string draws_of(const PosteriorOptions& o) {
   char text[120] = "";
   if (o.family == Family::channel) snprintf(text, sizeof text, "groups %d%s", o.groups, o.moments ? " moments" : "");
   if (o.family == Family::multiplicative)
-    snprintf(text, sizeof text, "groups %d %s x%d h%d %s%s%s z_log_sd %.3g", o.groups, name_of(o.flow), o.flow_steps,
+    snprintf(text, sizeof text, "groups %d %s x%d h%d %s%s%s z_log_std %.3g", o.groups, name_of(o.flow), o.flow_steps,
              o.flow_hidden, o.z_per_filter ? "z_n" : "z_nc", o.fixed_base ? " fixed-base" : "",
-             o.path_gradient ? " path" : "", o.z_log_sd);
+             o.path_gradient ? " path" : "", o.z_log_std);
   return text;
 }
 
@@ -173,15 +173,15 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
     }
   }
   const double seconds = seconds_so_far();
-  const std::vector<double> log_sd = trainer.posterior().mean_log_sd();
+  const std::vector<double> log_std = trainer.posterior().mean_log_std();
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
     char row[400];
     snprintf(row, sizeof row, "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f",
              name_of(c.posterior.family), draws_of(c.posterior).c_str(), c.parts, c.batch, c.epochs,
              name_of(c.settings.schedule), name_of(c.rule), c.settings.lr, c.settings.lr_scale, c.settings.prior_sd,
-             c.settings.init_log_sd, c.settings.beta, c.settings.warmup_epochs, int(c.seed), last[r].accuracy,
-             last[r].nll, last[r].ece, log_sd[r], curve[r].c_str(), seconds / double(group.size()));
+             c.settings.init_log_std, c.settings.beta, c.settings.warmup_epochs, int(c.seed), last[r].accuracy,
+             last[r].nll, last[r].ece, log_std[r], curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row);
     fflush(stdout);
@@ -241,9 +241,9 @@ int run(int argc, char** argv) {
   const bool fresh = !std::filesystem::exists(at.table);
   std::ofstream table(at.table, std::ios::app);
   if (fresh)
-    table << "method,draws,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_sd,beta,warmup_epochs,"
+    table << "method,draws,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_std,beta,warmup_epochs,"
              "seed,"
-             "holdout_accuracy,holdout_nll,holdout_ece,mean_log_sd,accuracy_after_parts_1_2_5_last,seconds"
+             "holdout_accuracy,holdout_nll,holdout_ece,mean_log_std,accuracy_after_parts_1_2_5_last,seconds"
           << std::endl;
   std::vector<std::vector<Candidate>> groups;
   for (const json& j : list) {

@@ -115,12 +115,13 @@ void ChannelBlocks::draw(float* draws, const GaussianArrays& g, const StepState*
                   stream_draws + uint32_t(b), device_.stream());
 }
 
-void ChannelBlocks::step(const float* gradients, const GaussianArrays& g, const StepState* states, Ledger ledger) {
+void ChannelBlocks::step(const float* gradients, const GaussianArrays& g, const StepState* states,
+                         KlAccumulator accumulator) {
   if (moments_) {
     for (size_t i = 0; i < weights_.size(); i++) {
       const size_t at = store_.layout()[weights_[i]].offset, factor_at = factors_.layout()[int(i)].offset;
       cholesky_step(arrays(i), nullptr, 0, 1, 0, g.grad_mean + at, factors_.at("scale_tril.grad") + factor_at, states,
-                    ledger.sums + weights_[i], ledger.stride, partial_, device_.stream());
+                    accumulator.sums + weights_[i], accumulator.stride, partial_, device_.stream());
     }
     return;
   }
@@ -129,13 +130,13 @@ void ChannelBlocks::step(const float* gradients, const GaussianArrays& g, const 
                            groups_, states, stream_draws + uint32_t(b), device_.stream());
   for (size_t i = 0; i < weights_.size(); i++)
     cholesky_step(arrays(i), gradients + store_.layout()[weights_[i]].offset, g.stride, groups_,
-                  stream_draws + uint32_t(weights_[i]), nullptr, nullptr, states, ledger.sums + weights_[i],
-                  ledger.stride, partial_, device_.stream());
+                  stream_draws + uint32_t(weights_[i]), nullptr, nullptr, states, accumulator.sums + weights_[i],
+                  accumulator.stride, partial_, device_.stream());
 }
 
-void ChannelBlocks::kl(Ledger ledger) {
+void ChannelBlocks::kl(KlAccumulator accumulator) {
   for (size_t i = 0; i < weights_.size(); i++)
-    cholesky_kl(ledger.sums + weights_[i], ledger.stride, arrays(i), partial_, device_.stream());
+    cholesky_kl(accumulator.sums + weights_[i], accumulator.stride, arrays(i), partial_, device_.stream());
 }
 
 void ChannelBlocks::sample(float* w, size_t stride, int replica, int first, int count, Key key) {

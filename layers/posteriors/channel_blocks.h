@@ -24,8 +24,8 @@ class ChannelBlocks {
 
   void draw(float* draws, const GaussianArrays&, const StepState*);
   // From the draws' gradients: one step of means and factors; the biases' gradients go to grad_mean and grad_variance.
-  void step(const float* draw_gradients, const GaussianArrays&, const StepState*, Ledger);
-  void kl(Ledger);
+  void step(const float* draw_gradients, const GaussianArrays&, const StepState*, KlAccumulator);
+  void kl(KlAccumulator);
   void sample(float* w, size_t stride, int replica, int first, int count, Key);
   const float* factors() const { return factors_.at("scale_tril"); }
   float* factor_gradients() const { return moments_ ? factors_.at("scale_tril.grad") : nullptr; }

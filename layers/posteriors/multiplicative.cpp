@@ -35,7 +35,7 @@ Multiplicative::Multiplicative(Device& device, Arena& arena, ParameterStore& sto
         return int(layout_[layout_.add(name + "." + what, std::move(shape), 1, false)].offset);
       };
       flow.base_mean = add("base_mean", {size});
-      flow.base_log_sd = add("base_log_std", {size});
+      flow.base_log_std = add("base_log_std", {size});
       const int hidden = options.flow_hidden;
       for (int k = 0; k < options.flow_steps; k++) {
         const std::string step = "flow" + std::to_string(k) + ".";
@@ -114,7 +114,7 @@ GaussianArrays Multiplicative::adam_arrays() const {
 
 void Multiplicative::initialise(const StepState* states) {
   fill_zero(device_, flows_->at("value"), flows_->bytes());
-  flow_initialise(flows_->at("value"), shape_, layout_.stride(), options_.z_log_sd, states, flows_->replicas(),
+  flow_initialise(flows_->at("value"), shape_, layout_.stride(), options_.z_log_std, states, flows_->replicas(),
                   device_.stream());
   copy_on_device(device_, flows_->at("prior"), flows_->at("value"), flows_->bytes());
   float* values = partial_;  // the prior of the first stage: N(1, 1)
@@ -123,7 +123,7 @@ void Multiplicative::initialise(const StepState* states) {
     fill_rows(flows_->at("prior") + at, layout_.stride(), size, values, flows_->replicas(), device_.stream());
     device_.synchronize();  // values is used again
   };
-  for (const FlowTensor& t : table_) fill(t.base_mean, t.size, 1.f), fill(t.base_log_sd, t.size, 0.f);
+  for (const FlowTensor& t : table_) fill(t.base_mean, t.size, 1.f), fill(t.base_log_std, t.size, 0.f);
   reset_optimizer();
   refresh(true);
 }
@@ -154,7 +154,7 @@ void Multiplicative::draw(float* draws, const GaussianArrays& g, Pieces pieces, 
 }
 
 void Multiplicative::backward(const float* draw_gradients, const GaussianArrays& g, const StepState* states,
-                              Ledger ledger, int first_slot) {
+                              KlAccumulator accumulator, int first_slot) {
   const Stream stream = device_.stream();
   const int groups = options_.groups, replicas = store_.replicas();
   const Multipliers z = multipliers(draw_gradients);
@@ -162,7 +162,8 @@ void Multiplicative::backward(const float* draw_gradients, const GaussianArrays&
     if (run.z_first >= 0) multiplier_gradient(dz_, g, run, z, states, partial_, stream);
   flow_log_density(log_prior_, prior_z0_, shape_, parameters("prior"), z_, plain_prior_, prior_trace_, groups, stream,
                    &trace_);
-  flow_kl(ledger.sums + first_slot, ledger.stride, log_q_, log_prior_, shape_.tensors, groups, replicas, stream);
+  flow_kl(accumulator.sums + first_slot, accumulator.stride, log_q_, log_prior_, shape_.tensors, groups, replicas,
+          stream);
   const float share = 1.f / float(groups);
   flow_log_density_backward(dz_, shape_, parameters("prior"), prior_z0_, plain_prior_, prior_trace_, states, -share,
                             groups, stream);
@@ -187,7 +188,7 @@ void Multiplicative::sample(float* w, const GaussianArrays& g, Pieces pieces, in
   multiply_weights(w, g.stride, g, pieces, {sample_z_, nullptr, size_t(shape_.z_size), 0, count}, stream);
 }
 
-void Multiplicative::kl(Ledger ledger, const GaussianArrays& g, Pieces pieces, int replica, int first_slot,
+void Multiplicative::kl(KlAccumulator accumulator, const GaussianArrays& g, Pieces pieces, int replica, int first_slot,
                         float* partial) {
   const Stream stream = device_.stream();
   const FlowTrace trace{sample_trace_.memory, kl_draws}, prior_trace{sample_prior_trace_.memory, kl_draws};
@@ -195,9 +196,9 @@ void Multiplicative::kl(Ledger ledger, const GaussianArrays& g, Pieces pieces, i
   flow_forward(sample_z_, sample_log_q_, shape_, parameters("value", replica), sample_z0_, trace, kl_draws, stream);
   flow_log_density(sample_log_prior_, sample_z0_, shape_, parameters("prior", replica), sample_z_,
                    plain_prior_ + replica, prior_trace, kl_draws, stream, &trace);
-  flow_kl(ledger.sums + first_slot, ledger.stride, sample_log_q_, sample_log_prior_, shape_.tensors, kl_draws, 1,
-          stream);
-  gaussian_kl(ledger, g, pieces, partial, stream, {sample_z_, nullptr, size_t(shape_.z_size), 0, kl_draws});
+  flow_kl(accumulator.sums + first_slot, accumulator.stride, sample_log_q_, sample_log_prior_, shape_.tensors, kl_draws,
+          1, stream);
+  gaussian_kl(accumulator, g, pieces, partial, stream, {sample_z_, nullptr, size_t(shape_.z_size), 0, kl_draws});
 }
 
 }  // namespace baton

@@ -27,14 +27,15 @@ class Multiplicative {
   void draw(float* draws, const GaussianArrays&, Pieces, const StepState*);
   Multipliers multipliers(const float* draw_gradients) const;
   // From the draws' gradients: the gradients of the flows, before the means move; then the step of the flows.
-  void backward(const float* draw_gradients, const GaussianArrays&, const StepState*, Ledger, int first_slot);
+  void backward(const float* draw_gradients, const GaussianArrays&, const StepState*, KlAccumulator, int first_slot);
   void step(const StepState*);
 
   // Draws of one replica, `count` at most most_draws: z, and the weights z mu into w [count][stride].
   static constexpr int most_draws = 16;
   void sample(float* w, const GaussianArrays& of_replica, Pieces, int replica, bool noise, int first, int count, Key);
   // The KL of one replica over 8 draws of z.
-  void kl(Ledger replicas_own, const GaussianArrays& of_replica, Pieces, int replica, int first_slot, float* partial);
+  void kl(KlAccumulator replicas_own, const GaussianArrays& of_replica, Pieces, int replica, int first_slot,
+          float* partial);
 
  private:
   FlowParameters parameters(const char* array, int replica = 0) const;

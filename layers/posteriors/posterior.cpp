@@ -67,9 +67,9 @@ Posterior::Posterior(Device& device, Arena& arena, const ParameterLayout& layout
   upload(device, table, pieces);
   pieces_ = {table, int(pieces.size()), slots_of(runs_)};
   partial_ = arena.take<float>(pieces.size() * replicas);
-  for (Ledger* ledger : {&ledger_, &kl_}) {
-    *ledger = {arena.take<double>(kl_names_.size() * replicas), kl_names_.size()};
-    fill_zero(device, ledger->sums, kl_names_.size() * replicas * sizeof(double));
+  for (KlAccumulator* accumulator : {&accumulator_, &kl_}) {
+    *accumulator = {arena.take<double>(kl_names_.size() * replicas), kl_names_.size()};
+    fill_zero(device, accumulator->sums, kl_names_.size() * replicas * sizeof(double));
   }
 }
 Posterior::~Posterior() = default;
@@ -86,10 +86,10 @@ GaussianArrays Posterior::arrays() const {
   a.mean_m = store_.at("mean.adam_m");
   a.mean_v = store_.at("mean.adam_v");
   if (gaussian()) {
-    a.log_sd = store_.at("log_std");
+    a.log_std = store_.at("log_std");
     a.variance = store_.at("variance");
     a.prior_mean = store_.at("prior_mean");
-    a.prior_log_sd = store_.at("prior_log_std");
+    a.prior_log_std = store_.at("prior_log_std");
     a.grad_variance = store_.at("variance.grad");
     a.scale_m = store_.at("log_std.adam_m");
     a.scale_v = store_.at("log_std.adam_v");
@@ -103,13 +103,13 @@ GaussianArrays Posterior::arrays() const {
 // The same for one replica alone.
 static GaussianArrays of_replica(GaussianArrays a, int replica) {
   const size_t by = a.stride * replica;
-  a.mean += by, a.log_sd += by, a.variance += by, a.prior_mean += by, a.prior_log_sd += by, a.grad_mean += by,
+  a.mean += by, a.log_std += by, a.variance += by, a.prior_mean += by, a.prior_log_std += by, a.grad_mean += by,
       a.grad_variance += by, a.mean_m += by, a.mean_v += by, a.scale_m += by, a.scale_v += by;
   a.replicas = 1;
   return a;
 }
 
-void Posterior::initialise(const StepState* states, const std::vector<float>& log_sd,
+void Posterior::initialise(const StepState* states, const std::vector<float>& log_std,
                            const std::vector<float>& prior_sd) {
   const ParameterLayout& layout = store_.layout();
   const Stream stream = device_.stream();
@@ -120,11 +120,11 @@ void Posterior::initialise(const StepState* states, const std::vector<float>& lo
       init_normal(store_.at("mean"), layout.stride(), int(t.offset), int(t.size), std::sqrt(2.f / t.fan_in), states,
                   replicas(), stream);
   if (gaussian()) {
-    std::vector<float> prior_log_sd;
-    for (float sd : prior_sd) prior_log_sd.push_back(std::log(sd));
-    upload(device_, values_, log_sd);
+    std::vector<float> prior_log_std;
+    for (float sd : prior_sd) prior_log_std.push_back(std::log(sd));
+    upload(device_, values_, log_std);
     fill_rows(store_.at("log_std"), layout.stride(), stride, values_, replicas(), stream);
-    upload(device_, values_, prior_log_sd);
+    upload(device_, values_, prior_log_std);
     fill_zero(device_, store_.at("prior_mean"), store_.bytes());
     fill_rows(store_.at("prior_log_std"), layout.stride(), stride, values_, replicas(), stream);
     device_.synchronize();  // values_ is used again
@@ -135,21 +135,22 @@ void Posterior::initialise(const StepState* states, const std::vector<float>& lo
   refresh(true);
 }
 
-void Posterior::adopt(int replica, const TensorSpec& t, std::span<const float> w, std::span<const float> prior_log_sd) {
-  if (w.size() != t.size || (prior_log_sd.size() != 1 && prior_log_sd.size() != t.size && gaussian()))
+void Posterior::adopt(int replica, const TensorSpec& t, std::span<const float> w,
+                      std::span<const float> prior_log_std) {
+  if (w.size() != t.size || (prior_log_std.size() != 1 && prior_log_std.size() != t.size && gaussian()))
     throw InputError(t.name + ": a pretrained tensor of " + std::to_string(w.size()) + " weights and " +
-                     std::to_string(prior_log_sd.size()) + " prior standard deviations, expected " +
+                     std::to_string(prior_log_std.size()) + " prior standard deviations, expected " +
                      std::to_string(t.size));
   store_.write(device_, "mean", replica, t, {w.begin(), w.end()});
   if (!gaussian()) return;
   store_.write(device_, "prior_mean", replica, t, {w.begin(), w.end()});
-  std::vector<float> prior(t.size), log_sd = store_.read(device_, "log_std", replica, t);
+  std::vector<float> prior(t.size), log_std = store_.read(device_, "log_std", replica, t);
   for (size_t i = 0; i < t.size; i++) {
-    prior[i] = prior_log_sd[prior_log_sd.size() == 1 ? 0 : i];
-    log_sd[i] = std::min(log_sd[i], prior[i]);
+    prior[i] = prior_log_std[prior_log_std.size() == 1 ? 0 : i];
+    log_std[i] = std::min(log_std[i], prior[i]);
   }
   store_.write(device_, "prior_log_std", replica, t, prior);
-  store_.write(device_, "log_std", replica, t, log_sd);
+  store_.write(device_, "log_std", replica, t, log_std);
 }
 
 void Posterior::settle() {
@@ -200,12 +201,12 @@ void Posterior::step(ScaleRule rule, const StepState* states) {
     return apply_mask();
   }
   Multipliers z;
-  if (channels_) channels_->step(draw_grad_, arrays(), states, ledger_);
+  if (channels_) channels_->step(draw_grad_, arrays(), states, accumulator_);
   if (multipliers_) {
-    multipliers_->backward(draw_grad_, arrays(), states, ledger_, int(store_.layout().tensors().size()));
+    multipliers_->backward(draw_grad_, arrays(), states, accumulator_, int(store_.layout().tensors().size()));
     z = multipliers_->multipliers(draw_grad_);
   }
-  gaussian_step(arrays(), rule, pieces_, states, ledger_, partial_, device_.stream(), z);
+  gaussian_step(arrays(), rule, pieces_, states, accumulator_, partial_, device_.stream(), z);
   if (multipliers_) multipliers_->step(states);
   apply_mask();
 }
@@ -271,7 +272,7 @@ void Posterior::load(const TensorFile& file, bool first_stage) {
   refresh(first_stage);
 }
 
-static std::vector<std::vector<double>> rows_of_ledger(const std::vector<double>& sums, size_t slots) {
+static std::vector<std::vector<double>> split_by_replica(const std::vector<double>& sums, size_t slots) {
   std::vector<std::vector<double>> rows;
   for (size_t at = 0; at + slots <= sums.size(); at += slots)
     rows.emplace_back(sums.begin() + long(at), sums.begin() + long(at + slots));
@@ -290,7 +291,7 @@ std::vector<std::vector<double>> Posterior::kl_by_name() {
   } else {
     gaussian_kl(kl_, arrays(), pieces_, partial_, device_.stream());
   }
-  return rows_of_ledger(download(device_, kl_.sums, count), slots);
+  return split_by_replica(download(device_, kl_.sums, count), slots);
 }
 
 std::vector<double> Posterior::kl() {
@@ -306,21 +307,21 @@ std::vector<double> Posterior::kl() {
 std::vector<std::vector<double>> Posterior::take_booked_kl() {
   const size_t slots = kl_names_.size(), count = slots * replicas();
   if (!gaussian()) return std::vector(replicas(), std::vector<double>(slots, 0.0));
-  const std::vector<double> sums = download(device_, ledger_.sums, count);
-  fill_zero(device_, ledger_.sums, count * sizeof(double));
-  return rows_of_ledger(sums, slots);
+  const std::vector<double> sums = download(device_, accumulator_.sums, count);
+  fill_zero(device_, accumulator_.sums, count * sizeof(double));
+  return split_by_replica(sums, slots);
 }
 
 std::vector<double> Posterior::booked_sums() {
-  return gaussian() ? download(device_, ledger_.sums, kl_names_.size() * replicas()) : std::vector<double>();
+  return gaussian() ? download(device_, accumulator_.sums, kl_names_.size() * replicas()) : std::vector<double>();
 }
 
 void Posterior::book(const std::vector<double>& sums) {
   if (sums.size() != booked_sums().size()) throw InputError("the booked KL of another posterior");
-  if (gaussian()) upload(device_, ledger_.sums, sums);
+  if (gaussian()) upload(device_, accumulator_.sums, sums);
 }
 
-std::vector<double> Posterior::mean_log_sd() {
+std::vector<double> Posterior::mean_log_std() {
   std::vector<double> means(replicas(), 0.0);
   if (!gaussian()) return means;
   if (channels_) channels_->marginals();

@@ -35,8 +35,8 @@ struct PosteriorOptions {
   int flow_steps = 2, flow_hidden = 50;
   bool z_per_filter = false;  // of convolutions (Louizos and Welling 2017), instead of per filter and channel
   bool fixed_base = false;
-  bool path_gradient = false;      // drop the score term of ln q(z), whose mean is 0 (Roeder et al. 2017)
-  float z_log_sd = -2.302585093f;  // initial ln of the base's standard deviation
+  bool path_gradient = false;       // drop the score term of ln q(z), whose mean is 0 (Roeder et al. 2017)
+  float z_log_std = -2.302585093f;  // initial ln of the base's standard deviation
   // Some weights are pruned: mean and sigma are 0 there and stay so (not for CFG, whose kernels' weights are tied).
   bool masked = false;
 };
@@ -52,12 +52,12 @@ class Posterior {
   Posterior(Device&, Arena&, const ParameterLayout&, const PosteriorOptions&, int replicas);
   ~Posterior();
 
-  // Weight means N(0, 2 / fan_in) (He et al. 2015), biases 0, sigma = exp(log_sd[r]), prior N(0, prior_sd[r]^2); under
+  // Weight means N(0, 2 / fan_in) (He et al. 2015), biases 0, sigma = exp(log_std[r]), prior N(0, prior_sd[r]^2); under
   // MNF z is near 1 and its prior N(1, 1).
-  void initialise(const StepState* states, const std::vector<float>& log_sd, const std::vector<float>& prior_sd);
-  // A pretrained tensor of one replica: its mean is w, its prior N(w, exp(prior_log_sd)^2) (one value, or one a
+  void initialise(const StepState* states, const std::vector<float>& log_std, const std::vector<float>& prior_sd);
+  // A pretrained tensor of one replica: its mean is w, its prior N(w, exp(prior_log_std)^2) (one value, or one a
   // weight), and sigma no wider than the prior. A point posterior takes the mean alone. settle() follows the last one.
-  void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_sd);
+  void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std);
   void settle();
   // The stage's end: prior = posterior, and the optimizer's moments start anew (Algorithm 1 of Kochurov et al.).
   void hand_over();
@@ -79,7 +79,7 @@ class Posterior {
   // The booked sums themselves, as they are, [replicas][names]; and put back where a checkpoint is restored.
   std::vector<double> booked_sums();
   void book(const std::vector<double>&);
-  std::vector<double> mean_log_sd();  // over all parameters, of every replica; marginal under CFG
+  std::vector<double> mean_log_std();  // over all parameters, of every replica; marginal under CFG
 
   WeightsView weights() const;
   GradientsView gradients() const;
@@ -126,7 +126,7 @@ class Posterior {
   std::unique_ptr<Multiplicative> multipliers_;
   std::vector<Run> runs_;  // what gaussian_step covers: all tensors but those that have blocks
   Pieces pieces_{};
-  Ledger ledger_{}, kl_{};
+  KlAccumulator accumulator_{}, kl_{};
   float* draw_ = nullptr;  // [replicas * groups][stride]
   float* draw_grad_ = nullptr;
   float* partial_ = nullptr;

@@ -287,9 +287,9 @@ TEST(CholeskyMoments, DiagonalFactorsConvolveTheSquares) {
   Bench t(s);
   Memory& memory = t.memory;
   const std::vector<float> x = normals(t.x.size(), 1), logs = normals(blocks * d, 2, -1, 0.5f);
-  Buffer log_sd(memory, logs);
+  Buffer log_std(memory, logs);
   t.x.set(x);
-  cholesky_from_diagonal(t.factor, t.factor_stride(), log_sd, blocks * d, blocks, d, 1, memory.stream());
+  cholesky_from_diagonal(t.factor, t.factor_stride(), log_std, blocks * d, blocks, d, 1, memory.stream());
   t.forward();
   std::vector<float> squares = x, variances = logs;
   for (float& value : squares) value *= value;

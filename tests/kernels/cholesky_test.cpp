@@ -340,9 +340,9 @@ TEST(Cholesky, DivergenceFromItselfIsZero) {
   many.states->set({held_state(1)});
   EXPECT_NEAR(many.divergence()[0], 0, 1e-8);
   EXPECT_GE(many.divergence()[0], 0);
-  Buffer log_sd(many.memory, normals(300 * 25, 3, -2));
+  Buffer log_std(many.memory, normals(300 * 25, 3, -2));
   for (auto* f : {&many.factor, &many.prior_factor})
-    cholesky_from_diagonal(**f, many.factor_stride, log_sd, 300 * 25, 300, 25, 1, many.memory.stream());
+    cholesky_from_diagonal(**f, many.factor_stride, log_std, 300 * 25, 300, 25, 1, many.memory.stream());
   many.set_prior(mean, many.prior_factor->host());
   EXPECT_EQ(many.divergence()[0], 0);
   many.step(false);
@@ -723,14 +723,15 @@ TEST(Cholesky, DiagonalFactorHasTheDiagonalGaussiansDivergence) {
   const int d = 25, blocks = 6, n = d * blocks;
   Posterior p(d, blocks);
   Memory& memory = p.memory;
-  Buffer log_sd(memory, normals(n, 3, -2)), prior_log_sd(memory, normals(n, 4, -1.5f)), variance(memory, normals(n, 0));
+  Buffer log_std(memory, normals(n, 3, -2)), prior_log_std(memory, normals(n, 4, -1.5f)),
+      variance(memory, normals(n, 0));
   p.mean->set(normals(p.stride, 1)), p.prior_mean->set(normals(p.stride, 2));
-  cholesky_from_diagonal(*p.factor, p.factor_stride, log_sd, n, blocks, d, 1, memory.stream());
-  cholesky_from_diagonal(*p.prior_factor, p.factor_stride, prior_log_sd, n, blocks, d, 1, memory.stream());
+  cholesky_from_diagonal(*p.factor, p.factor_stride, log_std, n, blocks, d, 1, memory.stream());
+  cholesky_from_diagonal(*p.prior_factor, p.factor_stride, prior_log_std, n, blocks, d, 1, memory.stream());
   p.set_prior(p.prior_mean->host(), p.prior_factor->host());
 
   GaussianArrays g{};
-  g.mean = *p.mean, g.prior_mean = *p.prior_mean, g.log_sd = log_sd, g.prior_log_sd = prior_log_sd;
+  g.mean = *p.mean, g.prior_mean = *p.prior_mean, g.log_std = log_std, g.prior_log_std = prior_log_std;
   g.variance = variance, g.stride = g.count = n, g.replicas = 1;
   const auto table = pieces_of({{0, n, 0}});
   Buffer pieces(memory, table);
@@ -741,7 +742,7 @@ TEST(Cholesky, DiagonalFactorHasTheDiagonalGaussiansDivergence) {
 
   Buffer<float> marginals(memory, n, NAN);
   cholesky_marginals(marginals, n, *p.factor, p.factor_stride, blocks, d, 1, memory.stream());
-  EXPECT_TRUE(exact(marginals.host(), log_sd.host()));
+  EXPECT_TRUE(exact(marginals.host(), log_std.host()));
 }
 
 TEST(Cholesky, InverseAndMarginals) {
@@ -765,14 +766,14 @@ TEST(Cholesky, InverseAndMarginals) {
         }
       }
     EXPECT_TRUE(close(p.prior_inverse->host(), want, {.l2 = 1e-7}));
-    Buffer<float> log_sd(p.memory, p.stride * 2);
-    cholesky_marginals(log_sd, p.stride, *p.prior_factor, p.factor_stride, 3, d, 2, p.memory.stream());
-    EXPECT_TRUE(close(log_sd.host(), sds, {.l2 = 2e-7}));
+    Buffer<float> log_std(p.memory, p.stride * 2);
+    cholesky_marginals(log_std, p.stride, *p.prior_factor, p.factor_stride, 3, d, 2, p.memory.stream());
+    EXPECT_TRUE(close(log_std.host(), sds, {.l2 = 2e-7}));
 
     Buffer<float> diagonal(p.memory, p.factor_stride * 2, 9.f);
-    cholesky_from_diagonal(diagonal, p.factor_stride, log_sd, p.stride, 3, d, 2, p.memory.stream());
+    cholesky_from_diagonal(diagonal, p.factor_stride, log_std, p.stride, 3, d, 2, p.memory.stream());
     std::vector<float> want_diagonal(p.factor_stride * 2, 9.f);
-    const std::vector<float> logs = log_sd.host();
+    const std::vector<float> logs = log_std.host();
     for (int r = 0; r < 2; r++)
       for (int b = 0; b < 3; b++)
         for (int i = 0; i < d; i++)

@@ -82,8 +82,8 @@ struct Reference {
   double base(const Doubles& z0) const {
     double sum = 0;
     for (int i = 0; i < at.size; i++) {
-      const double e = (z0[i] - v[at.base_mean + i]) * std::exp(-v[at.base_log_sd + i]);
-      sum -= 0.5 * e * e + v[at.base_log_sd + i] + 0.5 * std::log(2 * M_PI);
+      const double e = (z0[i] - v[at.base_mean + i]) * std::exp(-v[at.base_log_std + i]);
+      sum -= 0.5 * e * e + v[at.base_log_std + i] + 0.5 * std::log(2 * M_PI);
     }
     return sum;
   }
@@ -130,7 +130,7 @@ struct Flows {
       t.size = size, t.z_at = z_size, t.stream_id = stream_z + uint32_t(table.size());
       z_size += (size + 63) / 64 * 64;
       largest = std::max(largest, size);
-      t.base_mean = take(size), t.base_log_sd = take(size);
+      t.base_mean = take(size), t.base_log_std = take(size);
       for (int k = 0; k < c.steps; k++) {
         FlowStep& f = t.steps[k];
         if (c.kind == FlowKind::planar) {
@@ -249,7 +249,7 @@ void randomize(Flows& f, unsigned seed, Spread s = {}) {
   for (int r = 0; r < f.c.replicas; r++)
     for (const FlowTensor& t : f.table) {
       const size_t size = t.size, hidden = f.c.hidden;
-      f.put(r, t.base_mean, normal(size, 1, 0.5f)), f.put(r, t.base_log_sd, normal(size, -1, 0.3f));
+      f.put(r, t.base_mean, normal(size, 1, 0.5f)), f.put(r, t.base_log_std, normal(size, -1, 0.3f));
       Floats mask(size);
       for (int k = 0; k < f.c.steps; k++) {
         const FlowStep& at = t.steps[k];
@@ -287,7 +287,7 @@ void randomize(Flows& f, unsigned seed, Spread s = {}) {
       const float* v = f.values.data() + f.stride * (q / f.c.groups);
       const Floats e = normal(t.size, 0, 1), up = normal(t.size, 0, 1);
       for (int i = 0; i < t.size; i++) {
-        z0[size_t(f.z_size) * q + t.z_at + i] = v[t.base_mean + i] + std::exp(v[t.base_log_sd + i]) * e[i];
+        z0[size_t(f.z_size) * q + t.z_at + i] = v[t.base_mean + i] + std::exp(v[t.base_log_std + i]) * e[i];
         dz[size_t(f.z_size) * q + t.z_at + i] = up[i];
       }
     }
@@ -408,7 +408,7 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
         noise.push_back(f.tensor_of(z0, r * c.groups + g, t));
         for (int i = 0; i < f.table[t].size; i++)
           noise.back()[i] =
-              (noise.back()[i] - kept[f.table[t].base_mean + i]) * std::exp(-kept[f.table[t].base_log_sd + i]);
+              (noise.back()[i] - kept[f.table[t].base_mean + i]) * std::exp(-kept[f.table[t].base_log_std + i]);
       }
     auto objective = [&](int t, double by_density) {
       const FlowTensor& at = f.table[t];
@@ -416,7 +416,7 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
       for (int g = 0; g < c.groups; g++) {
         const Doubles& e = noise[size_t(g) * tensors + t];
         Doubles x(at.size);
-        for (int i = 0; i < at.size; i++) x[i] = v[at.base_mean + i] + std::exp(v[at.base_log_sd + i]) * e[i];
+        for (int i = 0; i < at.size; i++) x[i] = v[at.base_mean + i] + std::exp(v[at.base_log_std + i]) * e[i];
         sum += by_density * f.reference(t, v).forward(x);
         for (int i = 0; i < at.size; i++) sum += up[f.at(r * c.groups + g, t, i)] * x[i];
       }
@@ -443,7 +443,7 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
         expect_gradient(got_without_density, want_without_density);
       };
       compare("base mean", at.base_mean, at.size, c.fixed_base);
-      compare("base log sd", at.base_log_sd, at.size, c.fixed_base);
+      compare("base log sd", at.base_log_std, at.size, c.fixed_base);
       for (int k = 0; k < c.steps; k++) {
         const FlowStep& s = at.steps[k];
         if (c.kind == FlowKind::planar) {
@@ -724,9 +724,9 @@ void each_parameter(const Flows& f, F visit) {
 // Parameters from the arrays called prefix + ..., for every replica.
 void load(Flows& f, const Npz& golden, const std::string& prefix) {
   for (int r = 0; r < f.c.replicas; r++) {
-    Floats log_sd;
-    for (double sd : golden.f64(prefix + "s0")) log_sd.push_back(float(std::log(sd)));
-    f.put(r, f.table[0].base_mean, golden.f32(prefix + "m0")), f.put(r, f.table[0].base_log_sd, log_sd);
+    Floats log_std;
+    for (double sd : golden.f64(prefix + "s0")) log_std.push_back(float(std::log(sd)));
+    f.put(r, f.table[0].base_mean, golden.f32(prefix + "m0")), f.put(r, f.table[0].base_log_std, log_std);
     each_parameter(f, [&](const std::string& name, int at, int) { f.put(r, at, golden.f32(prefix + name)); });
   }
   f.upload();
@@ -807,9 +807,9 @@ TEST(Flow, GoldenLayers) {
     load(now, golden, "in_new_");
     load(old, golden, text == "stage1" ? "in_new_" : "in_old_");
     if (text == "stage1") {  // no flow as yet: the base alone
-      Floats log_sd;
-      for (double sd : golden.f64("in_old_s0")) log_sd.push_back(float(std::log(sd)));
-      old.put(0, old.table[0].base_mean, golden.f32("in_old_m0")), old.put(0, old.table[0].base_log_sd, log_sd);
+      Floats log_std;
+      for (double sd : golden.f64("in_old_s0")) log_std.push_back(float(std::log(sd)));
+      old.put(0, old.table[0].base_mean, golden.f32("in_old_m0")), old.put(0, old.table[0].base_log_std, log_std);
       old.upload();
       old.identity->set({1});
     }
@@ -834,7 +834,7 @@ TEST(Flow, GoldenLayers) {
       };
       auto part = [&](int at, int n) { return Doubles(g.begin() + at, g.begin() + at + n); };
       compare("m0", part(now.table[0].base_mean, size));
-      Doubles by_sd = part(now.table[0].base_log_sd, size);
+      Doubles by_sd = part(now.table[0].base_log_std, size);
       for (int i = 0; i < size; i++) by_sd[i] /= sd0[i];
       compare("s0", by_sd);
       each_parameter(now, [&](const std::string& parameter, int at, int n) {
@@ -883,7 +883,7 @@ TEST(Flow, SmallBaseDraws) {
     const float* v = f.values.data() + f.stride * replica;
     const uint32_t counter = group * uint32_t((at.size + 3) / 4) + uint32_t(i / 4);
     const float e = lane(normal4(key, counter, at.stream_id, step), i % 4);
-    const double want = v[at.base_mean + i] + std::exp(double(v[at.base_log_sd + i])) * e;
+    const double want = v[at.base_mean + i] + std::exp(double(v[at.base_log_std + i])) * e;
     (void)q;
     return want;
   };
@@ -923,7 +923,7 @@ TEST(Flow, BaseMoments) {
   flow_draw_base(*f.z0, f.shape(), f.parameters(), groups, 1, *f.states, f.memory.stream());
   const Floats z0 = f.z0->host();
   for (int i = 0; i < 6; i++) {
-    const double mean = f.values[f.table[0].base_mean + i], sd = std::exp(f.values[f.table[0].base_log_sd + i]);
+    const double mean = f.values[f.table[0].base_mean + i], sd = std::exp(f.values[f.table[0].base_log_std + i]);
     double sum = 0, squares = 0, lag = 0;
     for (int g = 0; g < groups; g++) {
       const double e = (z0[f.at(g, 0, i)] - mean) / sd;
@@ -963,8 +963,8 @@ TEST(Flow, SmallDivergence) {
   const int tensors = 3, groups = 2, replicas = 2, stride = 5;
   Doubles log_q, log_prior;
   for (int i = 0; i < tensors * groups * replicas; i++) log_q.push_back(0.1 * i * i - 3), log_prior.push_back(1.7 * i);
-  Buffer<double> ledger(memory, size_t(stride) * replicas, 4.), q(memory, log_q), p(memory, log_prior);
-  flow_kl(ledger, stride, q, p, tensors, groups, replicas, memory.stream());
+  Buffer<double> accumulator(memory, size_t(stride) * replicas, 4.), q(memory, log_q), p(memory, log_prior);
+  flow_kl(accumulator, stride, q, p, tensors, groups, replicas, memory.stream());
   Doubles want(stride * replicas, 4);
   for (int r = 0; r < replicas; r++)
     for (int t = 0; t < tensors; t++)
@@ -972,11 +972,11 @@ TEST(Flow, SmallDivergence) {
         const int i = (r * groups + g) * tensors + t;
         want[stride * r + t] += (log_q[i] - log_prior[i]) / groups;
       }
-  EXPECT_TRUE(close(ledger.host(), want, {.l2 = 1e-14, .bias = 1e-13}));
-  ledger.set(Doubles(stride * replicas));
+  EXPECT_TRUE(close(accumulator.host(), want, {.l2 = 1e-14, .bias = 1e-13}));
+  accumulator.set(Doubles(stride * replicas));
   p.set(log_q);
-  flow_kl(ledger, stride, q, p, tensors, groups, replicas, memory.stream());
-  EXPECT_TRUE(exact(ledger.host(), Doubles(stride * replicas)));
+  flow_kl(accumulator, stride, q, p, tensors, groups, replicas, memory.stream());
+  EXPECT_TRUE(exact(accumulator.host(), Doubles(stride * replicas)));
 }
 
 TEST(Flow, FreshFlows) {
@@ -1003,7 +1003,7 @@ TEST(Flow, FreshFlows) {
     for (int r = 0; r < 2; r++)
       for (const FlowTensor& t : f.table) {
         EXPECT_TRUE(exact(part(r, t.base_mean, t.size), Floats(t.size, 1.f)));
-        EXPECT_TRUE(exact(part(r, t.base_log_sd, t.size), Floats(t.size, std::log(0.1f))));
+        EXPECT_TRUE(exact(part(r, t.base_log_std, t.size), Floats(t.size, std::log(0.1f))));
         for (int k = 0; k < 4; k++) {
           const FlowStep& s = t.steps[k];
           if (kind == FlowKind::planar) {

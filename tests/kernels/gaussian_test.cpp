@@ -20,8 +20,8 @@ struct Posterior {
     if (runs.empty()) runs = {{0, count, 0}};
     slots = slots_of(runs);
     pieces = std::make_unique<Buffer<Run>>(memory, pieces_of(runs));
-    for (auto* b : {&mean, &log_sd, &variance, &prior_mean, &prior_log_sd, &grad_mean, &grad_variance, &mean_m, &mean_v,
-                    &scale_m, &scale_v})
+    for (auto* b : {&mean, &log_std, &variance, &prior_mean, &prior_log_std, &grad_mean, &grad_variance, &mean_m,
+                    &mean_v, &scale_m, &scale_v})
       *b = std::make_unique<Buffer<float>>(memory, stride * replicas);
     states = std::make_unique<Buffer<StepState>>(memory, size_t(replicas));
     booked = std::make_unique<Buffer<double>>(memory, size_t(replicas) * slots);
@@ -29,12 +29,12 @@ struct Posterior {
     partial = std::make_unique<Buffer<float>>(memory, pieces->size() * replicas, NAN);
   }
   GaussianArrays arrays() {
-    return {*mean,   *log_sd, *variance, *prior_mean, *prior_log_sd, *grad_mean, *grad_variance,
-            *mean_m, *mean_v, *scale_m,  *scale_v,    stride,        count,      replicas};
+    return {*mean,   *log_std, *variance, *prior_mean, *prior_log_std, *grad_mean, *grad_variance,
+            *mean_m, *mean_v,  *scale_m,  *scale_v,    stride,         count,      replicas};
   }
-  void set_sd(const std::vector<float>& log_sds) {
-    log_sd->set(log_sds);
-    variance_of(*variance, *log_sd, stride, count, replicas, memory.stream());
+  void set_sd(const std::vector<float>& log_stds) {
+    log_std->set(log_stds);
+    variance_of(*variance, *log_std, stride, count, replicas, memory.stream());
   }
   // A state that the next advance() makes the first step of its stage.
   void set_states(const std::vector<StepState>& s) { states->set(s); }
@@ -57,7 +57,7 @@ struct Posterior {
   std::vector<Run> runs;
   int slots = 0;
   std::unique_ptr<Buffer<Run>> pieces;
-  std::unique_ptr<Buffer<float>> mean, log_sd, variance, prior_mean, prior_log_sd, grad_mean, grad_variance, mean_m,
+  std::unique_ptr<Buffer<float>> mean, log_std, variance, prior_mean, prior_log_std, grad_mean, grad_variance, mean_m,
       mean_v, scale_m, scale_v, partial;
   std::unique_ptr<Buffer<StepState>> states;
   std::unique_ptr<Buffer<double>> booked, kl;
@@ -85,23 +85,23 @@ std::vector<float> normals(size_t n, int seed, float mean = 0, float sd = 1) {
 void randomize(Posterior& p, int seed) {
   const size_t n = p.stride * p.replicas;
   p.mean->set(normals(n, seed)), p.set_sd(normals(n, seed + 1, -2, 0.5f));
-  p.prior_mean->set(normals(n, seed + 2)), p.prior_log_sd->set(normals(n, seed + 3, -1.5f, 0.5f));
+  p.prior_mean->set(normals(n, seed + 2)), p.prior_log_std->set(normals(n, seed + 3, -1.5f, 0.5f));
   p.grad_mean->set(normals(n, seed + 4)), p.grad_variance->set(normals(n, seed + 5, 0, 3));
 }
 
 // KL of one parameter, in double; the stable form.
-double kl_of(double mean, double log_sd, double prior_mean, double prior_log_sd) {
-  const double t = log_sd - prior_log_sd, e = (mean - prior_mean) / std::exp(prior_log_sd);
+double kl_of(double mean, double log_std, double prior_mean, double prior_log_std) {
+  const double t = log_std - prior_log_std, e = (mean - prior_mean) / std::exp(prior_log_std);
   return 0.5 * (std::expm1(2 * t) + e * e) - t;
 }
 std::vector<double> kl_of(Posterior& p) {
-  const auto mean = p.mean->host(), log_sd = p.log_sd->host(), prior_mean = p.prior_mean->host(),
-             prior_log_sd = p.prior_log_sd->host();
+  const auto mean = p.mean->host(), log_std = p.log_std->host(), prior_mean = p.prior_mean->host(),
+             prior_log_std = p.prior_log_std->host();
   std::vector<double> sums(p.replicas);
   for (int r = 0; r < p.replicas; r++)
     for (int j = 0; j < p.count; j++) {
       const size_t i = p.stride * r + j;
-      sums[r] += kl_of(mean[i], log_sd[i], prior_mean[i], prior_log_sd[i]);
+      sums[r] += kl_of(mean[i], log_std[i], prior_mean[i], prior_log_std[i]);
     }
   return sums;
 }
@@ -117,7 +117,7 @@ std::unique_ptr<Posterior> posterior_of(const Npz& golden) {
   const int n = int(golden.f64("in_mu").size());
   auto p = std::make_unique<Posterior>(n, 1, n);
   p->mean->set(golden.f32("in_mu")), p->prior_mean->set(golden.f32("in_mu_p"));
-  p->set_sd(logs("in_sigma")), p->prior_log_sd->set(logs("in_sigma_p"));
+  p->set_sd(logs("in_sigma")), p->prior_log_std->set(logs("in_sigma_p"));
   StepState s = state_of(0, 0, 1);
   s.kl_now = s.correction1 = s.correction2 = 1;
   p->set_states({s});
@@ -162,15 +162,15 @@ TEST(Gaussian, GoldenNearEquality) {
   auto p = posterior_of(golden);
   const double n = p->count, rounding = 2.5e-7;
   EXPECT_NEAR(p->divergence()[0], kl_of(*p)[0], n * 5e-8);
-  const std::vector<float> log_sd = p->log_sd->host(), prior_log_sd = p->prior_log_sd->host();
+  const std::vector<float> log_std = p->log_std->host(), prior_log_std = p->prior_log_std->host();
   const std::vector<float> mean = p->mean->host(), prior_mean = p->prior_mean->host();
   p->step(ScaleRule::adam);
   EXPECT_NEAR(p->booked->host()[0], p->divergence()[0], n * 1e-7);  // a step of size 0
   const std::vector<double> g_mean = gradient_of(*p->mean_m), g_scale = gradient_of(*p->scale_m);
   for (int i = 0; i < p->count; i++) {
-    const double t = double(log_sd[i]) - prior_log_sd[i], e = double(mean[i]) - prior_mean[i];
+    const double t = double(log_std[i]) - prior_log_std[i], e = double(mean[i]) - prior_mean[i];
     EXPECT_NEAR(g_scale[i], std::expm1(2 * t), rounding * (1 + std::abs(t))) << i;
-    const double g = e * std::exp(-2. * prior_log_sd[i]);
+    const double g = e * std::exp(-2. * prior_log_std[i]);
     EXPECT_NEAR(g_mean[i], g, 2e-6 * std::abs(g)) << i;
   }
 }
@@ -181,7 +181,7 @@ TEST(Gaussian, DivergenceFromItselfIsZero) {
   for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
     auto p = posterior_of(golden);
     EXPECT_NEAR(p->divergence()[0], golden.scalar("out_kl_sum"), 1e-6);
-    p->prior_mean->set(p->mean->host()), p->prior_log_sd->set(p->log_sd->host());
+    p->prior_mean->set(p->mean->host()), p->prior_log_std->set(p->log_std->host());
     const std::vector<float> before = p->mean->host();
     EXPECT_EQ(p->divergence()[0], 0);
     p->step(rule);
@@ -201,7 +201,7 @@ TEST(Gaussian, DivergenceFiniteDifferences) {
   s.kl_now = s.correction1 = s.correction2 = 1;
   p.set_states({s});
   p.step(ScaleRule::adam);
-  const std::vector<float> mean = p.mean->host(), log_sd = p.log_sd->host();
+  const std::vector<float> mean = p.mean->host(), log_std = p.log_std->host();
   auto head = [](std::vector<double> v) {
     v.resize(6);
     return v;
@@ -211,8 +211,8 @@ TEST(Gaussian, DivergenceFiniteDifferences) {
     return p.divergence()[0];
   });
   p.mean->set(mean);
-  const auto by_scale = central_differences(log_sd, 0x1p-8f, [&](const std::vector<float>& x) {
-    p.log_sd->set(x);
+  const auto by_scale = central_differences(log_std, 0x1p-8f, [&](const std::vector<float>& x) {
+    p.log_std->set(x);
     return p.divergence()[0];
   });
   EXPECT_TRUE(close(head(gradient_of(*p.mean_m)), head(by_mean), {.l2 = 1e-3}));
@@ -246,9 +246,9 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
     const std::vector<float> v = b.host();
     return std::vector<double>(v.begin(), v.end());
   };
-  std::vector<double> mean = doubles(*p.mean), log_sd = doubles(*p.log_sd), variance = doubles(*p.variance);
-  const std::vector<double> prior_mean = doubles(*p.prior_mean), prior_log_sd = doubles(*p.prior_log_sd);
-  const std::vector<double> first_mean = mean, first_log_sd = log_sd;
+  std::vector<double> mean = doubles(*p.mean), log_std = doubles(*p.log_std), variance = doubles(*p.variance);
+  const std::vector<double> prior_mean = doubles(*p.prior_mean), prior_log_std = doubles(*p.prior_log_std);
+  const std::vector<double> first_mean = mean, first_log_std = log_std;
   Moments of_mean(n), of_scale(n);
   int clipped = 0;
   for (int t = 0; t < steps; t++) {
@@ -264,24 +264,24 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
       for (int j = 0; j < count; j++) {
         const size_t i = stride * r + j;
         const StepState& s = states[r];
-        const double shift = log_sd[i] - prior_log_sd[i],
-                     e = (mean[i] - prior_mean[i]) * std::exp(-2 * prior_log_sd[i]);
-        totals[r] += kl_of(mean[i], log_sd[i], prior_mean[i], prior_log_sd[i]);
+        const double shift = log_std[i] - prior_log_std[i],
+                     e = (mean[i] - prior_mean[i]) * std::exp(-2 * prior_log_std[i]);
+        totals[r] += kl_of(mean[i], log_std[i], prior_mean[i], prior_log_std[i]);
         mean[i] -= s.lr_mean * of_mean.step(i, grad_mean[i] + s.kl_now * e, s);
         const double by_data = 2 * variance[i] * grad_variance[i], by_prior = std::expm1(2 * shift);
         if (rule == ScaleRule::adam) {
-          log_sd[i] -= s.lr_scale * of_scale.step(i, by_data + s.kl_now * by_prior, s);
+          log_std[i] -= s.lr_scale * of_scale.step(i, by_data + s.kl_now * by_prior, s);
         } else {
           of_scale.m[i] = adam_beta1 * of_scale.m[i] + (1 - double(adam_beta1)) * (by_data / s.kl_now + by_prior);
           const double move = 0.5 * s.lr_scale * of_scale.m[i] * s.correction1;
           clipped += std::abs(move) > largest_scale_step;
-          log_sd[i] -= std::clamp(move, -double(largest_scale_step), double(largest_scale_step));
+          log_std[i] -= std::clamp(move, -double(largest_scale_step), double(largest_scale_step));
         }
-        variance[i] = std::exp(2 * log_sd[i]);
+        variance[i] = std::exp(2 * log_std[i]);
       }
   }
   EXPECT_TRUE(close(doubles(*p.mean), mean, {.l2 = 1e-6}));
-  EXPECT_TRUE(close(doubles(*p.log_sd), log_sd, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(doubles(*p.log_std), log_std, {.l2 = 2e-6}));
   auto gaps_cut = [&](std::vector<double> v) {  // what lies between the rows is not computed
     for (size_t i = 0; i < n; i++)
       if (i % stride >= size_t(count)) v[i] = 0;
@@ -304,7 +304,7 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
     return d;
   };
   EXPECT_TRUE(close(moved(doubles(*p.mean), first_mean), moved(mean, first_mean), {.l2 = 3e-5}));
-  EXPECT_TRUE(close(moved(doubles(*p.log_sd), first_log_sd), moved(log_sd, first_log_sd), {.l2 = 3e-5}));
+  EXPECT_TRUE(close(moved(doubles(*p.log_std), first_log_std), moved(log_std, first_log_std), {.l2 = 3e-5}));
 
   const std::vector<double> got = p.booked->host();
   for (int r = 0; r < replicas; r++) EXPECT_NEAR(got[r], totals[r], 2e-6 * totals[r]);
@@ -312,7 +312,7 @@ void check_steps(ScaleRule rule, int count, int replicas, int steps) {
   const std::string name = std::string("gaussian_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") +
                            std::to_string(count) + "." + std::to_string(steps);
   record(name + ".mean", p.mean->host());
-  record(name + ".log_sd", p.log_sd->host());
+  record(name + ".log_std", p.log_std->host());
   record(name + ".kl", {float(got[0])});
 }
 
@@ -338,7 +338,7 @@ TEST(Gaussian, PointStepsAgainstReference) {
   Posterior p(count, replicas, stride);
   randomize(p, 5);
   p.set_states({state_of(0.01f, 0.5f, 1), state_of(0.03f, 0.5f, 1)});
-  const std::vector<float> first = p.mean->host(), log_sd = p.log_sd->host();
+  const std::vector<float> first = p.mean->host(), log_std = p.log_std->host();
   std::vector<double> want(first.begin(), first.end());
   Moments moments(n);
   for (int t = 0; t < 5; t++) {
@@ -353,7 +353,7 @@ TEST(Gaussian, PointStepsAgainstReference) {
   EXPECT_TRUE(close(p.mean->host(), want, {.l2 = 5e-7}));
   EXPECT_TRUE(close(p.mean_m->host(), moments.m, {.l2 = 1e-6}));
   EXPECT_TRUE(close(p.mean_v->host(), moments.v, {.l2 = 1e-6}));
-  EXPECT_TRUE(exact(p.log_sd->host(), log_sd));
+  EXPECT_TRUE(exact(p.log_std->host(), log_std));
   record("point_step.mean", p.mean->host());
 }
 
@@ -460,13 +460,13 @@ TEST(Gaussian, SmallRunsBookIntoTheirSlots) {
       double want = 0;
       for (int j = run.first; j < run.first + run.count; j++) {
         const size_t i = 24 * r + j;
-        want += kl_of(before[i], p.log_sd->host()[i], p.prior_mean->host()[i], p.prior_log_sd->host()[i]);
+        want += kl_of(before[i], p.log_std->host()[i], p.prior_mean->host()[i], p.prior_log_std->host()[i]);
       }
       EXPECT_NEAR(kl[3 * r + run.slot], want, 1e-6 * want);
     }
     EXPECT_EQ(kl[3 * r + 1], 0);
   }
-  p.booked->set({1, 2, 3, 4, 5, 6});  // the ledger is added to
+  p.booked->set({1, 2, 3, 4, 5, 6});  // the accumulator is added to
   p.advance(), whole.advance();
   p.step(ScaleRule::adam), whole.step(ScaleRule::adam);
   for (size_t i = 0; i < 6; i++) EXPECT_NEAR(p.booked->host()[i], kl[i] + double(i + 1), 1e-6 * (kl[i] + 6));
@@ -547,9 +547,9 @@ void check_multiplied(ScaleRule rule, const ZShape& shape, int groups) {
     const std::vector<float> v = b.host();
     return std::vector<double>(v.begin(), v.end());
   };
-  std::vector<double> mean = doubles(*p.mean), log_sd = doubles(*p.log_sd);
-  const std::vector<double> prior_mean = doubles(*p.prior_mean), prior_log_sd = doubles(*p.prior_log_sd);
-  const std::vector<double> first_mean = mean, first_log_sd = log_sd, z = doubles(m.z);
+  std::vector<double> mean = doubles(*p.mean), log_std = doubles(*p.log_std);
+  const std::vector<double> prior_mean = doubles(*p.prior_mean), prior_log_std = doubles(*p.prior_log_std);
+  const std::vector<double> first_mean = mean, first_log_std = log_std, z = doubles(m.z);
   Moments of_mean(n), of_scale(n);
   std::vector<double> booked(size_t(replicas) * 3), now;
   for (int t = 0; t < steps; t++) {
@@ -577,17 +577,17 @@ void check_multiplied(ScaleRule rule, const ZShape& shape, int groups) {
             g += one * grad[m.grad_stride * q + j], z2 += one * one / groups;
           }
         }
-        const double shift = log_sd[i] - prior_log_sd[i], away = mean[i] - prior_mean[i];
-        const double precision = std::exp(-2 * prior_log_sd[i]);
+        const double shift = log_std[i] - prior_log_std[i], away = mean[i] - prior_mean[i];
+        const double precision = std::exp(-2 * prior_log_std[i]);
         now[size_t(r) * 3 + m.slot_of(j)] += 0.5 * (std::expm1(2 * shift) + z2 * away * away * precision) - shift;
         mean[i] -= s.lr_mean * of_mean.step(i, g + s.kl_now * z2 * away * precision, s);
-        const double by_data = 2 * std::exp(2 * log_sd[i]) * grad_variance[i], by_prior = std::expm1(2 * shift);
+        const double by_data = 2 * std::exp(2 * log_std[i]) * grad_variance[i], by_prior = std::expm1(2 * shift);
         if (rule == ScaleRule::adam) {
-          log_sd[i] -= s.lr_scale * of_scale.step(i, by_data + s.kl_now * by_prior, s);
+          log_std[i] -= s.lr_scale * of_scale.step(i, by_data + s.kl_now * by_prior, s);
         } else {
           of_scale.m[i] = adam_beta1 * of_scale.m[i] + (1 - double(adam_beta1)) * (by_data / s.kl_now + by_prior);
-          log_sd[i] -= std::clamp(0.5 * s.lr_scale * of_scale.m[i] * s.correction1, -double(largest_scale_step),
-                                  double(largest_scale_step));
+          log_std[i] -= std::clamp(0.5 * s.lr_scale * of_scale.m[i] * s.correction1, -double(largest_scale_step),
+                                   double(largest_scale_step));
         }
       }
     EXPECT_TRUE(close(divergence, now, {.l2 = 1e-6}));
@@ -595,7 +595,7 @@ void check_multiplied(ScaleRule rule, const ZShape& shape, int groups) {
   }
   EXPECT_TRUE(close(p.booked->host(), booked, {.l2 = 2e-6}));
   EXPECT_TRUE(close(doubles(*p.mean), mean, {.l2 = 1e-6}));
-  EXPECT_TRUE(close(doubles(*p.log_sd), log_sd, {.l2 = 2e-6}));
+  EXPECT_TRUE(close(doubles(*p.log_std), log_std, {.l2 = 2e-6}));
   EXPECT_TRUE(close(doubles(*p.mean_m), of_mean.m, {.l2 = 2e-6}));
   EXPECT_TRUE(close(doubles(*p.scale_m), of_scale.m, {.l2 = 5e-6}));
   const auto moved = [&](const std::vector<double>& after, const std::vector<double>& first) {
@@ -604,11 +604,11 @@ void check_multiplied(ScaleRule rule, const ZShape& shape, int groups) {
     return d;
   };
   EXPECT_TRUE(close(moved(doubles(*p.mean), first_mean), moved(mean, first_mean), {.l2 = 3e-5}));
-  EXPECT_TRUE(close(moved(doubles(*p.log_sd), first_log_sd), moved(log_sd, first_log_sd), {.l2 = 3e-5}));
+  EXPECT_TRUE(close(moved(doubles(*p.log_std), first_log_std), moved(log_std, first_log_std), {.l2 = 3e-5}));
   const std::string name = std::string("multiplied_step.") + (rule == ScaleRule::adam ? "adam." : "natural.") +
                            std::to_string(groups) + "." + std::to_string(shape.filters);
   record(name + ".mean", p.mean->host());
-  record(name + ".log_sd", p.log_sd->host());
+  record(name + ".log_std", p.log_std->host());
   record(name + ".kl", {float(p.booked->host()[0]), float(p.booked->host()[2])});
 }
 
@@ -639,7 +639,7 @@ TEST(Multipliers, SmallOnesAreNoMultipliers) {
     m.p.step(ScaleRule::adam, m.multipliers()), plain.step(ScaleRule::adam);
   }
   EXPECT_TRUE(close(m.p.mean->host(), plain.mean->host(), {.l2 = 1e-7}));
-  EXPECT_TRUE(close(m.p.log_sd->host(), plain.log_sd->host(), {.l2 = 1e-7}));
+  EXPECT_TRUE(close(m.p.log_std->host(), plain.log_std->host(), {.l2 = 1e-7}));
   EXPECT_TRUE(close(m.p.booked->host(), plain.booked->host(), {.l2 = 1e-7}));
 }
 
@@ -668,7 +668,7 @@ void check_multiplier_gradient(const ZShape& shape, int groups) {
   Multiplied m(shape, 2, groups, 21);
   m.gradients();
   const std::vector<float> z = m.z.host(), mean = m.p.mean->host(), prior_mean = m.p.prior_mean->host(),
-                           prior_log_sd = m.p.prior_log_sd->host(), grad = m.grad.host();
+                           prior_log_std = m.p.prior_log_std->host(), grad = m.grad.host();
   const std::vector<StepState> states = m.p.states->host();
   std::vector<double> want(m.z_stride * m.rows);
   std::vector<bool> written(want.size());
@@ -679,7 +679,7 @@ void check_multiplier_gradient(const ZShape& shape, int groups) {
       const size_t i = m.p.stride * r + j, k = m.z_stride * q + m.z_of(j);
       const double away = double(mean[i]) - prior_mean[i];
       want[k] += double(mean[i]) * grad[m.grad_stride * q + j] +
-                 double(states[r].kl_now) / groups * z[k] * away * away * std::exp(-2. * prior_log_sd[i]);
+                 double(states[r].kl_now) / groups * z[k] * away * away * std::exp(-2. * prior_log_std[i]);
       written[k] = true;
     }
   std::vector<float> got = m.dz.host();
@@ -801,8 +801,8 @@ TEST(Gaussian, SmallHaltedReplicasStandStill) {
       std::fill(plain.begin() + long(plain.size() / 2), plain.end(), NAN);
       std::fill(scale.begin() + long(scale.size() / 2), scale.end(), INFINITY);
       m.grad.set(grad), p.grad_mean->set(plain), p.grad_variance->set(scale);
-      std::vector<Buffer<float>*> values{p.mean.get(),   p.log_sd.get(), p.variance.get(),
-                                         p.mean_m.get(), p.mean_v.get(), p.scale_m.get()};
+      std::vector<Buffer<float>*> values{p.mean.get(),   p.log_std.get(), p.variance.get(),
+                                         p.mean_m.get(), p.mean_v.get(),  p.scale_m.get()};
       if (rule == ScaleRule::adam) values.push_back(p.scale_v.get());
       std::vector<std::vector<float>> before;
       for (auto* b : values) before.push_back(b->host());
@@ -844,20 +844,20 @@ TEST(Gaussian, NaturalRuleFindsTheClosedForm) {
   const int n = 8;
   const float kl_weight = 0.01f;
   Posterior p(n, 1, n);
-  std::vector<float> prior_log_sd(n), grad_variance(n);
+  std::vector<float> prior_log_std(n), grad_variance(n);
   std::vector<double> want(n);
   for (int i = 0; i < n; i++) {
-    prior_log_sd[i] = -0.5f * i / n;
+    prior_log_std[i] = -0.5f * i / n;
     grad_variance[i] = 0.5f * std::pow(10.f, i - 4.f);  // curvatures of 1e-4 to 1e3, of a prior precision of about 1
-    want[i] = -0.5 * std::log(std::exp(-2. * prior_log_sd[i]) + 2 * double(grad_variance[i]) / kl_weight);
+    want[i] = -0.5 * std::log(std::exp(-2. * prior_log_std[i]) + 2 * double(grad_variance[i]) / kl_weight);
   }
-  p.prior_log_sd->set(prior_log_sd), p.set_sd(std::vector<float>(n, -2.f)), p.grad_variance->set(grad_variance);
+  p.prior_log_std->set(prior_log_std), p.set_sd(std::vector<float>(n, -2.f)), p.grad_variance->set(grad_variance);
   p.set_states({state_of(0, 0.1f, kl_weight)});
   for (int t = 0; t < 400; t++) {
     p.advance();
     p.step(ScaleRule::natural);
   }
-  const std::vector<float> got = p.log_sd->host();
+  const std::vector<float> got = p.log_std->host();
   for (int i = 0; i < n; i++) EXPECT_NEAR(got[i], want[i], 2e-5) << i;
 }
 
@@ -868,13 +868,13 @@ TEST(Gaussian, PartsInTurnAreTheBatchPosterior) {
   const int n = 4, parts = 3, steps = 300;
   const int examples[parts] = {50, 200, 10};
   Posterior p(n, 1, n);
-  std::vector<float> mean{0.3f, -0.2f, 0, 0.1f}, log_sd{0, -0.5f, -1, 0.5f};
+  std::vector<float> mean{0.3f, -0.2f, 0, 0.1f}, log_std{0, -0.5f, -1, 0.5f};
   std::vector<double> precision(n), weighted(n);
   for (int i = 0; i < n; i++) {
-    precision[i] = std::exp(-2. * log_sd[i]);
+    precision[i] = std::exp(-2. * log_std[i]);
     weighted[i] = precision[i] * mean[i];
   }
-  p.mean->set(mean), p.set_sd(log_sd);
+  p.mean->set(mean), p.set_sd(log_std);
   const std::vector<float> zeros(n);
   for (int t = 0; t < parts; t++) {
     const std::vector<float> center = normals(n, 10 + t, 0, 0.7f);
@@ -884,7 +884,7 @@ TEST(Gaussian, PartsInTurnAreTheBatchPosterior) {
       precision[i] += examples[t] * double(curvature[i]);
       weighted[i] += examples[t] * double(curvature[i]) * center[i];
     }
-    p.prior_mean->set(p.mean->host()), p.prior_log_sd->set(p.log_sd->host());  // the hand-over
+    p.prior_mean->set(p.mean->host()), p.prior_log_std->set(p.log_std->host());  // the hand-over
     for (auto* moment : {&p.mean_m, &p.mean_v, &p.scale_m, &p.scale_v}) (*moment)->set(zeros);
     p.set_states({state_of(0.05f, 0.1f, 1.f / examples[t], steps, Schedule::cosine)});
     EXPECT_EQ(p.divergence()[0], 0);
@@ -899,10 +899,11 @@ TEST(Gaussian, PartsInTurnAreTheBatchPosterior) {
       p.step(ScaleRule::natural);
     }
   }
-  const std::vector<float> got_mean = p.mean->host(), got_log_sd = p.log_sd->host(), got_variance = p.variance->host();
+  const std::vector<float> got_mean = p.mean->host(), got_log_std = p.log_std->host(),
+                           got_variance = p.variance->host();
   for (int i = 0; i < n; i++) {
     EXPECT_NEAR(got_mean[i], weighted[i] / precision[i], 1e-3) << i;
-    EXPECT_NEAR(got_log_sd[i], -0.5 * std::log(precision[i]), 1e-3) << i;
+    EXPECT_NEAR(got_log_std[i], -0.5 * std::log(precision[i]), 1e-3) << i;
     EXPECT_NEAR(got_variance[i] * precision[i], 1, 2e-3) << i;
   }
 }
@@ -1045,9 +1046,9 @@ TEST(VarianceOf, SmallAgainstReference) {
   BATON_NEEDS_DEVICE();
   Memory memory;
   const std::vector<float> logs = normals(30, 4, -3, 2);
-  Buffer log_sd(memory, logs);
+  Buffer log_std(memory, logs);
   Buffer<float> variance(memory, 30, 9.f);
-  variance_of(variance, log_sd, 15, 14, 2, memory.stream());
+  variance_of(variance, log_std, 15, 14, 2, memory.stream());
   const std::vector<float> got = variance.host();
   for (int i = 0; i < 30; i++)
     if (i % 15 == 14) EXPECT_EQ(got[i], 9) << i;

@@ -149,8 +149,8 @@ void check_hold(int n) {
     v[random() % v.size()] = INFINITY;
     return v;
   };
-  const std::vector<float> mean = values(), log_sd = values(), variance = values(), prior_mean = values(),
-                           prior_log_sd = values();
+  const std::vector<float> mean = values(), log_std = values(), variance = values(), prior_mean = values(),
+                           prior_log_std = values();
   const auto held = [&](const std::vector<float>& from, const std::vector<float>& to) {
     std::vector<float> v = from;
     for (size_t i = 0; i < v.size(); i++)
@@ -158,15 +158,15 @@ void check_hold(int n) {
     return v;
   };
   const std::vector<float> none(size_t(n), 0.f), least(size_t(n), 1e-30f);
-  Buffer m(memory, mean), l(memory, log_sd), v(memory, variance), pm(memory, prior_mean), pl(memory, prior_log_sd),
+  Buffer m(memory, mean), l(memory, log_std), v(memory, variance), pm(memory, prior_mean), pl(memory, prior_log_std),
       k(memory, kept);
   for (int again = 0; again < 2; again++) {
     hold_pruned(m, l, v, pm, pl, k, n, memory.stream());
     EXPECT_TRUE(exact(m.host(), held(mean, none)));
-    EXPECT_TRUE(exact(l.host(), held(log_sd, prior_log_sd)));
+    EXPECT_TRUE(exact(l.host(), held(log_std, prior_log_std)));
     EXPECT_TRUE(exact(v.host(), held(variance, least)));
     EXPECT_TRUE(exact(pm.host(), held(prior_mean, none)));
-    EXPECT_TRUE(exact(pl.host(), prior_log_sd));
+    EXPECT_TRUE(exact(pl.host(), prior_log_std));
     EXPECT_TRUE(exact(k.host(), kept));
   }
   Buffer point(memory, mean);

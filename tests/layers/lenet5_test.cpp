@@ -291,14 +291,14 @@ TEST(LeNet5Net, AVanishingSigmaIsThePointPosterior) {
   const Golden& g = golden();
   Net point(point_weights(g.weights), 4, step);
   point.forward(g.x, g.labels);
-  for (double log_sd : {-40., -60.}) {  // at -60 the variance is 0 in float
+  for (double log_std : {-40., -60.}) {  // at -60 the variance is 0 in float
     Weights weights = g.weights;
     for (auto* all : {&weights.sd, &weights.bias_sd})
-      for (Doubles& sd : *all) sd.assign(sd.size(), std::exp(log_sd));
+      for (Doubles& sd : *all) sd.assign(sd.size(), std::exp(log_std));
     Net net(weights, 4, step);
     net.forward(g.x, g.labels);
     net.backward();
-    EXPECT_TRUE(log_sd > -50 ? close(net.logits, point.logits, {.l2 = 1e-7}) : exact(net.logits, point.logits));
+    EXPECT_TRUE(log_std > -50 ? close(net.logits, point.logits, {.l2 = 1e-7}) : exact(net.logits, point.logits));
     for (const char* array : {"mean.grad", "variance.grad"})
       for (const TensorSpec& t : net.network.layout().tensors())
         for (float d : net.read(array, t.name)) ASSERT_TRUE(std::isfinite(d)) << array << " " << t.name;

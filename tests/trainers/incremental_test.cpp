@@ -84,7 +84,7 @@ TrainingPlan plan_of(const PosteriorOptions& posterior, std::vector<uint64_t> se
     s.lr_scale = 1e-2;
     s.beta = 1 + 0.1 * double(seed % 5);
     s.prior_sd = 0.5 + 0.1 * double(seed % 4);
-    s.init_log_sd = -4 - 0.1 * double(seed % 4);
+    s.init_log_std = -4 - 0.1 * double(seed % 4);
     s.warmup_epochs = 0.5;
     s.schedule = seed % 2 ? Schedule::linear : Schedule::cosine;
     plan.settings.push_back(s);
@@ -330,7 +330,7 @@ std::shared_ptr<Pretrained> pretrained_small(bool laplace) {
   for (const TensorSpec& t : network.layout().tensors()) {
     if (t.name == "fc2.weight") continue;  // a head that begins anew
     p->weights[t.name] = random_normal(t.size, 0, t.bias ? 0.1f : std::sqrt(2.f / float(t.fan_in)), unsigned(t.offset));
-    if (laplace && !t.bias) p->prior_log_sd[t.name] = random_normal(t.size, -3, 0.3f, unsigned(t.offset + 1));
+    if (laplace && !t.bias) p->prior_log_std[t.name] = random_normal(t.size, -3, 0.3f, unsigned(t.offset + 1));
   }
   return p;
 }
@@ -356,8 +356,8 @@ TEST(Incremental, APretrainedNetworkIsTheFirstPrior) {
         EXPECT_TRUE(exact(read("mean", t), w->second)) << t.name;
         if (kind.posterior.family == Family::point) continue;
         EXPECT_TRUE(exact(read("prior_mean", t), w->second)) << t.name;
-        const auto prior = from.prior_log_sd.find(t.name);
-        EXPECT_TRUE(exact(read("prior_log_std", t), prior == from.prior_log_sd.end()
+        const auto prior = from.prior_log_std.find(t.name);
+        EXPECT_TRUE(exact(read("prior_log_std", t), prior == from.prior_log_std.end()
                                                         ? std::vector<float>(t.size, std::log(0.25f))
                                                         : prior->second))
             << t.name;
@@ -386,7 +386,7 @@ TEST(Incremental, RefusesPretrainedNetworksOfAnotherShape) {
   };
   refuses("an unknown tensor", [](Pretrained& p) { p.weights["conv9.weight"] = {1}; });
   refuses("a short tensor", [](Pretrained& p) { p.weights["fc1.bias"].pop_back(); });
-  refuses("short standard deviations", [](Pretrained& p) { p.prior_log_sd["fc1.weight"].pop_back(); });
+  refuses("short standard deviations", [](Pretrained& p) { p.prior_log_std["fc1.weight"].pop_back(); });
 }
 
 TEST(Incremental, AugmentedBatchesAreOthersAndTheSameEveryRun) {
@@ -788,7 +788,7 @@ TEST_F(Checkpoint, RefusesOtherFamilies) {
     refuses("z", [](PosteriorOptions& o) { o.z_per_filter = true; });
     refuses("base", [](PosteriorOptions& o) { o.fixed_base = true; });
     refuses("path gradient", [](PosteriorOptions& o) { o.path_gradient = true; });
-    refuses("base width", [](PosteriorOptions& o) { o.z_log_sd = -3; });
+    refuses("base width", [](PosteriorOptions& o) { o.z_log_std = -3; });
   }
 }
 

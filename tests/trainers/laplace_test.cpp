@@ -233,13 +233,13 @@ TEST(Laplace, GoldenMlp) {
   for (const auto& [kind, prefix] : {std::pair(Curvature::ggn, "ggn_"), {Curvature::empirical, "ef_"}}) {
     const NamedWeights got =
         curvature_diagonal(memory.device(), factory(s, rows, features), images, {{1, 1, 1}, {0, 0, 0}}, weights, kind);
-    const NamedWeights log_sd = laplace_log_sd(got, {.tau = 2});
+    const NamedWeights log_std = laplace_log_std(got, {.tau = 2});
     for (int i = 1; i <= 3; i++)
       for (const auto& [end, letter] : {std::pair(".weight", "W"), {".bias", "b"}}) {
         const std::string ours = "fc" + std::to_string(i) + end, theirs = prefix + (letter + std::to_string(i));
         EXPECT_TRUE(close(got.at(ours), z.f64("out_" + theirs), {.l2 = 1e-5})) << theirs;
         Doubles sigma;
-        for (float log : log_sd.at(ours)) sigma.push_back(std::exp(double(log)));
+        for (float log : log_std.at(ours)) sigma.push_back(std::exp(double(log)));
         EXPECT_TRUE(close(sigma, z.f64("out_sigma_" + theirs), {.l2 = 1e-5})) << theirs;
       }
   }
@@ -271,9 +271,9 @@ void check_digits(const std::string& file, const Shape& s, const std::vector<std
     EXPECT_TRUE(close(all, z.f64(name), {.l2 = 2e-5})) << name;
     if (kind != Curvature::ggn) continue;
     Doubles variance;
-    const NamedWeights log_sd = laplace_log_sd(got, {.tau = z.scalar("tau")});
+    const NamedWeights log_std = laplace_log_std(got, {.tau = z.scalar("tau")});
     for (const auto& [tensor, size] : order)
-      for (float log : log_sd.at(tensor)) variance.push_back(std::exp(2. * log));
+      for (float log : log_std.at(tensor)) variance.push_back(std::exp(2. * log));
     EXPECT_TRUE(close(variance, z.f64("var_ggn"), {.l2 = 2e-5}));
   }
 }
@@ -291,20 +291,20 @@ TEST(Laplace, GoldenTanhMlp) {  // 64-16-5; always-black pixels have no curvatur
 
 TEST(Laplace, StandardDeviations) {
   const NamedWeights sums{{"a.weight", {0, 3, 1e12f}}, {"a.bias", {15}}};
-  const NamedWeights plain = laplace_log_sd(sums, {});
+  const NamedWeights plain = laplace_log_std(sums, {});
   EXPECT_FLOAT_EQ(plain.at("a.weight")[0], 0);  // what the data say nothing about keeps the prior
   EXPECT_FLOAT_EQ(plain.at("a.weight")[1], std::log(0.5f));
   EXPECT_FLOAT_EQ(plain.at("a.weight")[2], std::log(1e-4f));  // the floor
   EXPECT_FLOAT_EQ(plain.at("a.bias")[0], std::log(0.25f));
-  const NamedWeights wide = laplace_log_sd(sums, {.tau = 4, .temperature = 5, .least_sd = 0.4});
+  const NamedWeights wide = laplace_log_std(sums, {.tau = 4, .temperature = 5, .least_sd = 0.4});
   EXPECT_FLOAT_EQ(wide.at("a.weight")[0], std::log(0.5f));
   EXPECT_FLOAT_EQ(wide.at("a.weight")[1], std::log(1 / std::sqrt(4.6f)));
   EXPECT_FLOAT_EQ(wide.at("a.weight")[2], std::log(0.4f));
   EXPECT_FLOAT_EQ(wide.at("a.bias")[0], std::log(0.4f));
   for (double wrong : {0., -1., double(NAN)}) {
-    EXPECT_THROW(laplace_log_sd(sums, {.tau = wrong}), InputError);
-    EXPECT_THROW(laplace_log_sd(sums, {.temperature = wrong}), InputError);
-    EXPECT_THROW(laplace_log_sd(sums, {.least_sd = wrong}), InputError);
+    EXPECT_THROW(laplace_log_std(sums, {.tau = wrong}), InputError);
+    EXPECT_THROW(laplace_log_std(sums, {.temperature = wrong}), InputError);
+    EXPECT_THROW(laplace_log_std(sums, {.least_sd = wrong}), InputError);
   }
 }
 

@@ -43,11 +43,11 @@ Model model_of(Device& device, Family family) {
     m.posterior.groups = 2;
     m.posterior.flow = FlowKind::planar, m.posterior.flow_steps = 3, m.posterior.flow_hidden = 6;
     m.posterior.z_per_filter = m.posterior.fixed_base = m.posterior.path_gradient = true;
-    m.posterior.z_log_sd = -3.5f;
+    m.posterior.z_log_std = -3.5f;
   }
   m.normalisation.scale[0] = 0.1f, m.normalisation.shift[0] = -1.f / 3;
   m.class_names = {"cat", "dög", "", "d\"q"};
-  m.training.lr = 0.3, m.training.lr_scale = 0.1, m.training.prior_sd = 0.7, m.training.init_log_sd = -3.3;
+  m.training.lr = 0.3, m.training.lr_scale = 0.1, m.training.prior_sd = 0.7, m.training.init_log_std = -3.3;
   m.training.beta = 1.0 / 3, m.training.warmup_epochs = 2.5, m.training.schedule = Schedule::cosine;
   m.scale_rule = ScaleRule::natural;
   m.batch = 17, m.epochs = 0.7, m.seed = UINT64_MAX, m.step = UINT32_MAX;
@@ -119,7 +119,7 @@ TEST(Model, RoundTripOfEveryFamily) {
     EXPECT_EQ(n.posterior.z_per_filter, m.posterior.z_per_filter);
     EXPECT_EQ(n.posterior.fixed_base, m.posterior.fixed_base);
     EXPECT_EQ(n.posterior.path_gradient, m.posterior.path_gradient);
-    EXPECT_EQ(n.posterior.z_log_sd, m.posterior.z_log_sd);
+    EXPECT_EQ(n.posterior.z_log_std, m.posterior.z_log_std);
     EXPECT_FALSE(n.posterior.masked);
     EXPECT_EQ(n.normalisation.scale[0], 0.1f);
     EXPECT_EQ(n.normalisation.shift[0], -1.f / 3);
@@ -464,7 +464,7 @@ TEST(Model, BeginsWithPretrainedWeights) {
   for (Family family : families) {
     SCOPED_TRACE(name_of(family));
     Model m = model_of(memory.device(), family);
-    m.training.init_log_sd = -2;  // wider than one pretrained tensor's prior, narrower than the other's
+    m.training.init_log_std = -2;  // wider than one pretrained tensor's prior, narrower than the other's
     const auto network = m.architecture.network()();
     const auto& tensors = network->layout().tensors();
     const TensorSpec &one = tensors[0], &laplace = tensors[2];
@@ -474,12 +474,12 @@ TEST(Model, BeginsWithPretrainedWeights) {
     for (const TensorSpec* t : {&one, &laplace})
       for (size_t i = 0; i < t->size; i++) pretrained->weights[t->name].push_back(normal(random));
     for (size_t i = 0; i < laplace.size; i++)
-      pretrained->prior_log_sd[laplace.name].push_back(i % 2 ? -1.f : -3.f + 0.1f * normal(random));
+      pretrained->prior_log_std[laplace.name].push_back(i % 2 ? -1.f : -3.f + 0.1f * normal(random));
     initialise(memory.device(), m, {pretrained, 0.05});
 
     Arena arena;
     const auto posterior = posterior_of(memory.device(), arena, m);
-    posterior->mean_log_sd();  // brings cfg's marginals into log_std
+    posterior->mean_log_std();  // brings cfg's marginals into log_std
     for (const TensorSpec& t : tensors) {
       SCOPED_TRACE(t.name);
       const bool adopted = pretrained->weights.count(t.name);
@@ -491,7 +491,7 @@ TEST(Model, BeginsWithPretrainedWeights) {
       EXPECT_EQ(read("prior_mean"), adopted ? pretrained->weights[t.name] : std::vector<float>(t.size, 0));
       const std::vector<float> prior = read("prior_log_std"), sd = read("log_std");
       for (size_t i = 0; i < t.size; i++)
-        ASSERT_FLOAT_EQ(prior[i], t.name == laplace.name ? pretrained->prior_log_sd[t.name][i]
+        ASSERT_FLOAT_EQ(prior[i], t.name == laplace.name ? pretrained->prior_log_std[t.name][i]
                                                          : float(std::log(adopted ? 0.05 : 0.7)));
       for (size_t i = 0; i < t.size; i++)
         ASSERT_NEAR(sd[i], std::min(-2.f, prior[i]), family == Family::channel ? 1e-5 : 0);

@@ -24,13 +24,13 @@ struct Bench {
         set(upload_images(memory.device(), memory.arena(), digits, unit_range)),
         posterior(memory.device(), memory.arena(), SmallNetwork().layout(), family, replicas) {
     std::vector<StepState> all;
-    std::vector<float> log_sd, prior_sd;
+    std::vector<float> log_std, prior_sd;
     for (int r = 0; r < replicas; r++) {
       all.push_back(state_of(uint64_t(r), 0));
-      log_sd.push_back(-2.5f), prior_sd.push_back(1);
+      log_std.push_back(-2.5f), prior_sd.push_back(1);
     }
     Buffer<StepState> states(memory, all);
-    posterior.initialise(states, log_sd, prior_sd);
+    posterior.initialise(states, log_std, prior_sd);
   }
   Predictions predict(int samples, uint64_t seed = 1, int at_once = 0, int batch = 0, int replica = 0) {
     Predictor predictor(memory.device(), memory.arena(), small(), set, at_once, batch);

@@ -373,14 +373,14 @@ TEST_F(TaskExperiment, Pruning) {
   for (const char* name : {"fc1.weight", "fc2.weight"}) {
     const std::vector<float> all = whole.at(std::string(name) + ".mean").as<float>(),
                              kept = pruned.at(std::string(name) + ".mean").as<float>(),
-                             log_sd = whole.at(std::string(name) + ".log_std").as<float>(),
+                             log_std = whole.at(std::string(name) + ".log_std").as<float>(),
                              sd = pruned.at(std::string(name) + ".std").as<float>();
     const std::vector<int32_t> index = pruned.at(std::string(name) + ".index").as<int32_t>();
     ASSERT_EQ(index.size(), kept.size());
     left += int64_t(index.size());
     for (size_t i = 0; i < index.size(); i++) {
       EXPECT_EQ(kept[i], all[index[i]]);
-      EXPECT_NEAR(std::log(sd[i]), log_sd[index[i]], 1e-6);
+      EXPECT_NEAR(std::log(sd[i]), log_std[index[i]], 1e-6);
     }
   }
   EXPECT_EQ(left, weights - int(std::lround(0.9 * weights)));

@@ -35,7 +35,7 @@ struct Distances {
   bool sigma_a = false, sigma_b = false;
 
   void add(const Belief& a, const Belief& b) {
-    sigma_a = !a.log_sd.empty(), sigma_b = !b.log_sd.empty();
+    sigma_a = !a.log_std.empty(), sigma_b = !b.log_std.empty();
     for (size_t i = 0; i < a.mean.size(); i++) {
       const double m = a.mean[i], away = double(b.mean[i]) - m;
       parameters++;
@@ -44,10 +44,10 @@ struct Distances {
       if (a.gone(i) || b.gone(i)) continue;
       both++;
       if (!sigma_a) continue;
-      const double e = away / std::exp(double(a.log_sd[i]));
+      const double e = away / std::exp(double(a.log_std[i]));
       in_sigma += std::abs(e);
       if (!sigma_b) continue;
-      const double t = double(b.log_sd[i]) - a.log_sd[i];
+      const double t = double(b.log_std[i]) - a.log_std[i];
       log_ratio += t;
       kl += (std::expm1(2 * t) + e * e) / 2 - t;
     }

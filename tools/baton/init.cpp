@@ -105,14 +105,14 @@ class Init : public Command {
     model_.posterior.flow_steps = flow_steps_;
     model_.posterior.flow_hidden = flow_hidden_;
     model_.posterior.path_gradient = true;
-    model_.posterior.z_log_sd = -3.5f;
+    model_.posterior.z_log_std = -3.5f;
     if (flow_steps_ < 0 || flow_steps_ > most_flow_steps || flow_hidden_ < 1 || flow_hidden_ > 4096)
       throw InputError("--flow-steps must be 0 to " + std::to_string(most_flow_steps) + ", --flow-hidden 1 to 4096");
     if (groups_ < 1 || groups_ > 256) throw InputError("--groups must be 1 to 256, not " + std::to_string(groups_));
     if (!(prior_sd_ > 0) || !(pretrained_sd_ > 0) || !(init_sd_ > 0))
       throw InputError("--prior-sd, --pretrained-sd and --init-sd must be positive");
     model_.training.prior_sd = prior_sd_;
-    model_.training.init_log_sd = std::log(init_sd_);
+    model_.training.init_log_std = std::log(init_sd_);
     Device device;
     Beginning beginning;
     beginning.pretrained_sd = pretrained_sd_;
@@ -261,10 +261,11 @@ class Init : public Command {
     const OwnData data = old_.load(old, curvature_ == "empirical");
     const std::unique_ptr<Network> trained = old.architecture.network()();
     for (const TensorSpec& t : trained->layout().tensors()) all[t.name] = weights.at(t.name, t.shape).as<float>();
-    const NamedWeights log_sd = laplace_log_sd(curvature_diagonal(device, old.architecture.network(), data.images,
-                                                                  model_.normalisation, all, curvature_of(curvature_)),
-                                               settings_);
-    for (const auto& [name, w] : from->weights) from->prior_log_sd[name] = log_sd.at(name);
+    const NamedWeights log_std =
+        laplace_log_std(curvature_diagonal(device, old.architecture.network(), data.images, model_.normalisation, all,
+                                           curvature_of(curvature_)),
+                        settings_);
+    for (const auto& [name, w] : from->weights) from->prior_log_std[name] = log_std.at(name);
     model_.origin["old_data"] = {{"images", data.images.count}, {"data", hash_text(content_hash(data.images))}};
     return from;
   }

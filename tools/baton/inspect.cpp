@@ -12,8 +12,8 @@ namespace {
 // log10 of sigma, of everything that is not pruned.
 std::vector<double> log10_sigma(const Belief& b) {
   std::vector<double> values;
-  for (size_t i = 0; i < b.log_sd.size(); i++)
-    if (!b.gone(i)) values.push_back(double(b.log_sd[i]) / std::log(10.0));
+  for (size_t i = 0; i < b.log_std.size(); i++)
+    if (!b.gone(i)) values.push_back(double(b.log_std[i]) / std::log(10.0));
   return values;
 }
 

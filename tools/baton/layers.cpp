@@ -18,7 +18,7 @@ std::vector<uint8_t> pruned_of(Device& device, const Posterior& posterior, const
 std::vector<Belief> beliefs_of(Device& device, Posterior& posterior) {
   const ParameterStore& store = posterior.store();
   const size_t stride = store.layout().stride();
-  posterior.mean_log_sd();  // brings cfg's marginals up to date
+  posterior.mean_log_std();  // brings cfg's marginals up to date
   Arena arena;
   float* w = arena.take<float>(stride);
   posterior.mean_weights(w, 0);
@@ -26,7 +26,7 @@ std::vector<Belief> beliefs_of(Device& device, Posterior& posterior) {
   std::vector<Belief> beliefs;
   for (const TensorSpec& t : store.layout().tensors()) {
     Belief b{t, {flat.begin() + long(t.offset), flat.begin() + long(t.offset + t.size)}, {}, {}};
-    if (posterior.family() != Family::point) b.log_sd = store.read(device, "log_std", 0, t);
+    if (posterior.family() != Family::point) b.log_std = store.read(device, "log_std", 0, t);
     b.pruned = pruned_of(device, posterior, t);
     beliefs.push_back(std::move(b));
   }

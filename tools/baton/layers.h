@@ -12,7 +12,7 @@ namespace baton {
 struct Belief {
   TensorSpec tensor;
   std::vector<float> mean;      // of the weight itself: under mnf z times the mean, z at its flow's mean
-  std::vector<float> log_sd;    // ln sigma; under cfg of the marginal, under mnf of w given z; empty for ft
+  std::vector<float> log_std;   // ln sigma; under cfg of the marginal, under mnf of w given z; empty for ft
   std::vector<uint8_t> pruned;  // empty: nothing is
   bool gone(size_t i) const { return !pruned.empty() && pruned[i]; }
 };

@@ -72,14 +72,14 @@ StepState still(uint64_t seed, uint32_t step, float kl_now) {  // steps of size 
 
 // The network with its posterior and one batch.
 struct Model {
-  explicit Model(const PosteriorOptions& options, int replicas = 1, float log_sd = -2, float kl_now = 0.02f)
+  explicit Model(const PosteriorOptions& options, int replicas = 1, float log_std = -2, float kl_now = 0.02f)
       : posterior(memory.device(), memory.arena(), network.layout(), options, replicas),
         states(memory, size_t(replicas)) {
     network.prepare(posterior.context(batch), false);
     std::vector<StepState> all;
     for (int r = 0; r < replicas; r++) all.push_back(still(uint64_t(50 + r), uint32_t(3 + r), kl_now / float(r + 1)));
     states.set(all);
-    posterior.initialise(states, std::vector<float>(replicas, log_sd), std::vector<float>(replicas, 1.f));
+    posterior.initialise(states, std::vector<float>(replicas, log_std), std::vector<float>(replicas, 1.f));
     const Activation& x = network.input();
     const std::vector<float> values = random_normal(x.stride * replicas, 0.2f, 1, 8);
     std::vector<float> square;
@@ -371,8 +371,8 @@ TEST(Families, TheKlIsZeroAfterAHandOver) {
   }
 }
 
-double kl_of(double mean, double log_sd, double prior_mean, double prior_log_sd) {
-  const double t = log_sd - prior_log_sd, e = (mean - prior_mean) / std::exp(prior_log_sd);
+double kl_of(double mean, double log_std, double prior_mean, double prior_log_std) {
+  const double t = log_std - prior_log_std, e = (mean - prior_mean) / std::exp(prior_log_std);
   return 0.5 * (std::expm1(2 * t) + e * e) - t;
 }
 
@@ -380,11 +380,11 @@ double kl_of(double mean, double log_sd, double prior_mean, double prior_log_sd)
 TEST(Families, AdoptedTensorsHaveTheirPrior) {
   BATON_NEEDS_DEVICE();
   PosteriorOptions narrow = mnf(FlowKind::gated, false);
-  narrow.flow_steps = 0, narrow.z_log_sd = -20;  // z is 1
+  narrow.flow_steps = 0, narrow.z_log_std = -20;  // z is 1
   for (const PosteriorOptions& options : {PosteriorOptions(Family::gaussian), cfg(), narrow}) {
     SCOPED_TRACE(name_of(options.family));
-    const float log_sd = -2;
-    Model m(options, 2, log_sd);
+    const float log_std = -2;
+    Model m(options, 2, log_std);
     const auto& tensors = m.network.layout().tensors();
     for (int k : {0, 1, 4}) {  // conv1.weight and its bias with one value, fc1.weight with one for each weight
       const TensorSpec& t = tensors[k];
@@ -397,8 +397,8 @@ TEST(Families, AdoptedTensorsHaveTheirPrior) {
       for (size_t i = 0; i < t.size; i++) {
         const double sp = prior[prior.size() == 1 ? 0 : i];
         mean[i] += 0.05f;
-        want += kl_of(w[i], std::min(double(log_sd), sp), w[i], sp);
-        moved += kl_of(mean[i], std::min(double(log_sd), sp), w[i], sp);
+        want += kl_of(w[i], std::min(double(log_std), sp), w[i], sp);
+        moved += kl_of(mean[i], std::min(double(log_std), sp), w[i], sp);
       }
       EXPECT_TRUE(exact(m.read("mean", k, 1), w));
       EXPECT_NEAR(m.posterior.kl_by_name()[1][k], want, 2e-6 * want) << t.name;
@@ -406,11 +406,11 @@ TEST(Families, AdoptedTensorsHaveTheirPrior) {
       EXPECT_NEAR(m.posterior.kl_by_name()[1][k], moved, 5e-6 * moved) << t.name;
       // The other replica, and the other tensors, keep the prior that they had.
       double other = 0;
-      for (float x : m.read("mean", k, 0)) other += kl_of(x, log_sd, 0, 0);
+      for (float x : m.read("mean", k, 0)) other += kl_of(x, log_std, 0, 0);
       EXPECT_NEAR(m.posterior.kl_by_name()[0][k], other, 5e-6 * other) << t.name;
     }
     double rest = 0;
-    for (float x : m.read("mean", 2, 1)) rest += kl_of(x, log_sd, 0, 0);
+    for (float x : m.read("mean", 2, 1)) rest += kl_of(x, log_std, 0, 0);
     EXPECT_NEAR(m.posterior.kl_by_name()[1][2], rest, 5e-6 * rest);
     const std::vector<float> w(tensors[0].size), one{-1.f};
     EXPECT_THROW(m.posterior.adopt(0, tensors[0], std::vector<float>(3), one), InputError);
@@ -442,7 +442,7 @@ TEST(Families, CfgWithDiagonalFactorsIsFfg) {
   const auto of_c = c.posterior.kl_by_name(), of_f = f.posterior.kl_by_name();
   EXPECT_EQ(c.posterior.kl_names(), f.posterior.kl_names());
   for (int r = 0; r < 2; r++) EXPECT_TRUE(close(of_c[r], of_f[r], {.l2 = 1e-6}));
-  const auto sd_c = c.posterior.mean_log_sd(), sd_f = f.posterior.mean_log_sd();
+  const auto sd_c = c.posterior.mean_log_std(), sd_f = f.posterior.mean_log_std();
   for (int r = 0; r < 2; r++) EXPECT_NEAR(sd_c[r], sd_f[r], 1e-6);
 }
 
@@ -478,11 +478,11 @@ TEST(Families, CfgDrawsAreWhatTheyShouldBe) {
       for (int q = 0; q < 2 * groups; q++) {
         const int r = q / groups, g = q % groups;
         const StepState s = m.states.host()[r];
-        const auto mean = m.read("mean", k, r), log_sd = m.read("log_std", k, r);
+        const auto mean = m.read("mean", k, r), log_std = m.read("log_std", k, r);
         Doubles want(t.size);
         if (t.bias) {
           for (size_t i = 0; i < t.size; i++)
-            want[i] = mean[i] + std::exp(double(log_sd[i])) *
+            want[i] = mean[i] + std::exp(double(log_std[i])) *
                                     normal4(s.noise, uint32_t(g * t.size + i), stream_draws + k, s.step).x;
         } else {
           const auto stored = factor.store->read(m.device(), "scale_tril", r, factor.store->layout()[k / 2]);
@@ -497,7 +497,7 @@ TEST(Families, CfgDrawsAreWhatTheyShouldBe) {
                     lane_of(normal4(s.noise, uint32_t((g * blocks + b) * 3 + j / 4), stream_draws + k, s.step), j % 4);
               want[b * d + i] = sum;
               if (diagonal) {
-                EXPECT_NEAR(l[i][i], std::exp(double(log_sd[b * d + i])), 1e-7);
+                EXPECT_NEAR(l[i][i], std::exp(double(log_std[b * d + i])), 1e-7);
               }
             }
           }
@@ -515,7 +515,7 @@ TEST(Families, MnfWithoutMultipliersIsFfg) {
   BATON_NEEDS_DEVICE();
   for (bool per_filter : {false, true}) {
     PosteriorOptions options = mnf(FlowKind::gated, per_filter);
-    options.flow_steps = 0, options.z_log_sd = -20;
+    options.flow_steps = 0, options.z_log_std = -20;
     Model z(options, 2), f(Family::gaussian, 2);
     z.step(), f.step();
     EXPECT_TRUE(exact(z.logits(), f.logits()));
@@ -585,7 +585,7 @@ TEST(Families, AVanishingSigmaIsTheDeterministicNetwork) {
   Model point(Family::point, 2);
   point.forward();
   PosteriorOptions narrow = mnf(FlowKind::gated, false);
-  narrow.flow_steps = 0, narrow.z_log_sd = -40;
+  narrow.flow_steps = 0, narrow.z_log_std = -40;
   for (const PosteriorOptions& options : {PosteriorOptions(Family::gaussian), cfg(), narrow}) {
     SCOPED_TRACE(name_of(options.family));
     Model m(options, 2, -40);
@@ -710,7 +710,7 @@ TEST(Families, MnfMoments) {
   for (bool per_filter : {false, true}) {
     SCOPED_TRACE(per_filter ? "per filter" : "per filter and channel");
     PosteriorOptions options = mnf(FlowKind::gated, per_filter);
-    options.flow_steps = 0, options.z_log_sd = -1;
+    options.flow_steps = 0, options.z_log_std = -1;
     Model m(options, 2);
     m.scatter(0.2f, 70);
     const Sampled s = draws_of(m, 4000);
@@ -723,13 +723,13 @@ TEST(Families, MnfMoments) {
     for (int k : {0, 4}) {
       const TensorSpec& t = m.network.layout()[k];
       const std::string layer = t.name.substr(0, t.name.find('.'));
-      const auto base = flow_values(layer + ".z.base_mean"), log_sd = flow_values(layer + ".z.base_log_std");
+      const auto base = flow_values(layer + ".z.base_mean"), log_std = flow_values(layer + ".z.base_log_std");
       const int width = k == 4 ? 18 : per_filter ? 18 : 9;
       EXPECT_EQ(base.size(), k == 4 ? 18 : t.size / width);
       const auto z_of = [&](size_t i) { return k == 4 ? i % width : i / width; };
       const auto mean = m.read("mean", k, 1), variance = m.read("variance", k, 1);
       const auto of = [&](size_t i, size_t j) {
-        const double shared = z_of(i) == z_of(j) ? std::exp(2. * log_sd[z_of(i)]) * mean[i] * mean[j] : 0;
+        const double shared = z_of(i) == z_of(j) ? std::exp(2. * log_std[z_of(i)]) * mean[i] * mean[j] : 0;
         return shared + (i == j ? double(variance[i]) : 0);
       };
       for (size_t i = 0; i < t.size; i += 5) {
@@ -765,7 +765,7 @@ TEST(Families, MnfMeanWeightsAreTheImageOfTheBasesMean) {
   BATON_NEEDS_DEVICE();
   for (FlowKind flow : {FlowKind::gated, FlowKind::affine, FlowKind::planar}) {
     PosteriorOptions options = mnf(flow, false);
-    options.z_log_sd = -18;
+    options.z_log_std = -18;
     Model m(options, 2, -60);
     const StateArray& values = state_array(m.posterior, "value");
     unsigned seed = 5;

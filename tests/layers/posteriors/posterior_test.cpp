@@ -84,9 +84,9 @@ TEST(PosteriorState, InitialiseStatistics) {
       EXPECT_TRUE(exact(bench.row(array, r), std::vector<float>(bench.stride(), 0))) << array;
   }
   EXPECT_FALSE(exact(bench.row("mean", 0), bench.row("mean", 1)));  // other seeds, other weights
-  const auto mean_log_sd = bench.posterior.mean_log_sd();
-  EXPECT_FLOAT_EQ(float(mean_log_sd[0]), -5);
-  EXPECT_FLOAT_EQ(float(mean_log_sd[1]), -3);
+  const auto mean_log_std = bench.posterior.mean_log_std();
+  EXPECT_FLOAT_EQ(float(mean_log_std[0]), -5);
+  EXPECT_FLOAT_EQ(float(mean_log_std[1]), -3);
 
   Bench point(layout, Family::point, 2);  // the same seeds, the same weights
   point.posterior.initialise(point.states, {-5, -3}, {1, 0.5f});
@@ -103,7 +103,7 @@ TEST(PosteriorState, FamiliesAndViews) {
   EXPECT_NE(gaussian.posterior.weights().variance, nullptr);
   EXPECT_EQ(gaussian.posterior.weights().stride, small_layout().stride());
   EXPECT_EQ(point.posterior.kl(), (std::vector<double>{0, 0}));
-  EXPECT_EQ(point.posterior.mean_log_sd(), (std::vector<double>{0, 0}));
+  EXPECT_EQ(point.posterior.mean_log_std(), (std::vector<double>{0, 0}));
   std::vector<std::string> names;
   for (const StateArray& a : point.posterior.state_arrays()) {
     EXPECT_EQ(a.store, &point.posterior.store());
@@ -207,11 +207,11 @@ TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
     }
     for (const auto& array : moments) EXPECT_FALSE(exact(bench.row(array, 1), std::vector<float>(bench.stride(), 0)));
     if (family == Family::gaussian) {
-      const auto log_sd = bench.row("log_std", 1), variance = bench.row("variance", 1);
+      const auto log_std = bench.row("log_std", 1), variance = bench.row("variance", 1);
       bench.posterior.hand_over();
       EXPECT_TRUE(exact(bench.row("prior_mean", 1), mean));
-      EXPECT_TRUE(exact(bench.row("prior_log_std", 1), log_sd));
-      EXPECT_TRUE(exact(bench.row("log_std", 1), log_sd));
+      EXPECT_TRUE(exact(bench.row("prior_log_std", 1), log_std));
+      EXPECT_TRUE(exact(bench.row("log_std", 1), log_std));
       EXPECT_TRUE(exact(bench.row("variance", 1), variance));
       EXPECT_EQ(bench.posterior.kl(), (std::vector<double>{0, 0}));
     } else {
@@ -231,10 +231,10 @@ TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
   bench.posterior.initialise(bench.states, {-2}, {1});
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
   bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
-  const auto mean = bench.row("mean"), log_sd = bench.row("log_std"), prior = bench.row("prior_mean");
+  const auto mean = bench.row("mean"), log_std = bench.row("log_std"), prior = bench.row("prior_mean");
   bench.posterior.reset_optimizer();
   EXPECT_TRUE(exact(bench.row("mean"), mean));
-  EXPECT_TRUE(exact(bench.row("log_std"), log_sd));
+  EXPECT_TRUE(exact(bench.row("log_std"), log_std));
   EXPECT_TRUE(exact(bench.row("prior_mean"), prior));
   for (const char* array : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
     EXPECT_TRUE(exact(bench.row(array), std::vector<float>(bench.stride(), 0))) << array;
@@ -373,13 +373,13 @@ TEST(PosteriorState, ReplicasStepAlone) {
       const auto train = [&](int first, int count) {
         Bench bench(small_layout(), family, count);
         std::vector<StepState> states;
-        std::vector<float> log_sd, prior_sd;
+        std::vector<float> log_std, prior_sd;
         for (int r = first; r < first + count; r++) {
           states.push_back(training_state(uint64_t(r), 1e-2f * float(r + 1), 2e-2f, 0.1f / float(r + 1), 10));
-          log_sd.push_back(-2.f - float(r)), prior_sd.push_back(1.f / float(r + 1));
+          log_std.push_back(-2.f - float(r)), prior_sd.push_back(1.f / float(r + 1));
         }
         bench.states.set(states);
-        bench.posterior.initialise(bench.states, log_sd, prior_sd);
+        bench.posterior.initialise(bench.states, log_std, prior_sd);
         for (int i = 0; i < 4; i++) {
           for (int r = first; r < first + count; r++)
             for (const TensorSpec& t : bench.posterior.store().layout().tensors()) {
