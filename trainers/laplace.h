@@ -5,8 +5,12 @@
 // Fisher. Sums, not means: twice the data, twice the precision. Squares of single examples' gradients, never of a
 // batch's.
 #pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "layers/networks.h"
 #include "trainers/device_data.h"
-#include "trainers/incremental.h"
 
 namespace baton {
 
@@ -14,8 +18,8 @@ enum class Curvature {
   ggn,        // sum_n sum_k p_nk (d ln p_nk / dw)^2, exact: one backward pass a class
   empirical,  // sum_n (d ln p(y_n) / dw)^2: one backward pass, but near zero where the network fits its labels
 };
-Curvature curvature_of(const std::string& name);  // "ggn", "empirical"; InputError
-const char* name_of(Curvature);
+Curvature parse_curvature(const std::string& name);  // "ggn", "empirical"; InputError
+const char* name(Curvature);
 
 using NamedWeights = std::map<std::string, std::vector<float>>;
 
