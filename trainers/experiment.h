@@ -54,4 +54,8 @@ json run_experiment(const ExperimentOptions&, const ExperimentData&, const std::
 // The settings of one of a run's replicas as result.json shows them.
 json describe_settings(const Run&, size_t replica);
 
+// The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
+// error by every way of inference where the runs have them.
+std::string format_table(const json& result);
+
 }  // namespace baton
