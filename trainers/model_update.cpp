@@ -138,7 +138,7 @@ class Update {
       for (const auto& [name, tensor] : model_.arrays.tensors)
         if (name.ends_with(".log_std") && !name.ends_with(".prior_log_std"))
           for (float x : tensor.as<float>()) widest = std::max(widest, x);
-      replica.settings = {{"lr", model_.settings["lr"]},
+      replica.settings = {{"eta", model_.settings["lr"]},
                           {"schedule", model_.settings["schedule"]},
                           {"draws", model_.draws},
                           {"sigma", std::exp(widest)}};

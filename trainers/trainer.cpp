@@ -213,8 +213,8 @@ void Trainer::begin_stage(int stage) {
     s.part_offset = stages_.first(stage);
     s.part_size = stages_.sizes[size_t(stage)];
     s.schedule = parse_schedule(from["schedule"]);
-    s.base_lr_mean = float(double(from["lr"]));
-    s.base_lr_scale = float(from.value("lr_scale", double(from["lr"])));
+    s.base_lr_mean = float(posterior_->step_size(r));
+    s.base_lr_scale = float(from.value("lr_scale", 0.0));
     s.decay = float(double(from["decay"]));
     s.decay_steps = std::max(1, int(std::lround(double(from["decay_epochs"]) * count_epoch_steps(stage))));
     s.kl_weight = float(posterior_->kl_weight(r, s.part_size, settings_.batch));
@@ -273,12 +273,10 @@ std::string Trainer::describe_place(int replica) const {
          text(settings_.replicas[size_t(replica)].seed) + ")";
 }
 
-std::string Trainer::take_warning() {
-  return posterior_->warning(settings_.batch, double(posterior_->settings()["lr"]));
-}
+std::string Trainer::take_warning() { return posterior_->warning(settings_.batch, posterior_->step_size()); }
 
 std::vector<EpochTotals> Trainer::take_totals() {
-  const std::string failure = posterior_->failure(settings_.batch, double(posterior_->settings()["lr"]));
+  const std::string failure = posterior_->failure(settings_.batch, posterior_->step_size());
   if (!failure.empty()) throw RunError(describe_place(0) + ": " + failure);
   const int at_once = posterior_->draws_at_once();
   const std::vector<Totals> totals = download(device_, totals_, size_t(rows()));

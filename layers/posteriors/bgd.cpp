@@ -1,5 +1,5 @@
 // Bayesian gradient descent (bgd; Zeno et al. 2018, Algorithm 1; kernels/bgd.h): every step is its own small Bayesian
-// update, so nothing has to know where a stage ends. `lr` is the paper's eta.
+// update, so nothing has to know where a stage ends.
 #include <cstring>
 
 #include "layers/posteriors/drawn.h"
@@ -33,6 +33,7 @@ class BgdPosterior : public DrawnPosterior {
     wire_ = arena_.take<TripWire>(1);
   }
 
+  double step_size(int) const override { return settings()["eta"]; }
   void initialise(const StepState* states) override {
     initialise_glorot(mean_, true, states);
     fill_sigma(float(sigma_), false);
@@ -127,14 +128,15 @@ const PosteriorKind bgd_kind{
     "bgd",
     "bgd, Bayesian gradient descent: every weight has a mean and a standard deviation, updated at every step",
     with_schedule(
-        1, "BGD's eta, the step size of the means",
+        1, "bgd: the step size of the means, in units of sigma^2",
         drawn_options(
             10, {number_option("clamp", 0, not_negative, "bgd: bound of |E[g]| and |E[g e]| (0: none, as the paper)"),
                  number_option("least_sigma", 0, not_negative, "bgd: lower bound of sigma, times its initial value"),
                  number_option("largest_sigma", 0, not_negative,
                                "bgd: upper bound of sigma, times its initial value (0: none)"),
                  number_option("warn_ratio", 10, {1, 1e30, true}, "bgd: of sigma to its initial value: warn"),
-                 number_option("halt_ratio", 100, {1, 1e30, true}, "bgd: of sigma to its initial value: stop")})),
+                 number_option("halt_ratio", 100, {1, 1e30, true}, "bgd: of sigma to its initial value: stop")}),
+        "eta"),
     [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<BgdPosterior>(setup); },
     true,
     false};

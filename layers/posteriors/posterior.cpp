@@ -167,8 +167,8 @@ std::unique_ptr<Posterior> make_posterior(Device& device, Arena& arena, const Pa
   return kind.make(setup);
 }
 
-Schema with_schedule(double lr, std::string lr_help, Schema options) {
-  Schema all{by_replica(number_option("lr", lr, positive, std::move(lr_help))),
+Schema with_schedule(double step_size, std::string help, Schema options, std::string name) {
+  Schema all{by_replica(number_option(std::move(name), step_size, positive, std::move(help))),
              by_replica(choice_option("schedule", "constant", {"constant", "linear", "cosine", "steps"},
                                       "how the step sizes fall over a stage: constant, linear, cosine, steps")),
              by_replica(number_option("decay", 0.1, {0, 1, true}, "factor of the schedule 'steps'")),

@@ -48,6 +48,8 @@ class Posterior : public WeightSource {
   virtual bool uncertain() const { return true; }  // false: a point estimate, which has no draws
   // What multiplies an example's gradient of the cross-entropy: 1 for the batch's sum, 1 / batch for its mean.
   virtual float loss_scale(int batch) const { return 1.f / float(batch); }
+  // The step size of the means at a stage's start.
+  virtual double step_size(int replica = 0) const { return settings(replica)["lr"]; }
   // What multiplies the KL to the prior in the objective, for a stage of `examples`.
   virtual double kl_weight(int /*replica*/, int /*examples*/, int /*batch*/) const { return 0; }
   // For the network that trains with this posterior: its passes have replicas() * draws_at_once() rows.
@@ -158,7 +160,7 @@ const PosteriorKind& find_posterior(const std::string& name);
 // settings: one a replica, options that differ from the standard; they may differ where the option is by_replica.
 std::unique_ptr<Posterior> make_posterior(Device&, Arena&, const ParameterLayout&, const std::string& kind,
                                           const std::vector<json>& settings = {json::object()}, bool masked = false);
-// An option that every kind has: the step size and its schedule over a stage.
-Schema with_schedule(double lr, std::string lr_help, Schema options);
+// What every kind has: a step size and its schedule over a stage, before its own options.
+Schema with_schedule(double step_size, std::string help, Schema options, std::string name = "lr");
 
 }  // namespace baton
