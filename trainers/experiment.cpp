@@ -11,7 +11,6 @@
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"
 #include "trainers/model.h"
-#include "trainers/predictor.h"
 #include "trainers/pruning.h"
 
 namespace baton {
@@ -286,35 +285,19 @@ class Runner {
     checkpoints_.save(trainer);
   }
 
-  // The mean diagonal Fisher information of the first examples of the stage just learned, exact over the labels.
+  // Of the first examples of the stage just learned.
   std::vector<float> find_fisher(const ExperimentRun& run, Trainer& trainer, int most) {
-    const int stage = trainer.stage();
+    const size_t stage = size_t(trainer.stage());
     const std::span<const int32_t> order(run.stages.order[0]);
-    const size_t some = size_t(std::min(run.stages.sizes[size_t(stage)], most));
-    Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(stage)), some));
-    if (!run.stages.pixel_order.empty()) {
-      const std::vector<int32_t>& pixels = run.stages.pixel_order[size_t(stage)];
-      const std::vector<uint8_t> before = images.pixels;
-      for (int n = 0; n < images.count; n++)
-        for (size_t i = 0; i < pixels.size(); i++)
-          images.pixels[n * pixels.size() + i] = before[n * pixels.size() + pixels[i]];
-    }
-    const ParameterStore& store = trainer.posterior().store();
-    const ParameterLayout& layout = store.layout();
-    NamedWeights weights;
-    for (const TensorSpec& t : layout.tensors()) weights[t.name] = store.read(device_, "mean", 0, t);
-    const int head = trainer.stages().heads[size_t(stage)];
+    Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(trainer.stage())),
+                                                          size_t(std::min(run.stages.sizes[stage], most))));
+    if (!run.stages.pixel_order.empty()) reorder_pixels(images, run.stages.pixel_order[stage]);
     const NetworkFactory make = [&] {
       auto network = make_network(run.network);
-      network->use_head(head);
+      network->use_head(trainer.stages().heads[stage]);
       return network;
     };
-    const NamedWeights sums =
-        curvature_diagonal(device_, make, images, options_.normalisation, weights, Curvature::ggn);
-    std::vector<float> flat(layout.stride(), 0.f);
-    for (const TensorSpec& t : layout.tensors())
-      for (size_t i = 0; i < t.size; i++) flat[t.offset + i] = sums.at(t.name)[i] / float(images.count);
-    return flat;
+    return mean_fisher(device_, make, images, options_.normalisation, trainer.posterior().store());
   }
 
   // --------------------------------------------------------------------------------------------------- measurements
@@ -322,38 +305,6 @@ class Runner {
   int count_measured(const ExperimentRun& run, int stage) const {
     if (run.stages.continuous()) return run.stages.tasks();
     return data_.test.size() > 1 || !run.stages.pixel_order.empty() ? stage + 1 : 1;
-  }
-
-  struct Measurement {
-    InferenceAccuracies accuracies;
-    Metrics metrics;
-    int samples;
-  };
-  // all_ways: by every inference; else by those that come with the run's own.
-  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int replica, int task, bool all_ways) {
-    Predictor& predictor = *predictors_[predictors_.size() == 1 ? 0 : size_t(task)];
-    const std::vector<uint8_t>& labels = data_.test[data_.test.size() == 1 ? 0 : size_t(task)].labels;
-    const auto& heads = trainer.stages().heads;
-    predictor.look_as(heads[size_t(run.stages.continuous() ? 0 : task)], trainer.pixel_order(task));
-    Posterior& posterior = trainer.posterior();
-    const int classes = trainer.network().classes(), stage = trainer.stage();
-    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
-    Measurement m;
-    m.samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
-    if (!posterior.uncertain() || (run.inference == Inference::map && !all_ways)) m.samples = 0;
-    const bool choices = run.inference.has_value();
-    // The draws are numbered as they always were, so that results repeat.
-    const uint64_t draws = choices ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
-    const Predictions p = predictor.predict(posterior, replica, m.samples, draws, choices);
-    m.metrics = evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
-    m.accuracies.map = m.accuracies.softmax = m.metrics.accuracy;
-    if (!choices) return m;
-    m.accuracies.sampled = sampled_accuracy(p.chosen, labels);
-    m.accuracies.committee = committee_accuracy(p.chosen, labels, classes);
-    if (m.samples > 0 && (all_ways || run.inference == Inference::map))
-      m.accuracies.map =
-          evaluate(predictor.predict(posterior, replica, 0, 0).probability, labels, classes, {}, {}).accuracy;
-    return m;
   }
 
   void measure(const ExperimentRun& run, Trainer& trainer) {
@@ -384,33 +335,39 @@ class Runner {
     for (size_t r = 0; r < measured.size(); r++) at_.current[r]["stages"].push_back(measured[r]);  // all or none
   }
 
+  // all_ways: by every inference; else by those that come with the run's own.
+  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int replica, int task, bool all_ways) {
+    const size_t set = predictors_.size() == 1 ? 0 : size_t(task);
+    predictors_[set]->look_as(trainer.stages().heads[size_t(run.stages.continuous() ? 0 : task)],
+                              trainer.pixel_order(task));
+    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
+    const int stage = trainer.stage();
+    const int samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
+    // The draws are numbered as they always were, so that results repeat.
+    const uint64_t draws = run.inference ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
+    return baton::measure(*predictors_[set], trainer.posterior(), replica, data_.test[set].labels,
+                          trainer.network().classes(), run.inference, all_ways, samples, draws);
+  }
+
   void add_measurements(json& s, const ExperimentRun& run, Trainer& trainer, int replica, int tasks) {
     const bool all_ways = run.inference && (tasks == 1 || trainer.stage() + 1 == run.stages.count());
     const Inference own = run.inference.value_or(Inference::softmax);
     json by_task = json::array(), by_inference = json::object();
-    InferenceAccuracies mean;
-    Metrics metrics;
+    Measurement mean;
     for (int t = 0; t < tasks; t++) {
       const Measurement m = measure_task(run, trainer, replica, t, all_ways);
       by_task.push_back(m.accuracies.of(own));
-      mean.map += m.accuracies.map / tasks;
-      mean.sampled += m.accuracies.sampled / tasks;
-      mean.softmax += m.accuracies.softmax / tasks;
-      mean.committee += m.accuracies.committee / tasks;
-      metrics.nll += m.metrics.nll / tasks;
-      metrics.ece += m.metrics.ece / tasks;
-      metrics.entropy += m.metrics.entropy / tasks;
-      metrics.mutual_information += m.metrics.mutual_information / tasks;
-      s["samples"] = m.samples;
+      mean.add(m, tasks);
     }
-    s["test_accuracy"] = mean.of(own);
-    s["test_nll"] = metrics.nll;
-    s["test_ece"] = metrics.ece;
-    s["predictive_entropy"] = metrics.entropy;
-    s["mutual_information"] = metrics.mutual_information;
+    s["test_accuracy"] = mean.accuracies.of(own);
+    s["test_nll"] = mean.metrics.nll;
+    s["test_ece"] = mean.metrics.ece;
+    s["predictive_entropy"] = mean.metrics.entropy;
+    s["mutual_information"] = mean.metrics.mutual_information;
+    s["samples"] = mean.samples;
     if (!run.inference) return;
     for (Inference i : all_inferences)
-      if (all_ways || (i == Inference::map) == (own == Inference::map)) by_inference[name(i)] = mean.of(i);
+      if (all_ways || (i == Inference::map) == (own == Inference::map)) by_inference[name(i)] = mean.accuracies.of(i);
     s["by_inference"] = by_inference;
     s["by_task"] = by_task;
   }
