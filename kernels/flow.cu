@@ -21,7 +21,7 @@
 // read. A step moves 8 H bytes and takes 6 H FLOPs for each row and element. A block for each tensor does all the
 // planar steps, with 8 bytes for each element and step. All sums are in a fixed order, so every run gives the same
 // bits.
-#include "kernels/flow_steps.h"
+#include "kernels/flow_parts.h"
 
 namespace baton {
 

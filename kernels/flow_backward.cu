@@ -16,7 +16,7 @@
 // of dW0. The product with W0' waits for the next launch, which starts with it. A step moves 12 H bytes for each row
 // and element on the way back of a density, 20 H bytes on that of a pass forward, and takes 12 H FLOPs. Sums over tiles
 // and groups are in a fixed order, so every run gives the same bits.
-#include "kernels/flow_steps.h"
+#include "kernels/flow_parts.h"
 
 namespace baton {
 

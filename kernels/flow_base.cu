@@ -1,5 +1,5 @@
 // Normalizing flows: draws of the base distribution, the KL of z, and the parameters of a fresh flow.
-#include "kernels/flow_steps.h"
+#include "kernels/flow_parts.h"
 
 namespace baton {
 
