@@ -64,7 +64,7 @@ __global__ void hidden_kernel(FlowShape s, FlowParameters p, Trace trace, const 
   if (threadIdx.x == 0) trace.hidden_units(q, step, t)[unit] = tanh(sum + values[at.b0 + unit]);
 }
 
-// z' from z, or the inverse; `next` is the step that comes after it on this way, -1 for none.
+// z' from z, or with `inverse` z from z'. `next` is the step that is computed after this one, or -1.
 __global__ void couple_kernel(FlowShape s, FlowParameters p, Trace trace, const int32_t* identity, bool inverse,
                               int step, int next, int groups) {
   __shared__ double shifts[tile], gates[tile];
@@ -138,7 +138,7 @@ __device__ __forceinline__ double base_density(const FlowTensor& tensor, const f
   return sum;
 }
 
-// The last z to floats, and the density. z0 (forward) null: z0 is that last z.
+// Writes the last z as floats, and the density. z0 null: the last z is z0.
 __global__ void leave_kernel(FlowShape s, FlowParameters p, Trace trace, float* __restrict__ z, double* log_q,
                              const float* __restrict__ z0, int groups) {
   const int t = blockIdx.x, q = simt::row();
@@ -231,7 +231,7 @@ __global__ void planar_kernel(FlowShape s, FlowParameters p, Trace trace, const 
 }
 
 // --------------------------------------------------------------------------------------------------------- launches
-// The steps in their order or against it, then z and the density.
+// The steps in their order, or with `inverse` in the opposite one, then z and the density.
 void run(const FlowShape& s, FlowParameters p, const Trace& trace, const int32_t* identity, bool inverse, float* z_out,
          double* log_q, const float* z_in, const double* exact, int rows, int groups, Stream stream) {
   const auto per_tensor = simt::blocks(s.tensors, threads, 0, rows);

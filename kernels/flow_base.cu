@@ -49,7 +49,7 @@ __global__ void flow_kl_kernel(double* __restrict__ accumulator, size_t accumula
   accumulator[accumulator_stride * r + t] += sum / groups;
 }
 
-// Counters by the parameters' places in the store, draw 1: no other initialisation uses these.
+// Counters are the parameters' places in the store, with draw 1, which no other initialisation uses.
 __device__ __forceinline__ void fill_normal(float* __restrict__ values, int at, int count, float sd, Key key) {
   SIMT_SIMD()
   for (int i = threadIdx.x; i < count; i += blockDim.x)
@@ -59,8 +59,8 @@ __device__ __forceinline__ void fill(float* __restrict__ values, int at, int cou
   for (int i = threadIdx.x; i < count; i += blockDim.x) values[at + i] = value;
 }
 
-// One step of one tensor, and the base with step 0. A balanced mask: a coin for every two neighbours says which of them
-// is kept; odd steps toss the coins of the step before them, and keep the others.
+// A block initialises one step of one tensor, and with step 0 the base. A balanced mask: a coin for every two
+// neighbours decides which of them is kept. An odd step uses the coins of the step before it, and keeps the other one.
 __global__ void initialise_kernel(float* values, FlowShape s, size_t stride, float log_std, const StepState* states) {
   const int t = blockIdx.x % s.tensors, step = blockIdx.x / s.tensors, r = simt::row();
   const FlowTensor& tensor = s.table[t];

@@ -9,7 +9,7 @@
 namespace baton {
 
 // p = softmax(f), r = e_y - p, loss = -ln p_y, curvature = p_max (1 - p_max). p, r [n][C]; loss, curvature [n]. Any
-// output may be null; labels may be null without r and loss. A label outside [0, C) makes its r and loss NaN.
+// output may be null; labels may be null where r and loss are. A label outside [0, C) makes its r and loss NaN.
 template <class Real>
 void softmax_residual(Real* p, Real* r, Real* loss, Real* curvature, const Real* logits, const int32_t* labels, int n,
                       int classes, Stream);

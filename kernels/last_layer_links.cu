@@ -12,7 +12,7 @@
 namespace baton {
 namespace {
 
-// A NaN stays one: an input that is none must not pass for a certain one.
+// In nats. A NaN stays NaN, or an input that is not a number would look like a certain one.
 template <class Real>
 __device__ __forceinline__ Real entropy_of_row(const Real* p, int classes) {
   Real h = 0;
