@@ -232,7 +232,7 @@ TEST(LearnerGoldens, APerceptronsWholeTrajectory) {
 
 TEST(LearnerGoldens, AConvolutionalNetworksWithHeads) {
   BATON_NEEDS_DEVICE();
-  GoldenRun run("conv_heads_f64", two_heads, {});
+  GoldenRun run("conv_heads_f64", convolutional_heads, {});
   run.steps();
   run.inference();
 }

@@ -8,6 +8,7 @@
 #include "kernels/bgd.h"
 #include "tests/layers/posteriors/networks.h"
 #include "tests/support/device.h"
+#include "tests/support/messages.h"
 
 namespace baton::test {
 namespace {
@@ -65,11 +66,6 @@ void expect_normal(const std::vector<float>& x, double variance) {
   const double n = double(x.size());
   EXPECT_NEAR(sum / n, 0, 4.5 * std::sqrt(variance / n));
   EXPECT_NEAR(square / n / variance, 1, 4.5 * std::sqrt(2 / n));
-}
-
-void expect_says(const std::string& message, const std::vector<std::string>& pieces) {
-  for (const std::string& piece : pieces)
-    EXPECT_NE(message.find(piece), std::string::npos) << "'" << piece << "' in: " << message;
 }
 
 TEST(Learner, WhatMakesNoSenseIsRefused) {

@@ -115,8 +115,8 @@ TEST(LearnerMoments, OfAPerceptron) {
 
 TEST(LearnerMoments, OfConvolutionsAndHeads) {
   BATON_NEEDS_DEVICE();
-  check_moments({two_heads, 5, 6, 0, "last.1"}, {6, 2, 1}, 5e-6);
-  check_moments({two_heads, 8, 4, 1, "last.0"}, {4, 1}, 5e-6);
+  check_moments({convolutional_heads, 5, 6, 0, "last.1"}, {6, 2, 1}, 5e-6);
+  check_moments({convolutional_heads, 8, 4, 1, "last.0"}, {4, 1}, 5e-6);
 }
 
 NetworkFactory task_cnn(bool dropout) {

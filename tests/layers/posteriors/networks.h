@@ -34,7 +34,7 @@ class HeadsNetwork : public Network {
 inline NetworkFactory perceptron(int in, const std::vector<int>& hidden, int classes) {
   return network_factory({"mlp", classes, {1, 1, in}, {{"hidden", hidden}}});
 }
-inline std::unique_ptr<Network> two_heads() { return std::make_unique<HeadsNetwork>(); }
+inline std::unique_ptr<Network> convolutional_heads() { return std::make_unique<HeadsNetwork>(); }
 
 // A kind of posterior with settings that differ from the standard.
 struct Kind {
