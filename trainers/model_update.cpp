@@ -253,7 +253,8 @@ class Update {
 
   // The posterior before is the prior of what Bayesian gradient descent left; pruned weights have the prior's sigma.
   void set_prior(Model& next) const {
-    for (const TensorSpec& t : make_network(model_.network)->layout().tensors()) {
+    const std::unique_ptr<Network> network = make_network(model_.network);
+    for (const TensorSpec& t : network->layout().tensors()) {
       const std::vector<float> prior = model_.arrays.at(t.name + ".log_std", t.shape).as<float>();
       next.arrays.tensors[t.name + ".prior_mean"] = model_.arrays.at(t.name + ".mean", t.shape);
       next.arrays.tensors[t.name + ".prior_log_std"] = model_.arrays.at(t.name + ".log_std", t.shape);

@@ -58,9 +58,10 @@ std::vector<float> DrawnPosterior::read_log_std(int replica, const TensorSpec& t
 
 void DrawnPosterior::save(TensorFile& file) const {
   Posterior::save(file);
+  const float sigma = float(double(settings()["sigma"]));  // in place of 0, which is pruned
   for (const TensorSpec& t : store_.layout().tensors()) {
     std::vector<float> log_std = store_.read(device_, "std", 0, t);
-    for (float& s : log_std) s = std::log(s > 0 ? s : float(double(settings()["sigma"])));  // 0 is pruned
+    for (float& s : log_std) s = std::log(s > 0 ? s : sigma);
     file.tensors[t.name + ".log_std"] = Tensor::of<float>(log_std, t.shape);
   }
 }
