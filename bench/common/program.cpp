@@ -41,16 +41,24 @@ std::string upper(std::string name) {
   return name;
 }
 
-PaperProgram::PaperProgram(std::string program_name, const std::string& description, int argc, char** argv,
-                           Preset (*make_preset)(const std::string&))
-    : name(std::move(program_name)), app(description), argc_(argc), argv_(argv) {
+std::string find_preset(int argc, char** argv) {
+  std::string preset = "quick";
   for (int i = 1; i < argc; i++) {
     const std::string argument = argv[i];
-    if (argument == "--preset" && i + 1 < argc) preset_name = argv[i + 1];
-    if (argument.starts_with("--preset=")) preset_name = argument.substr(9);
+    if (argument == "--preset" && i + 1 < argc) preset = argv[i + 1];
+    if (argument.starts_with("--preset=")) preset = argument.substr(9);
   }
-  preset = make_preset(preset_name);
+  return preset;
 }
+
+PaperProgram::PaperProgram(std::string program_name, const std::string& description, int argc, char** argv,
+                           Preset (*make_preset)(const std::string&))
+    : name(std::move(program_name)),
+      preset_name(find_preset(argc, argv)),
+      preset(make_preset(preset_name)),
+      app(description),
+      argc_(argc),
+      argv_(argv) {}
 
 void PaperProgram::add_options(const std::string& preset_help) {
   std::string known;

@@ -34,7 +34,7 @@ class PaperProgram {
   PaperProgram(std::string name, const std::string& description, int argc, char** argv,
                Preset (*make_preset)(const std::string& name));
 
-  std::string name, preset_name = "quick";
+  std::string name, preset_name;
   Preset preset;
   CLI::App app;
   std::string methods, seeds = "0", parts, data, out, out_prefix;  // parts: "" where the program has none
@@ -45,6 +45,8 @@ class PaperProgram {
   // Adds every option that the preset and its methods have; `methods`, `parts` and `out_prefix` are set before. Options
   // of the kinds are bound to all methods that have them (--beta), and hidden ones to each alone (--ffg-beta).
   void add_options(const std::string& preset_help);
+  // What --preset says, before the other options are known, whose defaults it decides; "quick" without it.
+  std::string find_preset(int argc, char** argv);
   // False: help was asked for and printed. InputError for bad options.
   bool parse();
 
