@@ -160,11 +160,11 @@ TEST(Model, ReadsTheVersionBefore) {
   save_safetensors(path, old);
   expect_same_models(read_model(path), m);
   // What is wrong in it is named as in a file of this version.
-  for (const auto& [key, text] : std::map<std::string, std::string>{{"family", "none"},
-                                                                    {"posterior", "[]"},
-                                                                    {"posterior", "{\"masked\": 1}"},
-                                                                    {"training", "{}"},
-                                                                    {"architecture", "{}"}}) {
+  for (const auto& [key, text] : std::vector<std::pair<std::string, std::string>>{{"family", "none"},
+                                                                                  {"posterior", "[]"},
+                                                                                  {"posterior", "{\"masked\": 1}"},
+                                                                                  {"training", "{}"},
+                                                                                  {"architecture", "{}"}}) {
     TensorFile file = old;
     file.metadata[key] = text;
     save_safetensors(path, file);
