@@ -11,7 +11,6 @@
 #include "trainers/laplace.h"
 #include "trainers/metrics.h"
 #include "trainers/model.h"
-#include "trainers/predictor.h"
 #include "trainers/pruning.h"
 
 namespace baton {
@@ -41,7 +40,7 @@ struct Progression {
 
 class Runner {
  public:
-  Runner(const ExperimentOptions& options, const ExperimentData& data, const std::vector<Run>& runs)
+  Runner(const ExperimentOptions& options, const ExperimentData& data, const std::vector<ExperimentRun>& runs)
       : options_(options),
         data_(data),
         runs_(runs),
@@ -91,8 +90,10 @@ class Runner {
   }
 
  private:
-  static long images_a_step(const Run& r) { return long(r.training.batch) * long(r.training.replicas.size()); }
-  static long count_images(const Run& r) {
+  static long images_a_step(const ExperimentRun& r) {
+    return long(r.training.batch) * long(r.training.replicas.size());
+  }
+  static long count_images(const ExperimentRun& r) {
     long steps = long(r.stages.probabilities.size());
     if (!r.stages.continuous())
       for (int size : r.stages.sizes) steps += count_steps(r.training.epochs, size, r.training.batch);
@@ -105,7 +106,7 @@ class Runner {
     json j;
     j["experiment"] = options_.experiment;
     j["dataset"] = {data_.set.name, data_.set.source, data_.set.train.count, data_.test[0].count};
-    for (const Run& r : runs_) {
+    for (const ExperimentRun& r : runs_) {
       json one{r.method,  r.label,         r.network.description(), r.stages.tasks(),
                r.samples, r.stage_samples, count_images(r)};
       for (size_t i = 0; i < r.training.replicas.size(); i++)
@@ -138,7 +139,7 @@ class Runner {
   }
 
   // -------------------------------------------------------------------------------------------------------- a run
-  void run_one(const Run& run) {
+  void run_one(const ExperimentRun& run) {
     Arena arena;
     const NetworkFactory make = network_factory(run.network);
     const DeviceImages train = upload_images(device_, arena, data_.set.train, options_.normalisation);
@@ -187,7 +188,7 @@ class Runner {
     if (!run.pruned.empty()) prune(run, trainer);
   }
 
-  json begin_result(const Run& run, Trainer& trainer, size_t replica) const {
+  json begin_result(const ExperimentRun& run, Trainer& trainer, size_t replica) const {
     json j;
     j["method"] = run.method;
     j["label"] = run.label;
@@ -202,7 +203,7 @@ class Runner {
   }
 
   // Whether a stage is measured after this step.
-  static bool is_measured(const Run& run, const Trainer& trainer, int step) {
+  static bool is_measured(const ExperimentRun& run, const Trainer& trainer, int step) {
     const int steps = trainer.count_steps(trainer.stage());
     if (step == steps) return true;
     if (run.measure_every > 0) {
@@ -214,7 +215,7 @@ class Runner {
     return false;
   }
 
-  void train_stage(const Run& run, Trainer& trainer) {
+  void train_stage(const ExperimentRun& run, Trainer& trainer) {
     BATON_RANGE("stage");
     const int steps = trainer.count_steps(trainer.stage()), an_epoch = trainer.count_epoch_steps(trainer.stage());
     if (at_.due != Due::nothing) do_what_is_due(run, trainer);
@@ -234,7 +235,7 @@ class Runner {
     finish_stage(trainer, checkpoints_, loop);
   }
 
-  void log_epoch(const Run& run, Trainer& trainer, const std::vector<EpochTotals>& totals) {
+  void log_epoch(const ExperimentRun& run, Trainer& trainer, const std::vector<EpochTotals>& totals) {
     at_.figures = json::object();
     for (const auto& [name, value] : trainer.posterior().figures()) at_.figures[name] = value;
     const std::string warning = trainer.take_warning();
@@ -272,7 +273,7 @@ class Runner {
   }
 
   // Where a signal ends this, the checkpoint stands before what was not finished.
-  void do_what_is_due(const Run& run, Trainer& trainer) {
+  void do_what_is_due(const ExperimentRun& run, Trainer& trainer) {
     checkpoints_.keep_through(trainer, [&] {
       if (at_.due == Due::end_of_stage) {
         trainer.posterior().end_stage([&](int examples) { return find_fisher(run, trainer, examples); });
@@ -284,77 +285,29 @@ class Runner {
     checkpoints_.save(trainer);
   }
 
-  // The mean diagonal Fisher information of the first examples of the stage just learned, exact over the labels.
-  std::vector<float> find_fisher(const Run& run, Trainer& trainer, int most) {
-    const int stage = trainer.stage();
+  // Of the first examples of the stage just learned.
+  std::vector<float> find_fisher(const ExperimentRun& run, Trainer& trainer, int most) {
+    const size_t stage = size_t(trainer.stage());
     const std::span<const int32_t> order(run.stages.order[0]);
-    const size_t some = size_t(std::min(run.stages.sizes[size_t(stage)], most));
-    Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(stage)), some));
-    if (!run.stages.pixel_order.empty()) {
-      const std::vector<int32_t>& pixels = run.stages.pixel_order[size_t(stage)];
-      const std::vector<uint8_t> before = images.pixels;
-      for (int n = 0; n < images.count; n++)
-        for (size_t i = 0; i < pixels.size(); i++)
-          images.pixels[n * pixels.size() + i] = before[n * pixels.size() + pixels[i]];
-    }
-    const ParameterStore& store = trainer.posterior().store();
-    const ParameterLayout& layout = store.layout();
-    NamedWeights weights;
-    for (const TensorSpec& t : layout.tensors()) weights[t.name] = store.read(device_, "mean", 0, t);
-    const int head = trainer.stages().heads[size_t(stage)];
+    Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(trainer.stage())),
+                                                          size_t(std::min(run.stages.sizes[stage], most))));
+    if (!run.stages.pixel_order.empty()) reorder_pixels(images, run.stages.pixel_order[stage]);
     const NetworkFactory make = [&] {
       auto network = make_network(run.network);
-      network->use_head(head);
+      network->use_head(trainer.stages().heads[stage]);
       return network;
     };
-    const NamedWeights sums =
-        curvature_diagonal(device_, make, images, options_.normalisation, weights, Curvature::ggn);
-    std::vector<float> flat(layout.stride(), 0.f);
-    for (const TensorSpec& t : layout.tensors())
-      for (size_t i = 0; i < t.size; i++) flat[t.offset + i] = sums.at(t.name)[i] / float(images.count);
-    return flat;
+    return mean_fisher(device_, make, images, options_.normalisation, trainer.posterior().store());
   }
 
   // --------------------------------------------------------------------------------------------------- measurements
   // On how many tasks the network is measured after a stage: parts of one task have one test set.
-  int count_measured(const Run& run, int stage) const {
+  int count_measured(const ExperimentRun& run, int stage) const {
     if (run.stages.continuous()) return run.stages.tasks();
     return data_.test.size() > 1 || !run.stages.pixel_order.empty() ? stage + 1 : 1;
   }
 
-  struct Measurement {
-    InferenceAccuracies accuracies;
-    Metrics metrics;
-    int samples;
-  };
-  // all_ways: by every inference; else by those that come with the run's own.
-  Measurement measure_task(const Run& run, Trainer& trainer, int replica, int task, bool all_ways) {
-    Predictor& predictor = *predictors_[predictors_.size() == 1 ? 0 : size_t(task)];
-    const std::vector<uint8_t>& labels = data_.test[data_.test.size() == 1 ? 0 : size_t(task)].labels;
-    const auto& heads = trainer.stages().heads;
-    predictor.look_as(heads[size_t(run.stages.continuous() ? 0 : task)], trainer.pixel_order(task));
-    Posterior& posterior = trainer.posterior();
-    const int classes = trainer.network().classes(), stage = trainer.stage();
-    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
-    Measurement m;
-    m.samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
-    if (!posterior.uncertain() || (run.inference == Inference::map && !all_ways)) m.samples = 0;
-    const bool choices = run.inference.has_value();
-    // The draws are numbered as they always were, so that results repeat.
-    const uint64_t draws = choices ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
-    const Predictions p = predictor.predict(posterior, replica, m.samples, draws, choices);
-    m.metrics = evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
-    m.accuracies.map = m.accuracies.softmax = m.metrics.accuracy;
-    if (!choices) return m;
-    m.accuracies.sampled = sampled_accuracy(p.chosen, labels);
-    m.accuracies.committee = committee_accuracy(p.chosen, labels, classes);
-    if (m.samples > 0 && (all_ways || run.inference == Inference::map))
-      m.accuracies.map =
-          evaluate(predictor.predict(posterior, replica, 0, 0).probability, labels, classes, {}, {}).accuracy;
-    return m;
-  }
-
-  void measure(const Run& run, Trainer& trainer) {
+  void measure(const ExperimentRun& run, Trainer& trainer) {
     Posterior& posterior = trainer.posterior();
     const int stage = trainer.stage(), tasks = count_measured(run, stage);
     const std::vector<std::vector<double>> kl = posterior.kl_by_name();
@@ -382,39 +335,45 @@ class Runner {
     for (size_t r = 0; r < measured.size(); r++) at_.current[r]["stages"].push_back(measured[r]);  // all or none
   }
 
-  void add_measurements(json& s, const Run& run, Trainer& trainer, int replica, int tasks) {
+  // all_ways: by every inference; else by those that come with the run's own.
+  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int replica, int task, bool all_ways) {
+    const size_t set = predictors_.size() == 1 ? 0 : size_t(task);
+    predictors_[set]->look_as(trainer.stages().heads[size_t(run.stages.continuous() ? 0 : task)],
+                              trainer.pixel_order(task));
+    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
+    const int stage = trainer.stage();
+    const int samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
+    // The draws are numbered as they always were, so that results repeat.
+    const uint64_t draws = run.inference ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
+    return baton::measure(*predictors_[set], trainer.posterior(), replica, data_.test[set].labels,
+                          trainer.network().classes(), run.inference, all_ways, samples, draws);
+  }
+
+  void add_measurements(json& s, const ExperimentRun& run, Trainer& trainer, int replica, int tasks) {
     const bool all_ways = run.inference && (tasks == 1 || trainer.stage() + 1 == run.stages.count());
     const Inference own = run.inference.value_or(Inference::softmax);
     json by_task = json::array(), by_inference = json::object();
-    InferenceAccuracies mean;
-    Metrics metrics;
+    Measurement mean;
     for (int t = 0; t < tasks; t++) {
       const Measurement m = measure_task(run, trainer, replica, t, all_ways);
       by_task.push_back(m.accuracies.of(own));
-      mean.map += m.accuracies.map / tasks;
-      mean.sampled += m.accuracies.sampled / tasks;
-      mean.softmax += m.accuracies.softmax / tasks;
-      mean.committee += m.accuracies.committee / tasks;
-      metrics.nll += m.metrics.nll / tasks;
-      metrics.ece += m.metrics.ece / tasks;
-      metrics.entropy += m.metrics.entropy / tasks;
-      metrics.mutual_information += m.metrics.mutual_information / tasks;
-      s["samples"] = m.samples;
+      mean.add(m, tasks);
     }
-    s["test_accuracy"] = mean.of(own);
-    s["test_nll"] = metrics.nll;
-    s["test_ece"] = metrics.ece;
-    s["predictive_entropy"] = metrics.entropy;
-    s["mutual_information"] = metrics.mutual_information;
+    s["test_accuracy"] = mean.accuracies.of(own);
+    s["test_nll"] = mean.metrics.nll;
+    s["test_ece"] = mean.metrics.ece;
+    s["predictive_entropy"] = mean.metrics.entropy;
+    s["mutual_information"] = mean.metrics.mutual_information;
+    s["samples"] = mean.samples;
     if (!run.inference) return;
     for (Inference i : all_inferences)
-      if (all_ways || (i == Inference::map) == (own == Inference::map)) by_inference[name(i)] = mean.of(i);
+      if (all_ways || (i == Inference::map) == (own == Inference::map)) by_inference[name(i)] = mean.accuracies.of(i);
     s["by_inference"] = by_inference;
     s["by_task"] = by_task;
   }
 
   // --------------------------------------------------------------------------------------------- models and pruning
-  Model make_model(const Run& run, Trainer& trainer) const {
+  Model make_model(const ExperimentRun& run, Trainer& trainer) const {
     Model m = new_model(run.network, run.training.kind);
     m.settings = trainer.posterior().settings();
     m.normalisation = options_.normalisation;
@@ -428,7 +387,7 @@ class Runner {
     keep(m, trainer.posterior());
     return m;
   }
-  void save_model(const Model& m, const Run& run, const std::string& suffix) const {
+  void save_model(const Model& m, const ExperimentRun& run, const std::string& suffix) const {
     std::string name = run.label + "_seed" + std::to_string(m.seed);
     for (char& c : name)
       if (!isalnum(static_cast<unsigned char>(c))) c = '_';
@@ -436,7 +395,7 @@ class Runner {
   }
 
   // From the checkpoint of the last measurement it is all done again where a signal ends it.
-  void prune(const Run& run, Trainer& trainer) {
+  void prune(const ExperimentRun& run, Trainer& trainer) {
     const int task = run.stages.tasks() - 1;
     const auto error = [&] {
       return 1 - measure_task(run, trainer, 0, task, true).accuracies.of(run.inference.value_or(Inference::softmax));
@@ -478,7 +437,7 @@ class Runner {
 
   const ExperimentOptions& options_;
   const ExperimentData& data_;
-  const std::vector<Run>& runs_;
+  const std::vector<ExperimentRun>& runs_;
   RunLog log_;
   fs::path folder_;
   json identity_;
@@ -494,7 +453,7 @@ class Runner {
 
 }  // namespace
 
-json describe_settings(const Run& run, size_t replica) {
+json describe_settings(const ExperimentRun& run, size_t replica) {
   const Replica& r = run.training.replicas.at(replica);
   json j{{"epochs", run.training.epochs}, {"batch", run.training.batch}};
   j.update(complete_options(find_posterior(run.training.kind).options, r.settings, run.training.kind));
@@ -507,11 +466,12 @@ json describe_settings(const Run& run, size_t replica) {
   return j;
 }
 
-json run_experiment(const ExperimentOptions& options, const ExperimentData& data, const std::vector<Run>& runs) {
+json run_experiment(const ExperimentOptions& options, const ExperimentData& data,
+                    const std::vector<ExperimentRun>& runs) {
   if (runs.empty()) throw InputError("nothing to run");
   if (data.test.empty()) throw InputError("there are no test images");
   // What the trainers would find out when their turn comes: before anything in `out` is touched.
-  for (const Run& r : runs) {
+  for (const ExperimentRun& r : runs) {
     find_posterior(r.training.kind);
     for (int size : r.stages.sizes)
       if (size < 1) throw InputError("a stage has no examples");

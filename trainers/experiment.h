@@ -11,7 +11,7 @@
 
 namespace baton {
 
-struct Run {
+struct ExperimentRun {
   std::string method, label;  // "ffg_laplace"; "BGD 2x400"; the label is what tables and results tell runs apart by
   NetworkSpec network;
   Stages stages;
@@ -49,10 +49,14 @@ struct ExperimentData {
 // log.jsonl, result.json, checkpoint/ while it runs, models where save_models is set. Throws InputError for runs that
 // make no sense, or when --resume finds the checkpoint of another experiment; RunError when a file cannot be written, a
 // loss is not finite, or sigma diverged; Stopped when a signal asks to end, with the checkpoint written.
-json run_experiment(const ExperimentOptions&, const ExperimentData&, const std::vector<Run>&);
+json run_experiment(const ExperimentOptions&, const ExperimentData&, const std::vector<ExperimentRun>&);
 
 // The settings of one of a run's replicas as result.json shows them.
-json describe_settings(const Run&, size_t replica);
+json describe_settings(const ExperimentRun&, size_t replica);
+
+// The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
+// error by every way of inference where the runs have them.
+std::string format_table(const json& result);
 
 // The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
 // error by every way of inference where the runs have them.

@@ -49,4 +49,32 @@ double committee_accuracy(const std::vector<uint8_t>& chosen, const std::vector<
   return double(hits) / double(labels.size());
 }
 
+void Measurement::add(const Measurement& m, int of) {
+  accuracies.map += m.accuracies.map / of;
+  accuracies.sampled += m.accuracies.sampled / of;
+  accuracies.softmax += m.accuracies.softmax / of;
+  accuracies.committee += m.accuracies.committee / of;
+  metrics.nll += m.metrics.nll / of;
+  metrics.ece += m.metrics.ece / of;
+  metrics.entropy += m.metrics.entropy / of;
+  metrics.mutual_information += m.metrics.mutual_information / of;
+  samples = m.samples;
+}
+
+Measurement measure(Predictor& predictor, Posterior& posterior, int replica, const std::vector<uint8_t>& labels,
+                    int classes, std::optional<Inference> own, bool all_ways, int samples, uint64_t seed) {
+  Measurement m;
+  m.samples = !posterior.uncertain() || (own == Inference::map && !all_ways) ? 0 : samples;
+  const Predictions p = predictor.predict(posterior, replica, m.samples, seed, own.has_value());
+  m.metrics = evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
+  m.accuracies.map = m.accuracies.softmax = m.metrics.accuracy;
+  if (!own) return m;
+  m.accuracies.sampled = sampled_accuracy(p.chosen, labels);
+  m.accuracies.committee = committee_accuracy(p.chosen, labels, classes);
+  if (m.samples > 0 && (all_ways || own == Inference::map))
+    m.accuracies.map =
+        evaluate(predictor.predict(posterior, replica, 0, 0).probability, labels, classes, {}, {}).accuracy;
+  return m;
+}
+
 }  // namespace baton

@@ -1,8 +1,9 @@
 // How a prediction comes from a posterior (Zeno et al. 2018, section 4), and how good each way is.
 #pragma once
-#include <cstdint>
-#include <string>
-#include <vector>
+#include <optional>
+
+#include "trainers/metrics.h"
+#include "trainers/predictor.h"
 
 namespace baton {
 
@@ -20,5 +21,17 @@ struct InferenceAccuracies {
 // chosen [draws][images]: the classes that the draws chose.
 double sampled_accuracy(const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels);
 double committee_accuracy(const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels, int classes);
+
+// How good the predictions of a test set are.
+struct Measurement {
+  InferenceAccuracies accuracies;
+  Metrics metrics;
+  int samples = 0;                       // draws of the weights
+  void add(const Measurement&, int of);  // a share of 1 / of, for a mean over tasks
+};
+// own: the way that counts; none: the average prediction alone. all_ways: by every way, else by those that come with
+// `own`. samples: draws of the weights, numbered by `seed`; none of a point estimate.
+Measurement measure(Predictor&, Posterior&, int replica, const std::vector<uint8_t>& labels, int classes,
+                    std::optional<Inference> own, bool all_ways, int samples, uint64_t seed);
 
 }  // namespace baton

@@ -69,6 +69,18 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   return result;
 }
 
+std::vector<float> mean_fisher(Device& device, const NetworkFactory& make, const Images& images,
+                               const Normalisation& normalisation, const ParameterStore& store) {
+  const ParameterLayout& layout = store.layout();
+  NamedWeights weights;
+  for (const TensorSpec& t : layout.tensors()) weights[t.name] = store.read(device, "mean", 0, t);
+  const NamedWeights sums = curvature_diagonal(device, make, images, normalisation, weights, Curvature::ggn);
+  std::vector<float> flat(layout.stride(), 0.f);
+  for (const TensorSpec& t : layout.tensors())
+    for (size_t i = 0; i < t.size; i++) flat[t.offset + i] = sums.at(t.name)[i] / float(images.count);
+  return flat;
+}
+
 NamedWeights laplace_log_std(const NamedWeights& curvature, const LaplaceSettings& s) {
   if (!(s.tau > 0) || !(s.temperature > 0) || !(s.least_sd > 0))
     throw InputError("a Laplace prior needs a positive prior precision, temperature and least standard deviation");

@@ -28,6 +28,11 @@ using NamedWeights = std::map<std::string, std::vector<float>>;
 NamedWeights curvature_diagonal(Device&, const NetworkFactory&, const Images&, const Normalisation&,
                                 const NamedWeights& weights, Curvature);
 
+// The mean diagonal Fisher information of the images, exact over the labels, at the weights "mean" of a store: flat, in
+// the store's layout.
+std::vector<float> mean_fisher(Device&, const NetworkFactory&, const Images&, const Normalisation&,
+                               const ParameterStore&);
+
 struct LaplaceSettings {
   double tau = 1;          // the prior precision: what a weight that the data say nothing about keeps
   double temperature = 1;  // above 1 widens

@@ -58,15 +58,20 @@ double real(const json& value, const char* key) {
   return value.get<double>();
 }
 
+const json& object(const json& value, const char* key) {
+  if (!value.is_object()) throw InputError("'" + std::string(key) + "' is no object");
+  return value;
+}
+
 void read_network(const json& j, NetworkSpec& spec) {
   spec.name = j.at("name");
   spec.classes = whole(j, "classes", 2, 256);
   spec.image = {whole(j, "channels", 1, 3), whole(j, "height", 1, 1024), whole(j, "width", 1, 1024)};
   const NetworkKind& kind = find_network(spec.name);
-  json options = j.value("options", json::object());
+  json options = j.contains("options") ? object(j["options"], "options") : json::object();
   if (j.contains("hidden") && find_option(kind.options, "hidden")) options["hidden"] = j["hidden"];  // format_before
   spec.options = complete_options(kind.options, options, spec.name);
-  check_network(spec);
+  make_network(spec);  // it says what does not fit
 }
 
 // In format_before the options of the posterior and the settings of a training were apart, and some had other names.
@@ -91,7 +96,8 @@ void read_training(const Metadata& metadata, bool before, Model& m) {
     m.draws = whole(j, "draws", 1, 1000);
     m.batch = whole(j, "batch", 1, 1 << 20);
     m.epochs = real(j.at("epochs"), "epochs");
-    const json settings = before ? settings_of_before(kind, metadata.object("posterior"), j) : j.at("settings");
+    const json settings =
+        before ? settings_of_before(kind, metadata.object("posterior"), j) : object(j.at("settings"), "settings");
     m.settings = complete_options(kind.options, settings, m.kind);
   });
 }

@@ -55,6 +55,12 @@ std::vector<std::vector<int32_t>> permute_pixels(int tasks, int pixels, uint64_t
   return orders;
 }
 
+void reorder_pixels(Images& images, const std::vector<int32_t>& order) {
+  const std::vector<uint8_t> before = images.pixels;
+  for (size_t first = 0; first < before.size(); first += order.size())
+    for (size_t i = 0; i < order.size(); i++) images.pixels[first + i] = before[first + size_t(order[i])];
+}
+
 // Task t takes over from t - 1 between floor(t L - L / beta) and floor(t L + L / beta), L = steps / tasks.
 std::vector<std::vector<double>> continuous_schedule(int tasks, int steps, double beta) {
   if (tasks < 1 || steps < tasks) throw InputError("a continuous schedule needs a task, and a step for each");

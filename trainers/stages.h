@@ -6,6 +6,8 @@
 
 namespace baton {
 
+struct Images;
+
 struct Stages {
   std::vector<int> sizes;                   // examples of each stage
   std::vector<std::vector<int32_t>> order;  // [replicas][sum of sizes]: its examples in the set, stage after stage
@@ -31,6 +33,8 @@ Stages whole_set(int images, bool augment = false);
 
 // pixel_order[0] is the identity, the others are seeded permutations of [0, pixels).
 std::vector<std::vector<int32_t>> permute_pixels(int tasks, int pixels, uint64_t seed);
+// x[i] becomes x[order[i]] in every image.
+void reorder_pixels(Images&, const std::vector<int32_t>& order);
 // The schedule of the continuous task-agnostic experiment: [steps][tasks], row i the probabilities of the tasks at step
 // i, which rise and fall linearly so that neighbours overlap; beta: how steep (the authors': 4).
 std::vector<std::vector<double>> continuous_schedule(int tasks, int steps, double beta);

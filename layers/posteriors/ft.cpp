@@ -26,6 +26,7 @@ class FineTuning : public Posterior {
     if (!first) reset_optimizer();
     return true;
   }
+  void clear_gradients() override { fill_zero(device_, store_.at("mean.grad"), store_.bytes()); }
   void reset_optimizer() override {
     for (const char* name : {"mean.adam_m", "mean.adam_v"}) fill_zero(device_, store_.at(name), store_.bytes());
   }

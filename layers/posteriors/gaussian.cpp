@@ -121,6 +121,10 @@ void GaussianPosterior::refresh(bool first_stage) {
   restored(first_stage);
 }
 
+void GaussianPosterior::clear_gradients() {
+  for (const char* name : {"mean.grad", "variance.grad"}) fill_zero(device_, store_.at(name), store_.bytes());
+}
+
 void GaussianPosterior::reset_optimizer() {
   for (const char* name : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
     fill_zero(device_, store_.at(name), store_.bytes());

@@ -14,6 +14,7 @@ class GaussianPosterior : public Posterior {
   void initialise(const StepState*) override;
   void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std) override;
   bool begin_stage(bool first) override;
+  void clear_gradients() override;
   void reset_optimizer() override;
   void step(StepState*) override;
   std::vector<std::string> kl_names() const override { return kl_names_; }

@@ -57,6 +57,10 @@ class MnfPosterior : public GaussianPosterior {
     GaussianPosterior::restored(first_stage);
     upload(device_, plain_prior_, std::vector<int32_t>(size_t(replicas()), first_stage ? 1 : 0));
   }
+  void clear_gradients() override {
+    GaussianPosterior::clear_gradients();
+    fill_zero(device_, draw_gradients_, store_.bytes() * size_t(groups_));
+  }
   void reset_optimizer() override {
     GaussianPosterior::reset_optimizer();
     for (const char* name : {"value.adam_m", "value.adam_v"}) fill_zero(device_, flows_->at(name), flows_->bytes());

@@ -351,7 +351,7 @@ class Matching(Case):
                           "  not in lenet5: bn1.running_mean [20]"])
 
     def test_architectures(self):
-        """Names, shapes and sizes as the README has them; any number of classes."""
+        """Names, shapes and sizes as tools/baton/README.md has them; any number of classes."""
         for name, weights, biases in (("lenet5", 430500, 580), ("3conv3fc", 2420400, 2234), ("vgg11", 9222848, 2762)):
             shapes = self.script.expected(name, {"x": np.zeros((10, 500))})  # of tools/networks.json
             self.assertEqual(sum(np.prod(s) for s in shapes.values() if len(s) > 1), weights)
