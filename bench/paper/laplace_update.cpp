@@ -13,7 +13,7 @@
 #include "layers/conv3fc3.h"
 #include "layers/lenet5.h"
 #include "trainers/last_layer/active_learning.h"
-#include "trainers/last_layer/last_layer_exact.h"
+#include "trainers/last_layer/exact.h"
 #include "trainers/last_layer/update_study.h"
 
 using namespace baton;

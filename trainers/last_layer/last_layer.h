@@ -13,7 +13,7 @@
 #include <string>
 #include <unordered_set>
 
-#include "trainers/last_layer/last_layer_map.h"
+#include "trainers/last_layer/map.h"
 
 namespace baton {
 

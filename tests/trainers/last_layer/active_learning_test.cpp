@@ -15,7 +15,7 @@
 #include "tests/support/compare.h"
 #include "tests/support/device.h"
 #include "tests/support/laplace_goldens.h"
-#include "trainers/last_layer/last_layer_exact.h"
+#include "trainers/last_layer/exact.h"
 
 namespace baton::test {
 namespace {

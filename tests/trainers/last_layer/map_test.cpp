@@ -1,5 +1,5 @@
 // MAP weights of the last layer against converged optima from elsewhere, and the optimizers against each other.
-#include "trainers/last_layer/last_layer_map.h"
+#include "trainers/last_layer/map.h"
 
 #include <cmath>
 #include <limits>

@@ -1,6 +1,6 @@
 // The exact and the Kronecker Laplace approximation of a last layer, against golden values of independent code
 // (formulas in shared/goldens/laplace) and against what must hold for any data.
-#include "trainers/last_layer/last_layer_exact.h"
+#include "trainers/last_layer/exact.h"
 
 #include <cstring>
 #include <numeric>

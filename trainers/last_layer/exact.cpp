@@ -12,7 +12,7 @@
 // All C x C algebra is on the host: it is C^3 beside the (CD)^2 C of the products, a chain of small dependent steps,
 // and a sample needs one transfer of C^2 + C numbers each way. Every update works on copies, which replace the state at
 // the end: an error changes nothing.
-#include "trainers/last_layer/last_layer_exact.h"
+#include "trainers/last_layer/exact.h"
 
 #include <algorithm>
 #include <cmath>

@@ -6,7 +6,7 @@
 // J is strictly convex, so a step is judged by J alone until the change of J drowns in rounding; from there on by
 // slopes: t (J'(0) + J'(t)) / 2 stands for J(t) - J(0), which turns sufficient decrease into Hager and Zhang's
 // approximate Wolfe condition (2005). Gradients thereby go on falling to about eps, not sqrt(eps).
-#include "trainers/last_layer/last_layer_map.h"
+#include "trainers/last_layer/map.h"
 
 #include <algorithm>
 #include <cmath>
