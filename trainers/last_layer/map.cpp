@@ -1,11 +1,11 @@
-// The host holds the optimizer's vectors, C D doubles each; the device evaluates
+// The host holds the optimizer's vectors, C D doubles each. The device evaluates
 //   J = sum_n -ln p_n[y_n] + tau / 2 |W - M|^2,   dJ/dW = -R' Phi + tau (W - M),   R = rows e_y - softmax(W phi)
 //   H V = (rows G_n V phi_n)' Phi + tau V,        G = diag(p) - p p'
-// at two products n x D x C each, one upload and one download of C D numbers.
+// each by two products n x D x C, one upload and one download of C D numbers.
 //
-// J is strictly convex, so a step is judged by J alone until the change of J drowns in rounding; from there on by
-// slopes: t (J'(0) + J'(t)) / 2 stands for J(t) - J(0), which turns sufficient decrease into Hager and Zhang's
-// approximate Wolfe condition (2005). Gradients thereby go on falling to about eps, not sqrt(eps).
+// J is strictly convex, so a step is judged by J alone until the change of J is lost in rounding. From there on slopes
+// decide: t (J'(0) + J'(t)) / 2 stands for J(t) - J(0), which turns sufficient decrease into the approximate Wolfe
+// condition of Hager and Zhang (2005). So gradients go on falling to about eps, not sqrt(eps).
 #include "trainers/last_layer/map.h"
 
 #include <algorithm>
@@ -13,7 +13,6 @@
 #include <limits>
 #include <numeric>
 
-#include "engine/error.h"
 #include "engine/io/dataset.h"
 #include "engine/io/stop.h"
 
@@ -47,32 +46,18 @@ double largest(const Vector& x) {
 }
 
 template <class Real>
-void check_rows(Device& device, const char* name, const FeatureRows<Real>& rows, int classes) {
-  const std::string who = std::string(name) + ": ";
-  if (rows.count < 1) throw InputError(who + "there are no samples");
-  if (rows.dim < 1) throw InputError(who + "features have dimension " + std::to_string(rows.dim));
-  if (classes < 2) throw InputError(who + "at least 2 classes, not " + std::to_string(classes));
-  if (!rows.labels) throw InputError(who + "samples need labels");
-  const std::vector<int32_t> labels = download(device, rows.labels, rows.count);
-  for (int i = 0; i < rows.count; i++)
-    if (labels[i] < 0 || labels[i] >= classes)
-      throw InputError(who + "label " + std::to_string(labels[i]) + " of sample " + std::to_string(i) +
-                       " is outside [0, " + std::to_string(classes) + ")");
-  Arena arena;
-  uint64_t* hash = arena.take<uint64_t>(rows.count);
-  int32_t* nonfinite = arena.take<int32_t>(rows.count);
-  inspect_rows(hash, nonfinite, rows.x, rows.count, rows.dim, device.stream());
-  const std::vector<int32_t> bad = download(device, nonfinite, rows.count);
-  for (int i = 0; i < rows.count; i++)
-    if (bad[i]) throw InputError(who + "the features of sample " + std::to_string(i) + " are not finite");
+void check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
+  if (rows.count < 1) throw InputError(who + ": there are no samples");
+  if (rows.dim < 1) throw InputError(who + ": features have dimension " + std::to_string(rows.dim));
+  if (classes < 2) throw InputError(who + ": at least 2 classes, not " + std::to_string(classes));
+  download_labels(device, rows, classes, who + ": sample");
+  check_features(device, rows, rows.dim, who + ": sample");
 }
 
 Vector or_zeros(const Vector& given, const std::string& what, int classes, int dim) {
-  const size_t size = size_t(classes) * dim;
-  if (!given.empty() && given.size() != size)
-    throw InputError(what + " has " + std::to_string(given.size()) + " weights, expected " + std::to_string(classes) +
-                     " x " + std::to_string(dim));
-  return given.empty() ? Vector(size, 0.) : given;
+  if (given.empty()) return Vector(size_t(classes) * dim, 0.);
+  check_weights(given, classes, dim, what);
+  return given;
 }
 
 struct Point {
@@ -290,9 +275,7 @@ class LbfgsDirection {
     for (size_t k = 0; k < pairs_.size(); k++) add(d, -alpha[k] - dot(pairs_[k].y, d) / pairs_[k].sy, pairs_[k].s);
   }
   void keep(const Point& from, const Point& to) {
-    Pair pair;
-    if (int(pairs_.size()) == memory_) pair = std::move(pairs_.front());
-    pair.s = to.w, pair.y = to.g;
+    Pair pair{to.w, to.g, 0, 0};
     add(pair.s, -1, from.w);
     add(pair.y, -1, from.g);
     pair.sy = dot(pair.s, pair.y), pair.yy = dot(pair.y, pair.y);
@@ -320,11 +303,10 @@ void fill(MapResult& result, const Objective<Real>& objective, Point& at) {
 
 template <class Real>
 MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, const MapOptions& o) {
-  if (!(o.tau > 0) || !std::isfinite(o.tau))
-    throw InputError("fit_map: the prior precision tau must be above 0, not " + std::to_string(o.tau));
+  check_tau(o.tau);
   if (!(o.tolerance >= 0) || !(o.least_decrease >= 0) || o.iterations < 0 || o.memory < 1)
     throw InputError("fit_map: tolerances and iterations must not be negative, and L-BFGS keeps at least one pair");
-  check_rows(device, "fit_map", rows, classes);
+  check_samples(device, "fit_map", rows, classes);
   const bool newton = o.method == MapMethod::newton;
   const Vector mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
   Objective<Real> objective(device, rows, classes, o.tau, mean, newton);
@@ -386,7 +368,7 @@ template <class Real>
 MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, const AdamOptions& o) {
   if (!(o.tau >= 0) || !std::isfinite(o.tau) || !(o.lr > 0) || o.epochs < 1 || o.batch < 1)
     throw InputError("fit_adam: expected tau >= 0, a positive step size, and at least one epoch and sample a batch");
-  check_rows(device, "fit_adam", rows, classes);
+  check_samples(device, "fit_adam", rows, classes);
   const int n = rows.count, dim = rows.dim, batch = std::min(o.batch, n), weights = classes * dim;
   const Vector start = or_zeros(o.start, "fit_adam: the start", classes, dim);
 
