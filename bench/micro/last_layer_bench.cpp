@@ -90,7 +90,7 @@ template <class Real>
 void steps(int b, int cases, UpdateRule rule) {
   const int c = 10;
   const double size = sizeof(Real), n = b;
-  add("sequential_steps/" + std::string(name_of(rule)) + real_name<Real> + "/samples:" + std::to_string(b) +
+  add("sequential_steps/" + std::string(to_string(rule)) + real_name<Real> + "/samples:" + std::to_string(b) +
           "/cases:" + std::to_string(cases),
       {cases * size * (3 * n * n + 3 * n * c), cases * n * (4 * n * n + 4 * n * c + 5 * 30 * c)},
       [=](Buffers& buffers) -> std::function<void()> {
@@ -116,7 +116,7 @@ template <class Real>
 void links(Link link, int n, int draws) {
   const int c = 10;
   const double size = sizeof(Real), rows = n;
-  add("link_probabilities/" + std::string(name_of(link)) + real_name<Real> + "/n:" + std::to_string(n),
+  add("link_probabilities/" + std::string(to_string(link)) + real_name<Real> + "/n:" + std::to_string(n),
       {rows * size * (2 * c + 2), rows * c * (10. + 8. * draws)}, [=](Buffers& b) -> std::function<void()> {
         LinkArrays<Real> x{};
         x.probability = b.room<Real>(size_t(n) * c);
@@ -179,11 +179,9 @@ void update(int b, int d) {
                const int32_t* y = buffers.integers<int32_t>(base + calls * b, c);
                const auto layer = std::make_shared<LastLayer<Real>>(buffers.device, d, c, LastLayerOptions{});
                layer->fit_covariance({x, y, base, d}, std::vector<double>(size_t(c) * d, 0.));
-               UpdateOptions options;
-               options.duplicates = true;
                return [=] {
                  for (int i = 0; i < calls; i++)
-                   layer->update({x + size_t(base + i * b) * d, y + base + i * b, b, d}, options);
+                   layer->update({x + size_t(base + i * b) * d, y + base + i * b, b, d}, {.duplicates = true});
                };
              });
 }
