@@ -147,9 +147,10 @@ Options parse_options(int argc, char** argv) {
   study.seeds = numbers_of("--seeds", o.seeds);
   if (o.adam_seeds >= 0) study.adam_seeds = o.adam_seeds;
   study.link.link = parse_link(o.link);
-  if (!o.methods.empty()) study.methods.clear();
-  for (const std::string& m : split_list(o.methods))
-    if (!o.methods.empty()) study.methods.push_back(parse_update_method(m));
+  if (!o.methods.empty()) {
+    study.methods.clear();
+    for (const std::string& m : split_list(o.methods)) study.methods.push_back(parse_update_method(m));
+  }
   if (!(study.gamma > 0) || !(study.gamma_first_order > 0) || !(study.gamma_monte_carlo > 0) || !(o.active_tau > 0))
     throw InputError("--gamma, --gamma-first-order, --gamma-monte-carlo and --active-tau must be positive");
   if (std::min({study.draws, study.adam_epochs, o.initial, o.batch, o.trials, o.cycles, o.active_pool, o.pool, o.test,
@@ -324,10 +325,8 @@ struct Strategy {
 std::vector<Strategy> parse_strategies(const std::string& text) {
   std::vector<Strategy> list;
   for (const std::string& name : split_list(text)) {
-    if (name == "random") {
-      list.push_back({name, name, "random"});
-    } else if (name == "look_ahead") {
-      list.push_back({name, name, "look-ahead (knows the test labels)"});
+    if (name == "random" || name == "look_ahead") {
+      list.push_back({name, name, name == "random" ? name : "look-ahead (knows the test labels)"});
     } else {
       parse_acquisition(name);
       list.push_back({name, "top", name + ", top of the batch"});

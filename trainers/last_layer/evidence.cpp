@@ -45,7 +45,7 @@ TunedPrior tune_prior(Device& device, const FeatureRows<double>& rows, int class
     return value;
   };
 
-  // From the firmest prior down: its optimum is the nearest to the first start, 0.
+  // The firmest prior comes first, since its optimum is the nearest to the first start, 0.
   std::vector<double> at(grid), values(grid);
   for (int i = grid - 1; i >= 0; i--) {
     at[i] = std::log(low) + (std::log(high) - std::log(low)) * i / (grid - 1);

@@ -112,7 +112,7 @@ Doubles residual(const Doubles& p, int label) {
   return r;
 }
 
-// The root of a = e_y - softmax(f + A a).
+// Returns the root of a = e_y - softmax(f + A a).
 Doubles implicit_step(const Doubles& a_matrix, const Doubles& f, int label) {
   constexpr double done = 1e-14, near = 1e-9, usable = 1e-7;
   const int n = int(f.size());
@@ -153,7 +153,6 @@ Doubles implicit_step(const Doubles& a_matrix, const Doubles& f, int label) {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------- all C D weights
 struct ExactLastLayer::State {
   State(Device& d, int dimension, int class_count)
       : device(d), dim(dimension), classes(class_count), order(dim * classes), factorizer(d, arena, order) {
@@ -169,8 +168,8 @@ struct ExactLastLayer::State {
   size_t bytes() const { return sizeof(double) * order * order; }
   Doubles whole(const double* m) const { return download(device, m, size_t(order) * order); }
 
-  // into += sum_n G_n (x) phi_n phi_n', for p [n][C]. The curvature's sign is that of the pair of classes, so that a
-  // block is a product of rows scaled by sqrt |G_ce| with themselves, and symmetric.
+  // into += sum_n G_n (x) phi_n phi_n', for p [n][C]. All samples' G_ce have one sign, + for c = e and - else, so that
+  // the block of two classes is + or - a product of rows scaled by sqrt |G_ce| with themselves.
   void add_curvature(double* into, const double* x, const Doubles& probability, int n) {
     const int pairs = classes * (classes + 1) / 2, step = rows_at_once(n, size_t(dim) + pairs);
     Scratch::Frame scratch(device);
@@ -199,7 +198,7 @@ struct ExactLastLayer::State {
   }
   double* block(double* m, int c, int e) const { return m + size_t(c) * dim * order + size_t(e) * dim; }
 
-  // next_sigma's lower triangle = the Cholesky factor of next_p + ridge I.
+  // Makes the lower triangle of next_sigma the Cholesky factor of next_p + ridge I.
   void factor(double ridge) {
     copy_on_device(device, next_sigma, next_p, bytes());
     if (ridge != 0) add_diagonal(next_sigma, ridge, order, device.stream());
@@ -219,7 +218,7 @@ struct ExactLastLayer::State {
     return download(device, diagonal, order);
   }
 
-  // What has been computed beside the state: throws where it must not become the state.
+  // Throws where what has been computed beside the state must not become the state.
   void verify(double new_log_determinant) {
     const Doubles precisions = diagonal_of(next_p), variances = diagonal_of(next_sigma);
     const bool finite = std::isfinite(new_log_determinant) && all_finite(download(device, next_w, order)) &&
@@ -232,8 +231,8 @@ struct ExactLastLayer::State {
     log_determinant = new_log_determinant;
   }
 
-  // One sample on next_w and next_sigma. Returns the probabilities whose curvature next_sigma now holds, and adds to
-  // the log-determinant of its inverse.
+  // Absorbs one sample in next_w and next_sigma. Returns the probabilities whose curvature next_sigma now holds, and
+  // adds to the log-determinant of its inverse.
   Doubles absorb(const double* phi, int label, int sample, ExactRule rule, double& log_det) {
     multiply(device, false, false, order * classes, 1, dim, 1.0, next_sigma, dim, phi, 1, 0.0, b, 1);
     double* logits = logit_moments + size_t(classes) * classes;
@@ -348,7 +347,8 @@ void ExactLastLayer::logits(const double* x, int n, double* out) {
   multiply(device_, false, true, n, classes_, dim_, 1.0, x, dim_, s_->w, dim_, 0.0, out, classes_);
 }
 
-// X Sigma_c for every class c makes rows (n, c, e) of D numbers; each times its phi_n is an entry of f_var.
+// The products X Sigma_c for every class c are rows (n, c, e) of D numbers; each row times its phi_n is an entry of
+// out.
 void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   const State& s = *s_;
   if (n < 0) throw InputError(std::to_string(n) + " rows");
@@ -356,10 +356,9 @@ void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   const int step = rows_at_once(n, 2 * wide);
   Scratch::Frame scratch(device_);
   auto *products = scratch.take<double>(step * wide), *repeated = scratch.take<double>(step * wide);
-  auto* index = scratch.take<int32_t>(step * square);
   std::vector<int32_t> sources(step * square);
   for (size_t i = 0; i < sources.size(); i++) sources[i] = int32_t(i / square);
-  upload(device_, index, sources);
+  const int32_t* index = place(device_, scratch, sources);
   for (int first = 0; first < n; first += step) {
     const int count = std::min(step, n - first), entries = int(count * square);
     const double* part = x + size_t(first) * dim_;
@@ -417,7 +416,7 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
     double objective = 0, log_likelihood = 0;
   };
   MapResult result;
-  // Leaves next_w = the point's weights.
+  // Leaves the point's weights in next_w.
   const auto evaluate = [&](Doubles weights) {
     Point at{std::move(weights), {}};
     Doubles moved = at.weights;
@@ -437,7 +436,7 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
     result.evaluations++;
     return at;
   };
-  // next_p = P + H at next_w.
+  // Makes next_p P + H at next_w.
   const auto curve = [&] {
     copy_on_device(device_, s.next_p, s.p, s.bytes());
     s.add_curvature(s.next_p, rows.x, class_probabilities(device_, s.next_w, rows.x, n, dim_, classes_), n);

@@ -85,7 +85,7 @@ void LastLayer<Real>::add_waiting(const Real* x, int n, const Real* rows, int co
   multiply(device_, false, false, n, dim_, count, sign, overlap_, count, rows, dim_, Real(1), out, dim_);
 }
 
-// ------------------------------------------------------------------------------------------------- what it is by now
+// ------------------------------------------------------------------------------------------------------ predictions
 template <class Real>
 void LastLayer<Real>::logits(const Real* x, int n, Real* out) {
   multiply(device_, false, true, n, classes_, dim_, Real(1), x, dim_, now_.w, dim_, Real(0), out, classes_);
@@ -143,8 +143,7 @@ LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptio
 
 template <class Real>
 std::vector<double> LastLayer<Real>::weights() const {
-  const std::vector<Real> w = download(device_, now_.w, size_t(classes_) * dim_);
-  return {w.begin(), w.end()};
+  return download_doubles(device_, now_.w, size_t(classes_) * dim_);
 }
 template <class Real>
 void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
@@ -153,18 +152,13 @@ void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
   upload(device_, now_.w, w);
 }
 
-// Both without folding.
 template <class Real>
 std::vector<double> LastLayer<Real>::covariance() const {
-  const Real* whole = folded(now_.s, Real(-1), now_.q, counts_.waiting_q);
-  const std::vector<Real> s = download(device_, whole, size_t(dim_) * dim_);
-  return {s.begin(), s.end()};
+  return download_doubles(device_, folded(now_.s, Real(-1), now_.q, counts_.waiting_q), size_t(dim_) * dim_);
 }
 template <class Real>
 std::vector<double> LastLayer<Real>::precision() const {
-  const Real* whole = folded(now_.p, Real(1), now_.x, counts_.waiting_x);
-  const std::vector<Real> p = download(device_, whole, size_t(dim_) * dim_);
-  return {p.begin(), p.end()};
+  return download_doubles(device_, folded(now_.p, Real(1), now_.x, counts_.waiting_x), size_t(dim_) * dim_);
 }
 
 template <class Real>
@@ -218,7 +212,7 @@ void LastLayer<Real>::refactor() {
   counts_.downdates = 0;
 }
 
-// For a new precision: throws InputError, ending in advice, where its inverse does not exist or is not good.
+// Makes S from a new P. Throws InputError, ending in the advice, where P has no inverse or none that is good.
 template <class Real>
 void LastLayer<Real>::refactor_or_refuse(const std::string& advice) {
   try {
@@ -238,7 +232,7 @@ void LastLayer<Real>::settle() {
   try {
     refactor();
   } catch (const RunError&) {
-    return;  // P only grows, so this is the edge of the precision: S stays as folded, and drift() says how good it is
+    return;  // P only grows, so this precision is at its end: S stays as folded, and drift() says how good it is
   }
   counts_.refactored++;
 }

@@ -22,26 +22,19 @@ namespace {
 using Vector = std::vector<double>;
 
 double dot(const Vector& x, const Vector& y) {
-  const double* __restrict__ a = x.data(), * __restrict__ b = y.data();
-  const size_t n = x.size();
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
-  for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+  for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
   return sum;
 }
 void add(Vector& y, double scale, const Vector& x) {
-  double* __restrict__ to = y.data();
-  const double* __restrict__ from = x.data();
-  const size_t n = y.size();
   SIMT_SIMD()
-  for (size_t i = 0; i < n; i++) to[i] += scale * from[i];
+  for (size_t i = 0; i < y.size(); i++) y[i] += scale * x[i];
 }
 double largest(const Vector& x) {
-  const double* __restrict__ a = x.data();
-  const size_t n = x.size();
   double top = 0;
   SIMT_SIMD(reduction(max : top))
-  for (size_t i = 0; i < n; i++) top = std::abs(a[i]) > top ? std::abs(a[i]) : top;
+  for (size_t i = 0; i < x.size(); i++) top = std::abs(x[i]) > top ? std::abs(x[i]) : top;
   return top;
 }
 
@@ -125,7 +118,7 @@ class Objective {
     copy_to_host(device_, down_.data(), out_, size() * sizeof(Real));
     for (size_t i = 0; i < size(); i++) out[i] = double(down_[i]) + tau_ * v[i];
   }
-  // Below which a change of J says nothing: every loss is a difference of logits, however small.
+  // A change of J below this says nothing, since every loss, however small, is a difference of logits.
   double rounding(const Point& at) const {
     return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.j));
   }
@@ -139,7 +132,7 @@ class Objective {
     multiply<Real>(device_, false, true, rows_.count, classes_, rows_.dim, Real(1), rows_.x, rows_.dim, w_, rows_.dim,
                    Real(0), logits_, classes_);
   }
-  // Of the samples: gradient and losses into out_, in one piece for one copy.
+  // Writes the samples' part of the gradient and their losses into out_, in one piece so that one copy fetches both.
   void gradient(Real* p) {
     softmax_residual(p, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
                      device_.stream());
@@ -169,12 +162,12 @@ double cubic_minimum(const Trial& a, const Trial& b) {
   return b.t - width * (b.slope + root - mixed) / (b.slope - a.slope + 2 * root);
 }
 
-// A step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|: Nocedal and Wright, algorithms 3.5 and 3.6 in
-// one loop. bend = infinity: backtracking. False: no step lowers J.
+// Finds a step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|, by the algorithms 3.5 and 3.6 of Nocedal
+// and Wright in one loop; bend = infinity makes it a backtracking search. Returns false when no step lowers J.
 template <class Real>
 bool line_search(Objective<Real>& objective, const Point& from, const Vector& d, double step, double bend, Point& to) {
   constexpr double sufficient = 1e-4;
-  constexpr int most_trials = 20, most_unclear = 5;  // unclear: told apart by slopes alone
+  constexpr int most_trials = 20, most_unclear = 5;  // unclear: only the slopes tell the steps apart
   const double start = dot(from.g, d), rounding = objective.rounding(from);
   if (!(start < 0)) return false;
   int unclear = 0;
@@ -216,15 +209,15 @@ bool line_search(Objective<Real>& objective, const Point& from, const Vector& d,
 }
 
 // -------------------------------------------------------------------------------------------------------- directions
-// Conjugate gradients on H d = -g.
+// The Newton direction, by conjugate gradients on H d = -g.
 class NewtonDirection {
  public:
   template <class Real>
   void find(Objective<Real>& objective, const Point& at, double limit, Vector& d) {
     const size_t n = at.g.size();
     const double norm = std::sqrt(dot(at.g, at.g));
-    // Eisenstat and Walker's second choice with their safeguard: no more digits than the quadratic model deserves, nor
-    // than the end needs, nor than products have.
+    // The second choice of Eisenstat and Walker with their safeguard. It asks for no more digits than the quadratic
+    // model deserves, than the end of the fit needs, and than the products have.
     double forcing = 0.5;
     if (last_norm_ > 0) {
       const double ratio = norm / last_norm_, floor = 0.9 * forcing_ * forcing_;
@@ -256,7 +249,7 @@ class NewtonDirection {
   double last_norm_ = 0, forcing_ = 0;
 };
 
-// The two loops of L-BFGS.
+// The L-BFGS direction, by its two loops over the pairs of steps and changes of the gradient.
 class LbfgsDirection {
  public:
   explicit LbfgsDirection(int memory) : memory_(memory) {}
@@ -322,7 +315,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
   LbfgsDirection secant(o.memory);
   Vector d;
   MapResult result;
-  const int patience = newton ? 1 : 10;  // steps that only rounding tells apart
+  const int patience = newton ? 1 : 10;  // how many steps may gain no more than rounding
   int idle = 0;
   double best = at.top;
   while (true) {
@@ -341,7 +334,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
         result.converged = -dot(at.g, d) <= objective.rounding(at);
         break;
       }
-      secant.forget();  // once more, downhill
+      secant.forget();  // the next direction is steepest descent
       continue;
     }
     result.iterations++;

@@ -26,7 +26,7 @@ T* place(Device& device, Memory& memory, const std::vector<T>& host) {
   upload(device, copy, host);
   return copy;
 }
-// The same with the rows [index.size()][dim] of x that the index names.
+// The same for the rows [index.size()][dim] of x that the index names.
 template <class Memory, class Real>
 Real* place_rows(Device& device, Memory& memory, const Real* x, const std::vector<int32_t>& index, int dim) {
   const int32_t* at = place(device, memory, index);
@@ -50,6 +50,12 @@ template <class Real>
 void check_weights(const std::vector<Real>& weights, int classes, int dim, const std::string& what);
 // Throws InputError unless gamma, the size of a step or the power of a likelihood, is positive and at most `most`.
 void check_gamma(double gamma, double most = std::numeric_limits<double>::max());
+
+template <class Real>
+std::vector<double> download_doubles(Device& device, const Real* from, size_t count) {
+  const std::vector<Real> host = download(device, from, count);
+  return {host.begin(), host.end()};
+}
 
 // Throws InputError unless the prior precision is positive and finite.
 void check_tau(double tau);

@@ -96,14 +96,15 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
   for (double tau : o.taus) {
     LastLayer<Real> base(device, dim, classes, {.tau = tau, .weight = o.weight}),
         layer(device, dim, classes, {.tau = tau, .weight = o.weight}),
-        gaussian_base(device, dim, classes, {.tau = tau, .weight = SampleWeight::gaussian});  // of the authors' rule
+        gaussian_base(device, dim, classes,
+                      {.tau = tau, .weight = SampleWeight::gaussian});  // where the authors' rule starts
     for (int n : o.bases)
       for (size_t s = 0; s < o.seeds.size(); s++) {
         const uint64_t seed = o.seeds[s];
         if (o.skip && o.skip(tau, n, seed)) continue;
         const std::vector<int> order = shuffled(pool.count, seed, 21);
         std::vector<int> chosen(order.begin(), order.begin() + most), labels;
-        std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());  // every base has the same new ones
+        std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());  // the same new ones for every base
         for (int i : chosen) labels.push_back(pool.labels[i]);
         Arena unit;
         const Real* x = place_rows(device, unit, pooled.x, chosen, dim);
