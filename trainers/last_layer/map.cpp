@@ -1,19 +1,18 @@
-// The host holds the optimizer's vectors, C D doubles each; the device evaluates
+// The host holds the optimizer's vectors, C D doubles each. The device evaluates
 //   J = sum_n -ln p_n[y_n] + tau / 2 |W - M|^2,   dJ/dW = -R' Phi + tau (W - M),   R = rows e_y - softmax(W phi)
 //   H V = (rows G_n V phi_n)' Phi + tau V,        G = diag(p) - p p'
-// at two products n x D x C each, one upload and one download of C D numbers.
+// each by two products n x D x C, one upload and one download of C D numbers.
 //
-// J is strictly convex, so a step is judged by J alone until the change of J drowns in rounding; from there on by
-// slopes: t (J'(0) + J'(t)) / 2 stands for J(t) - J(0), which turns sufficient decrease into Hager and Zhang's
-// approximate Wolfe condition (2005). Gradients thereby go on falling to about eps, not sqrt(eps).
-#include "trainers/last_layer/last_layer_map.h"
+// J is strictly convex, so a step is judged by J alone until the change of J is lost in rounding. From there on slopes
+// decide: t (J'(0) + J'(t)) / 2 stands for J(t) - J(0), which turns sufficient decrease into the approximate Wolfe
+// condition of Hager and Zhang (2005). So gradients go on falling to about eps, not sqrt(eps).
+#include "trainers/last_layer/map.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
-#include "engine/error.h"
 #include "engine/io/dataset.h"
 #include "engine/io/stop.h"
 
@@ -23,56 +22,35 @@ namespace {
 using Vector = std::vector<double>;
 
 double dot(const Vector& x, const Vector& y) {
-  const double* __restrict__ a = x.data(), * __restrict__ b = y.data();
-  const size_t n = x.size();
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
-  for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+  for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
   return sum;
 }
 void add(Vector& y, double scale, const Vector& x) {
-  double* __restrict__ to = y.data();
-  const double* __restrict__ from = x.data();
-  const size_t n = y.size();
   SIMT_SIMD()
-  for (size_t i = 0; i < n; i++) to[i] += scale * from[i];
+  for (size_t i = 0; i < y.size(); i++) y[i] += scale * x[i];
 }
 double largest(const Vector& x) {
-  const double* __restrict__ a = x.data();
-  const size_t n = x.size();
   double top = 0;
   SIMT_SIMD(reduction(max : top))
-  for (size_t i = 0; i < n; i++) top = std::abs(a[i]) > top ? std::abs(a[i]) : top;
+  for (size_t i = 0; i < x.size(); i++) top = std::abs(x[i]) > top ? std::abs(x[i]) : top;
   return top;
 }
 
 template <class Real>
-void check_rows(Device& device, const char* name, const FeatureRows<Real>& rows, int classes) {
-  const std::string who = std::string(name) + ": ";
-  if (rows.count < 1) throw InputError(who + "there are no samples");
-  if (rows.dim < 1) throw InputError(who + "features have dimension " + std::to_string(rows.dim));
-  if (classes < 2) throw InputError(who + "at least 2 classes, not " + std::to_string(classes));
-  if (!rows.labels) throw InputError(who + "samples need labels");
-  const std::vector<int32_t> labels = download(device, rows.labels, rows.count);
-  for (int i = 0; i < rows.count; i++)
-    if (labels[i] < 0 || labels[i] >= classes)
-      throw InputError(who + "label " + std::to_string(labels[i]) + " of sample " + std::to_string(i) +
-                       " is outside [0, " + std::to_string(classes) + ")");
-  Arena arena;
-  uint64_t* hash = arena.take<uint64_t>(rows.count);
-  int32_t* nonfinite = arena.take<int32_t>(rows.count);
-  inspect_rows(hash, nonfinite, rows.x, rows.count, rows.dim, device.stream());
-  const std::vector<int32_t> bad = download(device, nonfinite, rows.count);
-  for (int i = 0; i < rows.count; i++)
-    if (bad[i]) throw InputError(who + "the features of sample " + std::to_string(i) + " are not finite");
+void check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
+  if (rows.count < 1) throw InputError(who + ": there are no samples");
+  if (rows.dim < 1) throw InputError(who + ": features have dimension " + std::to_string(rows.dim));
+  if (classes < 2) throw InputError(who + ": at least 2 classes, not " + std::to_string(classes));
+  download_labels(device, rows, classes, who + ": sample");
+  check_features(device, rows, rows.dim, who + ": sample");
 }
 
 Vector or_zeros(const Vector& given, const std::string& what, int classes, int dim) {
-  const size_t size = size_t(classes) * dim;
-  if (!given.empty() && given.size() != size)
-    throw InputError(what + " has " + std::to_string(given.size()) + " weights, expected " + std::to_string(classes) +
-                     " x " + std::to_string(dim));
-  return given.empty() ? Vector(size, 0.) : given;
+  if (given.empty()) return Vector(size_t(classes) * dim, 0.);
+  check_weights(given, classes, dim, what);
+  return given;
 }
 
 struct Point {
@@ -140,7 +118,7 @@ class Objective {
     copy_to_host(device_, down_.data(), out_, size() * sizeof(Real));
     for (size_t i = 0; i < size(); i++) out[i] = double(down_[i]) + tau_ * v[i];
   }
-  // Below which a change of J says nothing: every loss is a difference of logits, however small.
+  // A change of J below this says nothing, since every loss, however small, is a difference of logits.
   double rounding(const Point& at) const {
     return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.j));
   }
@@ -154,7 +132,7 @@ class Objective {
     multiply<Real>(device_, false, true, rows_.count, classes_, rows_.dim, Real(1), rows_.x, rows_.dim, w_, rows_.dim,
                    Real(0), logits_, classes_);
   }
-  // Of the samples: gradient and losses into out_, in one piece for one copy.
+  // Writes the samples' part of the gradient and their losses into out_, in one piece so that one copy fetches both.
   void gradient(Real* p) {
     softmax_residual(p, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
                      device_.stream());
@@ -184,12 +162,12 @@ double cubic_minimum(const Trial& a, const Trial& b) {
   return b.t - width * (b.slope + root - mixed) / (b.slope - a.slope + 2 * root);
 }
 
-// A step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|: Nocedal and Wright, algorithms 3.5 and 3.6 in
-// one loop. bend = infinity: backtracking. False: no step lowers J.
+// Finds a step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|, by the algorithms 3.5 and 3.6 of Nocedal
+// and Wright in one loop; bend = infinity makes it a backtracking search. Returns false when no step lowers J.
 template <class Real>
 bool line_search(Objective<Real>& objective, const Point& from, const Vector& d, double step, double bend, Point& to) {
   constexpr double sufficient = 1e-4;
-  constexpr int most_trials = 20, most_unclear = 5;  // unclear: told apart by slopes alone
+  constexpr int most_trials = 20, most_unclear = 5;  // unclear: only the slopes tell the steps apart
   const double start = dot(from.g, d), rounding = objective.rounding(from);
   if (!(start < 0)) return false;
   int unclear = 0;
@@ -231,15 +209,15 @@ bool line_search(Objective<Real>& objective, const Point& from, const Vector& d,
 }
 
 // -------------------------------------------------------------------------------------------------------- directions
-// Conjugate gradients on H d = -g.
+// The Newton direction, by conjugate gradients on H d = -g.
 class NewtonDirection {
  public:
   template <class Real>
   void find(Objective<Real>& objective, const Point& at, double limit, Vector& d) {
     const size_t n = at.g.size();
     const double norm = std::sqrt(dot(at.g, at.g));
-    // Eisenstat and Walker's second choice with their safeguard: no more digits than the quadratic model deserves, nor
-    // than the end needs, nor than products have.
+    // The second choice of Eisenstat and Walker with their safeguard. It asks for no more digits than the quadratic
+    // model deserves, than the end of the fit needs, and than the products have.
     double forcing = 0.5;
     if (last_norm_ > 0) {
       const double ratio = norm / last_norm_, floor = 0.9 * forcing_ * forcing_;
@@ -271,7 +249,7 @@ class NewtonDirection {
   double last_norm_ = 0, forcing_ = 0;
 };
 
-// The two loops of L-BFGS.
+// The L-BFGS direction, by its two loops over the pairs of steps and changes of the gradient.
 class LbfgsDirection {
  public:
   explicit LbfgsDirection(int memory) : memory_(memory) {}
@@ -290,9 +268,7 @@ class LbfgsDirection {
     for (size_t k = 0; k < pairs_.size(); k++) add(d, -alpha[k] - dot(pairs_[k].y, d) / pairs_[k].sy, pairs_[k].s);
   }
   void keep(const Point& from, const Point& to) {
-    Pair pair;
-    if (int(pairs_.size()) == memory_) pair = std::move(pairs_.front());
-    pair.s = to.w, pair.y = to.g;
+    Pair pair{to.w, to.g, 0, 0};
     add(pair.s, -1, from.w);
     add(pair.y, -1, from.g);
     pair.sy = dot(pair.s, pair.y), pair.yy = dot(pair.y, pair.y);
@@ -320,11 +296,10 @@ void fill(MapResult& result, const Objective<Real>& objective, Point& at) {
 
 template <class Real>
 MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, const MapOptions& o) {
-  if (!(o.tau > 0) || !std::isfinite(o.tau))
-    throw InputError("fit_map: the prior precision tau must be above 0, not " + std::to_string(o.tau));
+  check_tau(o.tau);
   if (!(o.tolerance >= 0) || !(o.least_decrease >= 0) || o.iterations < 0 || o.memory < 1)
     throw InputError("fit_map: tolerances and iterations must not be negative, and L-BFGS keeps at least one pair");
-  check_rows(device, "fit_map", rows, classes);
+  check_samples(device, "fit_map", rows, classes);
   const bool newton = o.method == MapMethod::newton;
   const Vector mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
   Objective<Real> objective(device, rows, classes, o.tau, mean, newton);
@@ -340,7 +315,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
   LbfgsDirection secant(o.memory);
   Vector d;
   MapResult result;
-  const int patience = newton ? 1 : 10;  // steps that only rounding tells apart
+  const int patience = newton ? 1 : 10;  // how many steps may gain no more than rounding
   int idle = 0;
   double best = at.top;
   while (true) {
@@ -359,7 +334,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
         result.converged = -dot(at.g, d) <= objective.rounding(at);
         break;
       }
-      secant.forget();  // once more, downhill
+      secant.forget();  // the next direction is steepest descent
       continue;
     }
     result.iterations++;
@@ -386,7 +361,7 @@ template <class Real>
 MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, const AdamOptions& o) {
   if (!(o.tau >= 0) || !std::isfinite(o.tau) || !(o.lr > 0) || o.epochs < 1 || o.batch < 1)
     throw InputError("fit_adam: expected tau >= 0, a positive step size, and at least one epoch and sample a batch");
-  check_rows(device, "fit_adam", rows, classes);
+  check_samples(device, "fit_adam", rows, classes);
   const int n = rows.count, dim = rows.dim, batch = std::min(o.batch, n), weights = classes * dim;
   const Vector start = or_zeros(o.start, "fit_adam: the start", classes, dim);
 

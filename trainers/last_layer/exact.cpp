@@ -9,10 +9,10 @@
 // by damped Newton: with h the residual, (I + G A)^-1 h = h - T T'A h at u = f + A a, which descends the strictly
 // convex lse(u) - u_y + a'A a / 2. Its first iteration is the Newton step.
 //
-// All C x C algebra is on the host: it is C^3 beside the (CD)^2 C of the products, a chain of small dependent steps,
-// and a sample needs one transfer of C^2 + C numbers each way. Every update works on copies, which replace the state at
-// the end: an error changes nothing.
-#include "trainers/last_layer/last_layer_exact.h"
+// All C x C algebra is on the host: it costs C^3 beside the (CD)^2 C of the products, it is a chain of small dependent
+// steps, and a sample needs one transfer of C^2 + C numbers each way. Every update works on copies, which replace the
+// state at the end, so that an error changes nothing.
+#include "trainers/last_layer/exact.h"
 
 #include <algorithm>
 #include <cmath>
@@ -23,85 +23,24 @@ namespace {
 
 using Doubles = std::vector<double>;
 
-constexpr size_t room = size_t(1) << 23;  // doubles of scratch that a pass over many rows takes (64 MB)
 constexpr double most_variance = 4.5e15;  // 1 / eps
 
-int rows_at_once(int count, size_t doubles_a_row) {
-  return int(std::clamp<size_t>(room / doubles_a_row, 1, size_t(std::max(count, 1))));
-}
-
+double dot(const Doubles& a, const Doubles& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
 bool all_finite(const Doubles& x) {
   return std::all_of(x.begin(), x.end(), [](double v) { return std::isfinite(v); });
 }
-double dot(const Doubles& a, const Doubles& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
 double largest(const Doubles& x) {
   double top = 0;
   for (double v : x) top = std::max(top, std::abs(v));
   return top;
 }
 
-void check_settings(int dim, int classes, double tau) {
-  if (dim < 1 || classes < 2)
-    throw InputError("a last layer needs features and two classes: dim " + std::to_string(dim) + ", classes " +
-                     std::to_string(classes));
-  if (!(tau > 0) || !std::isfinite(tau)) throw InputError("prior precision " + std::to_string(tau) + ": above 0");
+std::vector<int32_t> check_samples(Device& device, const FeatureRows<double>& rows, int dim, int classes) {
+  check_features(device, rows, dim);
+  return rows.count ? download_labels(device, rows, classes) : std::vector<int32_t>{};
 }
 
-void check_weights(const Doubles& weights, int dim, int classes) {
-  if (weights.size() != size_t(dim) * classes)
-    throw InputError(std::to_string(weights.size()) + " weights, expected " + std::to_string(classes) + " x " +
-                     std::to_string(dim));
-  if (!all_finite(weights)) throw InputError("weights that are not finite");
-}
-
-// Throws InputError for another dim, features that are not finite and, where labels are wanted, those outside [0, C).
-std::vector<int32_t> checked_labels(Device& device, const FeatureRows<double>& rows, int dim, int classes,
-                                    bool labelled) {
-  if (rows.count < 0 || rows.dim != dim)
-    throw InputError("features of shape [" + std::to_string(rows.count) + "][" + std::to_string(rows.dim) +
-                     "], expected dim " + std::to_string(dim));
-  if (rows.count == 0) return {};
-  Scratch::Frame scratch(device);
-  auto* hash = scratch.take<uint64_t>(rows.count);
-  auto* nonfinite = scratch.take<int32_t>(rows.count);
-  inspect_rows(hash, nonfinite, rows.x, rows.count, dim, device.stream());
-  const auto bad = download(device, nonfinite, rows.count);
-  if (const auto at = std::find(bad.begin(), bad.end(), 1); at != bad.end())
-    throw InputError("sample " + std::to_string(at - bad.begin()) + " has features that are not finite");
-  if (!labelled) return {};
-  if (!rows.labels) throw InputError("samples without labels");
-  auto labels = download(device, rows.labels, rows.count);
-  for (int i = 0; i < rows.count; i++)
-    if (labels[i] < 0 || labels[i] >= classes)
-      throw InputError("sample " + std::to_string(i) + " has the label " + std::to_string(labels[i]) +
-                       ", expected 0 to " + std::to_string(classes - 1));
-  return labels;
-}
-
-// softmax(W phi_n) [n][C] of all rows; weights [C][D] on the device.
-Doubles probabilities(Device& device, const double* weights, const double* x, int n, int dim, int classes) {
-  const int step = rows_at_once(n, 2 * size_t(classes));
-  Scratch::Frame scratch(device);
-  auto *logits = scratch.take<double>(size_t(step) * classes), *p = scratch.take<double>(size_t(step) * classes);
-  Doubles all(size_t(n) * classes);
-  for (int first = 0; first < n; first += step) {
-    const int count = std::min(step, n - first);
-    multiply(device, false, true, count, classes, dim, 1.0, x + size_t(first) * dim, dim, weights, dim, 0.0, logits,
-             classes);
-    softmax_residual<double>(p, nullptr, nullptr, nullptr, logits, nullptr, count, classes, device.stream());
-    copy_to_host(device, all.data() + size_t(first) * classes, p, sizeof(double) * size_t(count) * classes);
-  }
-  return all;
-}
-
-// 1 - p_c as the sum of the others: 1 - p keeps no digits of a confident sample's curvature.
-double all_but(const double* p, int c, int classes) {
-  double sum = 0;
-  for (int e = 0; e < classes; e++) sum += e == c ? 0 : p[e];
-  return sum;
-}
-
-// u -> softmax(u); returns ln sum exp u.
+// u becomes softmax(u); returns ln sum exp u.
 double softmax_in_place(Doubles& u) {
   const double top = *std::max_element(u.begin(), u.end());
   double sum = 0;
@@ -173,7 +112,7 @@ Doubles residual(const Doubles& p, int label) {
   return r;
 }
 
-// The root of a = e_y - softmax(f + A a).
+// Returns the root of a = e_y - softmax(f + A a).
 Doubles implicit_step(const Doubles& a_matrix, const Doubles& f, int label) {
   constexpr double done = 1e-14, near = 1e-9, usable = 1e-7;
   const int n = int(f.size());
@@ -199,34 +138,21 @@ Doubles implicit_step(const Doubles& a_matrix, const Doubles& f, int label) {
     before = error;
     const Doubles delta = Gain(p, a_matrix).step(a_matrix, h);
     const double slope = dot(h, product(a_matrix, delta));  // minus the derivative along delta
-    const auto moved = [&](double t) {
-      Doubles b = a;
-      for (int c = 0; c < n; c++) b[c] += t * delta[c];
-      return b;
+    Doubles next;
+    double value = 0, t = 1;
+    const auto move = [&] {
+      next = a;
+      for (int c = 0; c < n; c++) next[c] += t * delta[c];
+      value = objective(next);
     };
-    double t = 1;
-    Doubles next = moved(t);
-    double value = objective(next);
-    if (error > near)
-      for (int halving = 0; halving < 50 && !(value <= now - 1e-4 * t * slope); halving++) {
-        t /= 2;
-        next = moved(t);
-        value = objective(next);
-      }
+    for (move(); error > near && t > 0x1p-50 && !(value <= now - 1e-4 * t * slope); move()) t /= 2;
     a = std::move(next);
     now = value;
   }
 }
 
-Evidence evidence_of(double log_likelihood, double log_determinant, double order, double tau, double squares,
-                     double determinant_by_log_tau) {
-  return {log_likelihood - (log_determinant - order * std::log(tau) + tau * squares) / 2,
-          (order - tau * squares - determinant_by_log_tau) / 2};
-}
-
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------- all C D weights
 struct ExactLastLayer::State {
   State(Device& d, int dimension, int class_count)
       : device(d), dim(dimension), classes(class_count), order(dim * classes), factorizer(d, arena, order) {
@@ -240,9 +166,10 @@ struct ExactLastLayer::State {
   }
 
   size_t bytes() const { return sizeof(double) * order * order; }
+  Doubles whole(const double* m) const { return download(device, m, size_t(order) * order); }
 
-  // into += sum_n G_n (x) phi_n phi_n', for p [n][C]. The curvature's sign is that of the pair of classes, so that a
-  // block is a product of rows scaled by sqrt |G_ce| with themselves, and symmetric.
+  // into += sum_n G_n (x) phi_n phi_n', for p [n][C]. All samples' G_ce have one sign, + for c = e and - else, so that
+  // the block of two classes is + or - a product of rows scaled by sqrt |G_ce| with themselves.
   void add_curvature(double* into, const double* x, const Doubles& probability, int n) {
     const int pairs = classes * (classes + 1) / 2, step = rows_at_once(n, size_t(dim) + pairs);
     Scratch::Frame scratch(device);
@@ -271,7 +198,7 @@ struct ExactLastLayer::State {
   }
   double* block(double* m, int c, int e) const { return m + size_t(c) * dim * order + size_t(e) * dim; }
 
-  // next_sigma's lower triangle = the Cholesky factor of next_p + ridge I.
+  // Makes the lower triangle of next_sigma the Cholesky factor of next_p + ridge I.
   void factor(double ridge) {
     copy_on_device(device, next_sigma, next_p, bytes());
     if (ridge != 0) add_diagonal(next_sigma, ridge, order, device.stream());
@@ -291,7 +218,7 @@ struct ExactLastLayer::State {
     return download(device, diagonal, order);
   }
 
-  // What has been computed beside the state: throws where it must not become the state.
+  // Throws where what has been computed beside the state must not become the state.
   void verify(double new_log_determinant) {
     const Doubles precisions = diagonal_of(next_p), variances = diagonal_of(next_sigma);
     const bool finite = std::isfinite(new_log_determinant) && all_finite(download(device, next_w, order)) &&
@@ -304,8 +231,8 @@ struct ExactLastLayer::State {
     log_determinant = new_log_determinant;
   }
 
-  // One sample on next_w and next_sigma. Returns the probabilities whose curvature next_sigma now holds, and adds to
-  // the log-determinant of its inverse.
+  // Absorbs one sample in next_w and next_sigma. Returns the probabilities whose curvature next_sigma now holds, and
+  // adds to the log-determinant of its inverse.
   Doubles absorb(const double* phi, int label, int sample, ExactRule rule, double& log_det) {
     multiply(device, false, false, order * classes, 1, dim, 1.0, next_sigma, dim, phi, 1, 0.0, b, 1);
     double* logits = logit_moments + size_t(classes) * classes;
@@ -371,7 +298,10 @@ struct ExactLastLayer::State {
 
 ExactLastLayer::ExactLastLayer(Device& device, int dim, int classes, double tau)
     : device_(device), dim_(dim), classes_(classes), tau_(tau) {
-  check_settings(dim, classes, tau);
+  check_tau(tau);
+  if (dim < 1 || classes < 2)
+    throw InputError("a last layer needs features and two classes: dim " + std::to_string(dim) + ", classes " +
+                     std::to_string(classes));
   if (int64_t(dim) * classes > most_weights)
     throw InputError("an exact last layer holds matrices over all weights: " + std::to_string(classes) +
                      " classes of " + std::to_string(dim) + " features are " + std::to_string(int64_t(dim) * classes) +
@@ -384,7 +314,7 @@ ExactLastLayer::ExactLastLayer(Device& device, int dim, int classes, double tau)
 ExactLastLayer::~ExactLastLayer() = default;
 
 MapResult ExactLastLayer::fit(const FeatureRows<double>& rows, const MapOptions& options) {
-  checked_labels(device_, rows, dim_, classes_, true);
+  check_samples(device_, rows, dim_, classes_);
   MapOptions own = options;
   own.tau = tau_;  // one prior for the weights and their covariance
   MapResult result = fit_map(device_, rows, classes_, own);
@@ -394,11 +324,12 @@ MapResult ExactLastLayer::fit(const FeatureRows<double>& rows, const MapOptions&
 
 void ExactLastLayer::fit_covariance(const FeatureRows<double>& rows, const std::vector<double>& weights) {
   State& s = *s_;
-  check_weights(weights, dim_, classes_);
-  checked_labels(device_, rows, dim_, classes_, false);
+  check_weights(weights, classes_, dim_, "a last layer");
+  check_features(device_, rows, dim_);
   upload(device_, s.next_w, weights);
   fill_zero(device_, s.next_p, s.bytes());
-  s.add_curvature(s.next_p, rows.x, probabilities(device_, s.next_w, rows.x, rows.count, dim_, classes_), rows.count);
+  s.add_curvature(s.next_p, rows.x, class_probabilities(device_, s.next_w, rows.x, rows.count, dim_, classes_),
+                  rows.count);
   const double log_det = s.invert(tau_);
   s.verify(log_det);
   copy_on_device(device_, s.h, s.next_p, s.bytes());
@@ -407,16 +338,17 @@ void ExactLastLayer::fit_covariance(const FeatureRows<double>& rows, const std::
 }
 
 Evidence ExactLastLayer::evidence(double log_likelihood) {
-  const Doubles w = weights(), variances = s_->diagonal_of(s_->sigma);
-  return evidence_of(log_likelihood, s_->log_determinant, s_->order, tau_, dot(w, w),
-                     tau_ * std::accumulate(variances.begin(), variances.end(), 0.0));
+  const Doubles variances = s_->diagonal_of(s_->sigma);
+  const double trace = std::accumulate(variances.begin(), variances.end(), 0.0);
+  return compute_evidence(log_likelihood, s_->log_determinant, tau_ * trace, weights(), tau_);
 }
 
 void ExactLastLayer::logits(const double* x, int n, double* out) {
   multiply(device_, false, true, n, classes_, dim_, 1.0, x, dim_, s_->w, dim_, 0.0, out, classes_);
 }
 
-// X Sigma_c for every class c makes rows (n, c, e) of D numbers; each times its phi_n is an entry of f_var.
+// The products X Sigma_c for every class c are rows (n, c, e) of D numbers; each row times its phi_n is an entry of
+// out.
 void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   const State& s = *s_;
   if (n < 0) throw InputError(std::to_string(n) + " rows");
@@ -424,10 +356,9 @@ void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   const int step = rows_at_once(n, 2 * wide);
   Scratch::Frame scratch(device_);
   auto *products = scratch.take<double>(step * wide), *repeated = scratch.take<double>(step * wide);
-  auto* index = scratch.take<int32_t>(step * square);
   std::vector<int32_t> sources(step * square);
   for (size_t i = 0; i < sources.size(); i++) sources[i] = int32_t(i / square);
-  upload(device_, index, sources);
+  const int32_t* index = place(device_, scratch, sources);
   for (int first = 0; first < n; first += step) {
     const int count = std::min(step, n - first), entries = int(count * square);
     const double* part = x + size_t(first) * dim_;
@@ -440,48 +371,20 @@ void ExactLastLayer::logit_covariances(const double* x, int n, double* out) {
   }
 }
 
-LinkedPredictions ExactLastLayer::predict(const double* x, int n, const LinkOptions& options) {
-  const bool drawn = options.link == Link::monte_carlo;
-  if (options.link == Link::mean_field)
+LinkedPredictions ExactLastLayer::predict(const double* x, int n, const LinkOptions& o) {
+  if (o.link == Link::mean_field)
     throw InputError("the mean-field link takes one variance for all classes, which exact covariances do not have");
   if (n < 0) throw InputError(std::to_string(n) + " rows");
-  if (drawn && (options.draws < 1 || options.draws > (1 << 30) / classes_))
-    throw InputError(std::to_string(options.draws) + " draws");
-  const size_t square = size_t(classes_) * classes_;
-  const int step = rows_at_once(n, 2 * square + 2 * size_t(classes_) + 2);
-  Scratch::Frame scratch(device_);
-  auto *f = scratch.take<double>(size_t(step) * classes_), *probability = scratch.take<double>(size_t(step) * classes_);
-  auto *entropy = scratch.take<double>(step), *information = scratch.take<double>(step);
-  double* variance = options.link == Link::map ? nullptr : scratch.take<double>(step * square);
-  double *factor = nullptr, *normals = nullptr;
-  if (drawn) {
-    factor = scratch.take<double>(step * square);
-    normals = scratch.take<double>(size_t(options.draws) * classes_);
-    fill_normals(normals, options.draws * classes_, key_of(options.seed, 13), device_.stream());
-  }
-  LinkedPredictions result;
-  const auto append = [&](Doubles& to, const double* from, size_t count) {
-    const Doubles part = download(device_, from, count);
-    to.insert(to.end(), part.begin(), part.end());
-  };
-  for (int first = 0; first < n; first += step) {
-    const int count = std::min(step, n - first);
-    const double* part = x + size_t(first) * dim_;
-    logits(part, count, f);
-    if (variance) logit_covariances(part, count, variance);
-    link_probabilities<double>(
-        {probability, entropy, drawn ? information : nullptr, f, variance, normals, factor, variance != nullptr},
-        options.link, options.lambda, options.draws, count, classes_, device_.stream());
-    append(result.probability, probability, size_t(count) * classes_);
-    append(result.entropy, entropy, count);
-    if (drawn) append(result.information, information, count);
-  }
-  return result;
+  const int step = rows_at_once(n, 2 * (size_t(classes_) + 1) * classes_ + 2);
+  return predict_rows<double>(
+      device_, x, n, dim_, classes_, step, true, o,
+      [&](const double* rows, int count, double* out) { logits(rows, count, out); },
+      [&](const double* rows, int count, double* out) { logit_covariances(rows, count, out); });
 }
 
 void ExactLastLayer::update(const FeatureRows<double>& rows, ExactRule rule) {
   State& s = *s_;
-  const auto labels = checked_labels(device_, rows, dim_, classes_, true);
+  const std::vector<int32_t> labels = check_samples(device_, rows, dim_, classes_);
   if (rows.count == 0) return;
   copy_on_device(device_, s.next_sigma, s.sigma, s.bytes());
   copy_on_device(device_, s.next_p, s.p, s.bytes());
@@ -499,7 +402,7 @@ void ExactLastLayer::update(const FeatureRows<double>& rows, ExactRule rule) {
 
 MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int iterations) {
   State& s = *s_;
-  const auto labels = checked_labels(device_, rows, dim_, classes_, true);
+  check_samples(device_, rows, dim_, classes_);
   if (iterations < 1) throw InputError(std::to_string(iterations) + " Newton steps, at least 1");
   const int n = rows.count;
   const size_t outputs = size_t(n) * classes_;
@@ -510,12 +413,12 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
 
   struct Point {
     Doubles weights, gradient;
-    double objective, log_likelihood;
+    double objective = 0, log_likelihood = 0;
   };
   MapResult result;
-  // Leaves next_w = the point's weights.
+  // Leaves the point's weights in next_w.
   const auto evaluate = [&](Doubles weights) {
-    Point at{std::move(weights), {}, 0, 0};
+    Point at{std::move(weights), {}};
     Doubles moved = at.weights;
     for (int i = 0; i < s.order; i++) moved[i] -= start[i];
     upload(device_, s.next_w, at.weights);
@@ -533,10 +436,10 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
     result.evaluations++;
     return at;
   };
-  // next_p = P + H at next_w.
+  // Makes next_p P + H at next_w.
   const auto curve = [&] {
     copy_on_device(device_, s.next_p, s.p, s.bytes());
-    s.add_curvature(s.next_p, rows.x, probabilities(device_, s.next_w, rows.x, n, dim_, classes_), n);
+    s.add_curvature(s.next_p, rows.x, class_probabilities(device_, s.next_w, rows.x, n, dim_, classes_), n);
   };
 
   Point now = evaluate(start);
@@ -549,19 +452,15 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
     for (const bool transpose : {false, true}) s.factorizer.solve(transpose, s.next_sigma, s.order, shift, 1, 1);
     const Doubles step = download(device_, shift, s.order);
     const double fall = dot(now.gradient, step), rounding = 1e-13 * (1 + std::abs(now.objective));
-    const auto move = [&](double t) {
+    Point next;
+    double t = 1;
+    const auto move = [&] {
       Doubles moved = now.weights;
       for (int i = 0; i < s.order; i++) moved[i] -= t * step[i];
-      return evaluate(std::move(moved));
+      next = evaluate(std::move(moved));
     };
-    double t = 1;
-    Point next = move(t);
-    if (iterations > 1)
-      for (int halving = 0; halving < 50 && !(next.objective <= now.objective - 1e-4 * t * fall + rounding);
-           halving++) {
-        t /= 2;
-        next = move(t);
-      }
+    const auto overshoots = [&] { return !(next.objective <= now.objective - 1e-4 * t * fall + rounding); };
+    for (move(); iterations > 1 && t > 0x1p-50 && overshoots(); move()) t /= 2;
     if (!std::isfinite(next.objective) || !all_finite(next.gradient))
       throw RunError("a joint update stopped being finite");
     stalls = iterations > 1 && fall <= rounding && largest(next.gradient) > largest(now.gradient) / 2;
@@ -580,157 +479,9 @@ MapResult ExactLastLayer::update_jointly(const FeatureRows<double>& rows, int it
 }
 
 std::vector<double> ExactLastLayer::weights() const { return download(device_, s_->w, s_->order); }
-std::vector<double> ExactLastLayer::covariance() const {
-  return download(device_, s_->sigma, size_t(s_->order) * s_->order);
-}
-std::vector<double> ExactLastLayer::precision() const {
-  return download(device_, s_->p, size_t(s_->order) * s_->order);
-}
-std::vector<double> ExactLastLayer::curvature() const {
-  return download(device_, s_->h, size_t(s_->order) * s_->order);
-}
+std::vector<double> ExactLastLayer::covariance() const { return s_->whole(s_->sigma); }
+std::vector<double> ExactLastLayer::precision() const { return s_->whole(s_->p); }
+std::vector<double> ExactLastLayer::curvature() const { return s_->whole(s_->h); }
 double ExactLastLayer::log_determinant() const { return s_->log_determinant; }
-
-// ------------------------------------------------------------------------------------------------------- Kronecker
-KroneckerLastLayer::KroneckerLastLayer(Device& device, const FeatureRows<double>& rows, int classes,
-                                       const std::vector<double>& weights, double tau, bool damped)
-    : dim_(rows.dim), classes_(classes), tau_(tau), damped_(damped), weights_(weights) {
-  check_settings(dim_, classes, tau);
-  check_weights(weights, dim_, classes);
-  if (rows.count < 1) throw InputError("a Kronecker approximation needs at least one sample");
-  checked_labels(device, rows, dim_, classes, false);
-  Arena arena;
-  Factorizer<double> factorizer(device, arena, std::max(dim_, classes));
-  const size_t square_a = size_t(dim_) * dim_, square_b = size_t(classes) * classes;
-  auto *a = arena.take<double>(square_a), *b = arena.take<double>(square_b);
-  auto *values = arena.take<double>(std::max(dim_, classes)), *w = arena.take<double>(weights.size());
-
-  rank_update(device, true, dim_, rows.count, 1.0 / rows.count, rows.x, dim_, 0.0, a, dim_);
-  mirror_lower(a, dim_, dim_, device.stream());
-  a_ = download(device, a, square_a);
-
-  upload(device, w, weights);
-  const Doubles p = probabilities(device, w, rows.x, rows.count, dim_, classes);
-  b_.assign(square_b, 0);
-  for (int n = 0; n < rows.count; n++) {
-    const double* row = p.data() + size_t(n) * classes;
-    for (int c = 0; c < classes; c++)
-      for (int e = 0; e < classes; e++)
-        b_[size_t(c) * classes + e] += c == e ? row[c] * all_but(row, c, classes) : -row[c] * row[e];
-  }
-  upload(device, b, b_);
-
-  const auto decompose = [&](double* m, int n, Doubles& vectors, Doubles& spectrum) {
-    if (factorizer.eigen(m, values, n) != 0) throw RunError("the eigenvalues of a Kronecker factor did not converge");
-    vectors = download(device, m, size_t(n) * n);
-    spectrum = download(device, values, n);
-    for (double& v : spectrum) v = std::max(v, 0.0);  // B has an eigenvalue 0, which rounding makes negative
-    if (!all_finite(spectrum)) throw RunError("a Kronecker factor is not finite");
-  };
-  decompose(a, dim_, a_vectors_, a_values_);
-  decompose(b, classes, b_vectors_, b_values_);
-}
-
-double KroneckerLastLayer::log_determinant() const {
-  const double root = std::sqrt(tau_);
-  double sum = 0;
-  for (double b : b_values_)
-    for (double a : a_values_) sum += damped_ ? std::log((b + root) * (a + root)) : std::log(b * a + tau_);
-  return sum;
-}
-
-Evidence KroneckerLastLayer::evidence(double log_likelihood) const {
-  const double root = std::sqrt(tau_);
-  double by_log_tau = 0;  // of the log-determinant; undamped it is tau tr P^-1
-  for (double b : b_values_)
-    for (double a : a_values_)
-      by_log_tau += damped_ ? root / 2 * (1 / (b + root) + 1 / (a + root)) : tau_ / (b * a + tau_);
-  return evidence_of(log_likelihood, log_determinant(), double(dim_) * classes_, tau_, dot(weights_, weights_),
-                     by_log_tau);
-}
-
-// With the eigenvectors u_j of A and v_i of B: sum_i v_i v_i' sum_j (u_j'phi)^2 / (b_i a_j + tau).
-std::vector<double> KroneckerLastLayer::logit_covariances(const std::vector<double>& x, int n) const {
-  if (n < 0 || x.size() != size_t(n) * dim_)
-    throw InputError(std::to_string(x.size()) + " features, expected " + std::to_string(n) + " x " +
-                     std::to_string(dim_));
-  const double root = std::sqrt(tau_);
-  const size_t square = size_t(classes_) * classes_;
-  Doubles out(n * square, 0), squares(dim_);
-  for (int k = 0; k < n; k++) {
-    const double* phi = x.data() + size_t(k) * dim_;
-    for (int j = 0; j < dim_; j++) {
-      const double along = std::inner_product(phi, phi + dim_, a_vectors_.data() + size_t(j) * dim_, 0.0);
-      squares[j] = along * along;
-    }
-    for (int i = 0; i < classes_; i++) {
-      const double b = b_values_[i], *v = b_vectors_.data() + size_t(i) * classes_;
-      double sum = 0;
-      for (int j = 0; j < dim_; j++)
-        sum += squares[j] / (damped_ ? (b + root) * (a_values_[j] + root) : b * a_values_[j] + tau_);
-      for (int c = 0; c < classes_; c++)
-        for (int e = 0; e < classes_; e++) out[k * square + size_t(c) * classes_ + e] += sum * v[c] * v[e];
-    }
-  }
-  return out;
-}
-
-// ------------------------------------------------------------------------------------------------ prior precision
-TunedPrior tune_prior(Device& device, const FeatureRows<double>& rows, int classes, EvidenceStructure structure,
-                      SampleWeight weight, double low, double high, int grid, int refinements) {
-  check_settings(rows.dim, classes, low);
-  if (!(high > low) || !std::isfinite(high) || grid < 2 || refinements < 0)
-    throw InputError("a search for the prior precision needs low < high, two values or more and refinements >= 0");
-  std::vector<std::pair<double, double>> tried;  // tau, evidence
-  MapOptions options;
-  const auto evidence_at = [&](double log_tau) {
-    const double tau = options.tau = std::clamp(std::exp(log_tau), low, high);
-    const MapResult map = fit_map(device, rows, classes, options);
-    options.start = map.weights;  // the next value's optimum is near
-    double value = 0;
-    if (structure == EvidenceStructure::shared) {
-      LastLayer<double> layer(device, rows.dim, classes, {.tau = tau, .weight = weight});
-      layer.fit_covariance(rows, map.weights);
-      value = layer.log_evidence(map.log_likelihood);
-    } else if (structure == EvidenceStructure::exact) {
-      ExactLastLayer layer(device, rows.dim, classes, tau);
-      layer.fit_covariance(rows, map.weights);
-      value = layer.evidence(map.log_likelihood).value;
-    } else {
-      value = KroneckerLastLayer(device, rows, classes, map.weights, tau).evidence(map.log_likelihood).value;
-    }
-    if (!std::isfinite(value))
-      throw RunError("the evidence at the prior precision " + std::to_string(tau) + " is not finite");
-    tried.emplace_back(tau, value);
-    return value;
-  };
-
-  // From the firmest prior down: its optimum is the nearest to the first start, 0.
-  Doubles at(grid), values(grid);
-  for (int i = grid - 1; i >= 0; i--) {
-    at[i] = std::log(low) + (std::log(high) - std::log(low)) * i / (grid - 1);
-    values[i] = evidence_at(at[i]);
-  }
-  const int best = int(std::max_element(values.begin(), values.end()) - values.begin());
-  double left = at[std::max(best - 1, 0)], middle = at[best], right = at[std::min(best + 1, grid - 1)];
-  double top = values[best];
-  for (int i = 0; i < refinements; i++) {
-    constexpr double section = 0.3819660112501051;  // (3 - sqrt 5) / 2
-    const bool rightwards = right - middle >= middle - left;
-    const double probe = middle + section * (rightwards ? right - middle : left - middle), value = evidence_at(probe);
-    if (value > top) {
-      (rightwards ? left : right) = middle;
-      middle = probe, top = value;
-    } else {
-      (rightwards ? right : left) = probe;
-    }
-  }
-  std::sort(tried.begin(), tried.end());
-  const auto found =
-      std::max_element(tried.begin(), tried.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
-  TunedPrior result{found->first, found->second, {}, {}};
-  for (const auto& [tau, value] : tried) result.taus.push_back(tau), result.evidences.push_back(value);
-  return result;
-}
 
 }  // namespace baton

@@ -1,29 +1,15 @@
-// The exact and the Kronecker Laplace approximation of a last layer, against golden values of independent code
-// (formulas in shared/goldens/laplace) and against what must hold for any data.
-#include "trainers/last_layer/last_layer_exact.h"
+// The exact Laplace approximation of a last layer, against golden values of independent code (formulas in
+// shared/goldens/laplace) and against what must hold for any data.
+#include "trainers/last_layer/exact.h"
 
 #include <cstring>
-#include <numeric>
-#include <random>
 
-#include "tests/support/buffers.h"
-#include "tests/support/compare.h"
-#include "tests/support/device.h"
-#include "tests/support/laplace_goldens.h"
+#include "tests/trainers/last_layer/exact_fixture.h"
+#include "trainers/last_layer/kronecker.h"
 
 namespace baton::test {
 namespace {
 
-using Doubles = std::vector<double>;
-
-constexpr double one_shot = 1e-10, optimum = 1e-8;  // also of chains of updates
-
-using test::within;
-testing::AssertionResult within(double got, double want, double tolerance) {
-  return within(Doubles{got}, Doubles{want}, tolerance);
-}
-
-double frobenius(const Doubles& m) { return std::sqrt(std::inner_product(m.begin(), m.end(), m.begin(), 0.0)); }
 Doubles diagonal(const Doubles& m, int n) {
   Doubles d;
   for (int i = 0; i < n; i++) d.push_back(m[size_t(i) * n + i]);
@@ -49,71 +35,16 @@ void expect_matrix(const Npz& z, const std::string& name, const Doubles& got, in
   }
 }
 
-// Features and labels on the host, and the same on the device.
-struct Samples {
-  Doubles x;
-  std::vector<int32_t> labels;
-  int dim;
-
-  int count() const { return int(labels.size()); }
-  Samples slice(int first, int n) const {
-    return {Doubles(x.begin() + size_t(first) * dim, x.begin() + size_t(first + n) * dim),
-            std::vector<int32_t>(labels.begin() + first, labels.begin() + first + n), dim};
-  }
-  Samples operator+(const Samples& more) const {
-    Samples all = *this;
-    all.x.insert(all.x.end(), more.x.begin(), more.x.end());
-    all.labels.insert(all.labels.end(), more.labels.begin(), more.labels.end());
-    return all;
-  }
-};
-
-struct Rows {
-  explicit Rows(const Samples& s) : x(memory, s.x), labels(memory, s.labels), count(s.count()), dim(s.dim) {}
-  operator FeatureRows<double>() { return {x, labels, count, dim}; }
-
-  Memory memory;
-  Buffer<double> x;
-  Buffer<int32_t> labels;
-  int count, dim;
-};
-
-constexpr int digit_weights = digit_dim * digit_classes;
-Samples digits(const std::vector<int64_t>& index) {
-  const DigitRows rows = digit_rows(index);
-  return {rows.x, rows.labels, digit_dim};
-}
-Samples digits(const std::string& set) { return digits(digit_split(set)); }
-
-// Classes around random centres, one feature always 1.
-Samples random_samples(int n, int dim, int classes, uint32_t seed, double spread = 1) {
-  std::mt19937 random(seed);
-  std::normal_distribution<double> normal;
-  Doubles centres;
-  for (int i = 0; i < classes * dim; i++) centres.push_back(normal(random));
-  Samples s{{}, {}, dim};
-  for (int i = 0; i < n; i++) {
-    s.labels.push_back(int32_t(random() % classes));
-    for (int d = 0; d < dim; d++)
-      s.x.push_back(d + 1 == dim ? 1 : centres[s.labels.back() * dim + d] + spread * normal(random));
-  }
-  return s;
-}
-
-Doubles softmax(const Doubles& w, const double* phi, int dim, int classes) {
-  Doubles p(classes, 0);
+Doubles predicted(const Doubles& w, const double* phi, int dim, int classes) {
+  Doubles f(classes, 0);
   for (int c = 0; c < classes; c++)
-    for (int d = 0; d < dim; d++) p[c] += w[size_t(c) * dim + d] * phi[d];
-  const double top = *std::max_element(p.begin(), p.end());
-  double sum = 0;
-  for (double& v : p) sum += v = std::exp(v - top);
-  for (double& v : p) v /= sum;
-  return p;
+    for (int d = 0; d < dim; d++) f[c] += w[size_t(c) * dim + d] * phi[d];
+  return softmax(f);
 }
 double log_likelihood(const Doubles& w, const Samples& s) {
   double sum = 0;
   for (int i = 0; i < s.count(); i++)
-    sum += std::log(softmax(w, s.x.data() + size_t(i) * s.dim, s.dim, int(w.size()) / s.dim)[s.labels[i]]);
+    sum += std::log(predicted(w, s.x.data() + size_t(i) * s.dim, s.dim, int(w.size()) / s.dim)[s.labels[i]]);
   return sum;
 }
 
@@ -122,7 +53,7 @@ struct Quality {
 };
 Quality quality(ExactLastLayer& layer, const Samples& s, int classes) {
   Rows rows(s);
-  const Doubles p = layer.predict(rows.x, rows.count, {.link = Link::map}).probability;
+  const Doubles p = layer.predict(rows.x(), rows.count(), {.link = Link::map}).probability;
   Quality q;
   for (int i = 0; i < s.count(); i++) {
     const double* row = p.data() + size_t(i) * classes;
@@ -132,14 +63,9 @@ Quality quality(ExactLastLayer& layer, const Samples& s, int classes) {
   return q;
 }
 
-Doubles logit_covariances(ExactLastLayer& layer, Rows& rows, int classes) {
-  Buffer<double> v(rows.memory, size_t(rows.count) * classes * classes);
-  layer.logit_covariances(rows.x, rows.count, v);
-  return v.host();
-}
-Doubles logits(ExactLastLayer& layer, Rows& rows, int classes) {
-  Buffer<double> f(rows.memory, size_t(rows.count) * classes);
-  layer.logits(rows.x, rows.count, f);
+Doubles logits(ExactLastLayer& layer, Rows<>& rows, int classes) {
+  Buffer<double> f(rows.memory(), size_t(rows.count()) * classes);
+  layer.logits(rows.x(), rows.count(), f);
   return f.host();
 }
 
@@ -176,30 +102,13 @@ bool same_bits(const Doubles& a, const Doubles& b) {
 
 const ExactRule rules[] = {ExactRule::newton_old, ExactRule::newton_new, ExactRule::implicit};
 
-// A layer fitted to random samples of 3 classes and 4 features.
-struct Small {
-  static constexpr int dim = 4, classes = 3, order = 12;
-  explicit Small(double tau = 0.5, double spread = 1)
-      : base(random_samples(30, dim, classes, 1, spread)),
-        more(random_samples(12, dim, classes, 2, spread)),
-        base_rows(base),
-        more_rows(more),
-        layer(base_rows.memory.device(), dim, classes, tau) {
-    layer.fit(base_rows);
-  }
-  Samples base, more;
-  Rows base_rows, more_rows;
-  ExactLastLayer layer;
-};
-
 // ---------------------------------------------------------------------------------------------------------- goldens
 TEST(ExactLastLayer, TinySoftmaxPosterior) {
   BATON_NEEDS_DEVICE();
   const Npz z = golden("tiny_softmax");
-  Samples s{z.f64("Phi"), {}, 3};
-  for (int64_t y : z.i64("y")) s.labels.push_back(int32_t(y));
+  const Samples s = tiny_samples();
   Rows rows(s);
-  ExactLastLayer layer(rows.memory.device(), 3, 3, z.scalar("tau"));
+  ExactLastLayer layer(rows.device(), 3, 3, z.scalar("tau"));
   const MapResult map = layer.fit(rows);
   EXPECT_TRUE(map.converged);
   EXPECT_TRUE(within(map.weights, z.f64("W_map"), optimum));
@@ -220,7 +129,7 @@ TEST(ExactLastLayer, TinySoftmaxPosterior) {
                                    {Link::probit, "p_probit"},
                                    {Link::bridge, "p_bridge"},
                                    {Link::bridge_norm, "p_bridge_norm"}}) {
-    const LinkedPredictions got = layer.predict(rows.x, rows.count, {.link = link});
+    const LinkedPredictions got = layer.predict(rows.x(), rows.count(), {.link = link});
     EXPECT_TRUE(within(got.probability, z.f64(name), one_shot)) << name;
     EXPECT_EQ(got.entropy.size(), 12u);
     EXPECT_TRUE(got.information.empty());
@@ -230,12 +139,11 @@ TEST(ExactLastLayer, TinySoftmaxPosterior) {
 TEST(ExactLastLayer, TinySoftmaxUpdates) {
   BATON_NEEDS_DEVICE();
   const Npz z = golden("tiny_softmax");
-  Samples s{z.f64("Phi"), {}, 3};
-  for (int64_t y : z.i64("y")) s.labels.push_back(int32_t(y));
+  const Samples s = tiny_samples();
   const Samples fresh{z.f64("phi_new"), {int32_t(z.scalar("y_new"))}, 3};
   Rows rows(s), one(fresh), both(s + fresh);
   const auto fitted = [&] {
-    auto layer = std::make_unique<ExactLastLayer>(rows.memory.device(), 3, 3, z.scalar("tau"));
+    auto layer = std::make_unique<ExactLastLayer>(rows.device(), 3, 3, z.scalar("tau"));
     layer->fit_covariance(rows, z.f64("W_map"));
     return layer;
   };
@@ -268,7 +176,7 @@ TEST(ExactLastLayer, TinyBinary) {
   for (double t : z.f64("t")) s.labels.push_back(int32_t(t));
   for (double x : z.f64("x_test")) test.x.insert(test.x.end(), {x, 1}), test.labels.push_back(0);
   Rows rows(s), points(test);
-  ExactLastLayer layer(rows.memory.device(), 2, 2, 2 * tau);
+  ExactLastLayer layer(rows.device(), 2, 2, 2 * tau);
   const MapResult map = layer.fit(rows);
   const Doubles w = layer.weights(), golden_w = z.f64("w_map");
   EXPECT_TRUE(within({w[2] - w[0], w[3] - w[1]}, golden_w, optimum));
@@ -288,9 +196,9 @@ TEST(ExactLastLayer, TinyBinary) {
     for (int j = 0; j < 2; j++) cov.push_back(contrast(sigma, 4, i, j));
   EXPECT_TRUE(within(cov, z.f64("post_cov"), one_shot));
   const Doubles f = logits(layer, points, 2), v = logit_covariances(layer, points, 2);
-  const Doubles p = layer.predict(points.x, points.count, {.link = Link::map}).probability;
+  const Doubles p = layer.predict(points.x(), points.count(), {.link = Link::map}).probability;
   Doubles mean, variance, p_map;
-  for (int i = 0; i < points.count; i++) {
+  for (int i = 0; i < points.count(); i++) {
     mean.push_back(f[2 * i + 1] - f[2 * i]);
     variance.push_back(contrast({v.begin() + 4 * i, v.begin() + 4 * i + 4}, 2, 0, 0));
     p_map.push_back(p[2 * i + 1]);
@@ -307,7 +215,7 @@ TEST(ExactLastLayer, DigitsMap) {
     const Npz z = golden("digits_map_" + base);
     const Samples s = digits(base);
     Rows rows(s);
-    ExactLastLayer layer(rows.memory.device(), digit_dim, digit_classes, 1);
+    ExactLastLayer layer(rows.device(), digit_dim, digit_classes, 1);
     const MapResult map = layer.fit(rows);
     EXPECT_TRUE(within(map.weights, z.f64("W_map"), optimum));
     EXPECT_TRUE(within(-map.log_likelihood, z.scalar("nll_train_sum"), optimum));
@@ -341,7 +249,7 @@ TEST(ExactLastLayer, DigitsPredict) {
   BATON_NEEDS_DEVICE();
   const Npz z = golden("digits_predict_base100");
   Rows rows(digits("base100"));
-  ExactLastLayer layer(rows.memory.device(), digit_dim, digit_classes, 1);
+  ExactLastLayer layer(rows.device(), digit_dim, digit_classes, 1);
   layer.fit_covariance(rows, golden("digits_map_base100").f64("W_map"));
   Rows points({z.f64("Phi"), std::vector<int32_t>(50), digit_dim});
   EXPECT_TRUE(within(logits(layer, points, digit_classes), z.f64("f_mu"), one_shot));
@@ -350,7 +258,7 @@ TEST(ExactLastLayer, DigitsPredict) {
                                    {Link::probit, "p_probit"},
                                    {Link::bridge, "p_bridge"},
                                    {Link::bridge_norm, "p_bridge_norm"}})
-    EXPECT_TRUE(within(layer.predict(points.x, 50, {.link = link}).probability, z.f64(name), one_shot)) << name;
+    EXPECT_TRUE(within(layer.predict(points.x(), 50, {.link = link}).probability, z.f64(name), one_shot)) << name;
 
   // With the stored normals, by the kernel itself.
   Memory memory;
@@ -363,7 +271,7 @@ TEST(ExactLastLayer, DigitsPredict) {
 
   // With others: a softmax varies less than a Bernoulli variable of its mean.
   constexpr int draws = 20000;
-  const LinkedPredictions got = layer.predict(points.x, 50, {.link = Link::monte_carlo, .draws = draws, .seed = 3});
+  const LinkedPredictions got = layer.predict(points.x(), 50, {.link = Link::monte_carlo, .draws = draws, .seed = 3});
   const Doubles want = z.f64("p_mc_200k");
   for (int i = 0; i < 500; i++) {
     const double variance = want[i] * (1 - want[i]) * (1.0 / draws + 1 / 200000.0);
@@ -375,7 +283,7 @@ TEST(ExactLastLayer, DigitsPredict) {
     EXPECT_LT(got.information[i], got.entropy[i]);
   }
   const auto seeded = [&](uint64_t seed) {
-    return layer.predict(points.x, 50, {.link = Link::monte_carlo, .draws = 10, .seed = seed}).probability;
+    return layer.predict(points.x(), 50, {.link = Link::monte_carlo, .draws = 10, .seed = seed}).probability;
   };
   EXPECT_TRUE(same_bits(seeded(1), seeded(1)));
   EXPECT_FALSE(same_bits(seeded(1), seeded(2)));
@@ -389,7 +297,7 @@ TEST(ExactLastLayer, DigitsUpdates) {
     const Doubles map = golden("digits_map_" + base).f64("W_map");
     const Samples old = digits(base);
     Rows rows(old);
-    ExactLastLayer layer(rows.memory.device(), digit_dim, digit_classes, 1);
+    ExactLastLayer layer(rows.device(), digit_dim, digit_classes, 1);
     for (const int b : {1, 10, 50}) {
       Rows more(fresh.slice(0, b));
       const auto expect = [&](const std::string& name) {
@@ -443,7 +351,7 @@ TEST(ExactLastLayer, DigitsEvidence) {
   Rows rows(digits("base100"));
   Doubles post_hoc, by_log_tau, refitted;
   for (double tau : taus) {
-    ExactLastLayer layer(rows.memory.device(), digit_dim, digit_classes, tau);
+    ExactLastLayer layer(rows.device(), digit_dim, digit_classes, tau);
     layer.fit_covariance(rows, map.f64("W_map"));
     const Evidence e = layer.evidence(-map.scalar("nll_train_sum"));
     post_hoc.push_back(e.value), by_log_tau.push_back(e.by_log_tau);
@@ -453,65 +361,6 @@ TEST(ExactLastLayer, DigitsEvidence) {
     EXPECT_TRUE(within(post_hoc[i], z.f64("posthoc_lml")[i], one_shot)) << taus[i];
     EXPECT_TRUE(within(by_log_tau[i], z.f64("posthoc_dlogtau")[i], one_shot)) << taus[i];
     EXPECT_TRUE(within(refitted[i], z.f64("refit_lml")[i], optimum)) << taus[i];
-  }
-}
-
-TEST(KroneckerLastLayer, Digits) {
-  BATON_NEEDS_DEVICE();
-  const Npz z = golden("digits_kron_base100"), predict = golden("digits_predict_base100");
-  const Doubles w = golden("digits_map_base100").f64("W_map");
-  Rows rows(digits("base100"));
-  Device& device = rows.memory.device();
-  const KroneckerLastLayer plain(device, rows, digit_classes, w, 1), damped(device, rows, digit_classes, w, 1, true);
-  EXPECT_TRUE(within(plain.factor_a(), z.f64("A"), one_shot));
-  EXPECT_TRUE(within(plain.factor_b(), z.f64("B"), one_shot));
-  EXPECT_TRUE(within(plain.log_determinant(), z.scalar("kron_logdet_prec"), one_shot));
-  EXPECT_TRUE(within(damped.log_determinant(), z.scalar("kron_damped_logdet_prec"), one_shot));
-  const Doubles phi = predict.f64("Phi"), v = plain.logit_covariances(phi, 50);
-  EXPECT_TRUE(within(v, z.f64("kron_f_var"), one_shot));
-  EXPECT_TRUE(within(damped.logit_covariances(phi, 50), z.f64("kron_damped_f_var"), one_shot));
-
-  Memory memory;
-  Buffer<double> f(memory, predict.f64("f_mu")), variance(memory, v), p(memory, 500);
-  link_probabilities<double>({p, nullptr, nullptr, f, variance, nullptr, nullptr, true}, Link::probit, 0, 0, 50,
-                             digit_classes, memory.stream());
-  EXPECT_TRUE(within(p.host(), z.f64("p_probit"), one_shot));
-
-  ExactLastLayer layer(device, digit_dim, digit_classes, 1);
-  layer.fit_covariance(rows, w);
-  const Doubles h = layer.curvature(), a = plain.factor_a(), b = plain.factor_b();
-  double error = 0;
-  for (int i = 0; i < digit_weights; i++)
-    for (int j = 0; j < digit_weights; j++) {
-      const double product =
-          b[i / digit_dim * digit_classes + j / digit_dim] * a[size_t(i % digit_dim) * digit_dim + j % digit_dim];
-      error += std::pow(product - h[size_t(i) * digit_weights + j], 2);
-    }
-  EXPECT_TRUE(within(std::sqrt(error) / frobenius(h), z.scalar("rel_frob_err_of_H"), one_shot));
-}
-
-TEST(TunePrior, DigitsByExactEvidence) {
-  BATON_NEEDS_DEVICE();
-  const Npz z = golden("digits_marglik_base100");
-  Rows rows(digits("base100"));
-  const auto tune = [&](int refinements) {
-    return tune_prior(rows.memory.device(), rows, digit_classes, EvidenceStructure::exact, SampleWeight::categorical,
-                      1e-3, 1e3, 13, refinements);
-  };
-  const TunedPrior grid = tune(0), fine = tune(10);
-  EXPECT_TRUE(within(grid.evidences, z.f64("refit_lml"), optimum));
-  for (int i = 0; i < 13; i++) EXPECT_NEAR(grid.taus[i] / z.f64("taus")[i], 1, 1e-12);
-  EXPECT_NEAR(grid.tau, z.scalar("best_refit_tau"), 1e-12);
-  EXPECT_EQ(fine.taus.size(), 23u);
-  EXPECT_TRUE(std::is_sorted(fine.taus.begin(), fine.taus.end()));
-  EXPECT_EQ(fine.evidence, *std::max_element(fine.evidences.begin(), fine.evidences.end()));
-  EXPECT_GT(fine.evidence, grid.evidence);
-  EXPECT_GT(fine.tau, 0.0316);
-  EXPECT_LT(fine.tau, 0.316);
-  for (const double factor : {0.97, 1.03}) {
-    ExactLastLayer layer(rows.memory.device(), digit_dim, digit_classes, fine.tau * factor);
-    const double likelihood = layer.fit(rows).log_likelihood;
-    EXPECT_LT(layer.evidence(likelihood).value, fine.evidence) << factor;
   }
 }
 
@@ -570,7 +419,7 @@ TEST(ExactLastLayer, OneCallOrMany) {
   }
 }
 
-// P (w' - w) = (e_y - softmax(W' phi)) (x) phi, for samples far from what the model expects too.
+// P (w' - w) = (e_y - predicted(W' phi)) (x) phi, for samples far from what the model expects too.
 TEST(ExactLastLayer, ImplicitStepIsTheMinimum) {
   BATON_NEEDS_DEVICE();
   for (const double scale : {1.0, 30.0, 1e3, 1e6}) {
@@ -578,12 +427,12 @@ TEST(ExactLastLayer, ImplicitStepIsTheMinimum) {
     Samples odd = small.more.slice(0, 1);
     for (double& v : odd.x) v *= scale;
     const Doubles before = small.layer.weights(), p = small.layer.precision();
-    const Doubles expected = softmax(before, odd.x.data(), Small::dim, Small::classes);
+    const Doubles expected = predicted(before, odd.x.data(), Small::dim, Small::classes);
     odd.labels[0] = int32_t(std::min_element(expected.begin(), expected.end()) - expected.begin());
     Rows one(odd);
     small.layer.update(one, ExactRule::implicit);
     const Doubles after = small.layer.weights();
-    const Doubles q = softmax(after, odd.x.data(), Small::dim, Small::classes);
+    const Doubles q = predicted(after, odd.x.data(), Small::dim, Small::classes);
     Doubles pull(Small::order, 0), push;
     for (int i = 0; i < Small::order; i++)
       for (int j = 0; j < Small::order; j++) pull[i] += p[i * Small::order + j] * (after[j] - before[j]);
@@ -629,7 +478,7 @@ TEST(ExactLastLayer, JointUpdateIsDamped) {
       distance += (result.weights[i] - before[i]) * p[i * Small::order + j] * (result.weights[j] - before[j]) / 2;
     }
   for (int n = 0; n < odd.count(); n++) {
-    const Doubles q = softmax(result.weights, odd.x.data() + n * Small::dim, Small::dim, Small::classes);
+    const Doubles q = predicted(result.weights, odd.x.data() + n * Small::dim, Small::dim, Small::classes);
     for (int i = 0; i < Small::order; i++)
       gradient[i] += (q[i / Small::dim] - (odd.labels[n] == i / Small::dim)) * odd.x[n * Small::dim + i % Small::dim];
   }
@@ -643,13 +492,13 @@ TEST(ExactLastLayer, CurvatureAddsOverBatches) {
   BATON_NEEDS_DEVICE();
   // 100 classes of 2 features: passes of 1660 rows.
   for (const auto& [n, dim, classes] : {std::array{30, 4, 3}, {2000, 2, 100}}) {
-    const Samples s = random_samples(n, dim, classes, 5);
+    const Samples s = class_samples(n, dim, classes, 5);
     const int order = dim * classes, half = n / 3;
     Doubles w;
     for (int i = 0; i < order; i++) w.push_back(std::sin(i));
     Rows all(s), first(s.slice(0, half)), second(s.slice(half, n - half));
-    const auto curvature = [&](Rows& rows) {
-      ExactLastLayer layer(rows.memory.device(), dim, classes, 0.3);
+    const auto curvature = [&](Rows<>& rows) {
+      ExactLastLayer layer(rows.device(), dim, classes, 0.3);
       layer.fit_covariance(rows, w);
       Doubles p = layer.precision();
       const Doubles h = layer.curvature();
@@ -673,11 +522,11 @@ TEST(ExactLastLayer, CurvatureAddsOverBatches) {
 TEST(ExactLastLayer, CurvatureOfAConfidentSample) {
   BATON_NEEDS_DEVICE();
   Rows one(Samples{{1}, {0}, 1});
-  ExactLastLayer layer(one.memory.device(), 1, 3, 1);
+  ExactLastLayer layer(one.device(), 1, 3, 1);
   layer.fit_covariance(one, {40, 0, 1});
   const double q1 = std::exp(-40), q2 = std::exp(-39);
   EXPECT_TRUE(within(layer.curvature(), {q1 + q2, -q1, -q2, -q1, q1, 0, -q2, 0, q2}, 1e-14));
-  const KroneckerLastLayer kronecker(one.memory.device(), one, 3, {40, 0, 1}, 1);
+  const KroneckerLastLayer kronecker(one.device(), one, 3, {40, 0, 1}, 1);
   EXPECT_TRUE(within(kronecker.factor_b(), layer.curvature(), 1e-14));
 }
 
@@ -686,20 +535,20 @@ TEST(ExactLastLayer, PredictionsOfManyRows) {
   BATON_NEEDS_DEVICE();
   for (const int classes : {10, 100}) {
     const int dim = classes == 10 ? 65 : 2, n = classes == 10 ? 1400 : 450, part = 90;
-    const Samples s = random_samples(n, dim, classes, 9);
+    const Samples s = class_samples(n, dim, classes, 9);
     Rows all(s);
-    ExactLastLayer layer(all.memory.device(), dim, classes, 2);
+    ExactLastLayer layer(all.device(), dim, classes, 2);
     Doubles w;
     for (int i = 0; i < dim * classes; i++) w.push_back(std::cos(i));
     Rows some(s.slice(0, 40));
     layer.fit_covariance(some, w);
     const Doubles v = logit_covariances(layer, all, classes);
-    const Doubles p = layer.predict(all.x, n, {.link = Link::probit}).probability;
+    const Doubles p = layer.predict(all.x(), n, {.link = Link::probit}).probability;
     Doubles v_parts, p_parts;
     for (int first = 0; first < n; first += part) {
       Rows rows(s.slice(first, std::min(part, n - first)));
       const Doubles a = logit_covariances(layer, rows, classes);
-      const Doubles b = layer.predict(rows.x, rows.count, {.link = Link::probit}).probability;
+      const Doubles b = layer.predict(rows.x(), rows.count(), {.link = Link::probit}).probability;
       v_parts.insert(v_parts.end(), a.begin(), a.end());
       p_parts.insert(p_parts.end(), b.begin(), b.end());
     }
@@ -712,14 +561,14 @@ TEST(ExactLastLayer, PredictionsOfManyRows) {
 TEST(ExactLastLayer, NothingGrowsAfterTheFirstCalls) {
   BATON_NEEDS_DEVICE();
   const int dim = 5, classes = 3;
-  const Samples base = random_samples(30, dim, classes, 5), more = random_samples(6, dim, classes, 6);
+  const Samples base = class_samples(30, dim, classes, 5), more = class_samples(6, dim, classes, 6);
   Rows rows(base), fresh(more);
-  Device& device = rows.memory.device();
+  Device& device = rows.device();
   ExactLastLayer layer(device, dim, classes, 1);
   layer.fit_covariance(rows, Doubles(dim * classes, 0.1));
   const auto calls = [&] {
     for (Link link : {Link::map, Link::probit, Link::monte_carlo, Link::bridge})
-      layer.predict(rows.x, rows.count, {.link = link, .draws = 50});
+      layer.predict(rows.x(), rows.count(), {.link = link, .draws = 50});
     for (ExactRule rule : {ExactRule::newton_old, ExactRule::newton_new, ExactRule::implicit})
       layer.update(fresh, rule);
     layer.update_jointly(fresh, 2);
@@ -749,7 +598,7 @@ TEST(ExactLastLayer, CertainAndEmptySamples) {
     Rows one(nothing);
     other.layer.update(one, rule);
     EXPECT_TRUE(exact(everything(other.layer), before));
-    other.layer.update({other.more_rows.x, other.more_rows.labels, 0, Small::dim}, rule);
+    other.layer.update({other.more_rows.x(), other.more_rows.all().labels, 0, Small::dim}, rule);
     EXPECT_TRUE(same_bits(everything(other.layer), before));
   }
 }
@@ -769,7 +618,7 @@ TEST(ExactLastLayer, AFailedCallChangesNothing) {
       broken([](Samples& s) { s.x[at] = -INFINITY; }),
       broken([](Samples& s) { s.labels[7] = -1; }),
       broken([](Samples& s) { s.labels[7] = Small::classes; }),
-      random_samples(12, Small::dim + 1, Small::classes, 3),
+      class_samples(12, Small::dim + 1, Small::classes, 3),
   };
   const Samples too_large = broken([](Samples& s) { s.x[at] = 1e12; });
   const Samples overflow = broken([](Samples& s) { s.x[at] = 1e200; });
@@ -784,8 +633,8 @@ TEST(ExactLastLayer, AFailedCallChangesNothing) {
     EXPECT_TRUE(same_bits(everything(small.layer), before));
     EXPECT_THROW(small.layer.update(over, rule), RunError);
     EXPECT_TRUE(same_bits(everything(small.layer), before));
-    EXPECT_THROW(small.layer.update({large.x, nullptr, 12, Small::dim}, rule), InputError);
-    EXPECT_THROW(small.layer.update({large.x, large.labels, -1, Small::dim}, rule), InputError);
+    EXPECT_THROW(small.layer.update({large.x(), nullptr, 12, Small::dim}, rule), InputError);
+    EXPECT_THROW(small.layer.update({large.x(), large.all().labels, -1, Small::dim}, rule), InputError);
   }
   for (const Samples& s : wrong) {
     Rows rows(s);
@@ -819,7 +668,7 @@ TEST(ExactLastLayer, InputErrors) {
   EXPECT_THROW(ExactLastLayer(device, 3, 2, 0), InputError);
   EXPECT_THROW(ExactLastLayer(device, 3, 2, NAN), InputError);
   Small small;
-  double* x = small.more_rows.x;
+  double* x = small.more_rows.x();
   EXPECT_THROW(small.layer.predict(x, 3, {.link = Link::mean_field}), InputError);
   EXPECT_THROW(small.layer.predict(x, -1, {.link = Link::probit}), InputError);
   EXPECT_THROW(small.layer.predict(x, 3, {.link = Link::monte_carlo, .draws = 0}), InputError);
@@ -844,7 +693,7 @@ TEST(ExactLastLayer, InputErrors) {
 TEST(ExactLastLayer, EvidenceByLogTau) {
   BATON_NEEDS_DEVICE();
   Small small;
-  Device& device = small.base_rows.memory.device();
+  Device& device = small.base_rows.device();
   const Doubles w = small.layer.weights();
   constexpr double step = 1e-4;
   const auto at = [&](int form, double log_tau) {
@@ -859,69 +708,6 @@ TEST(ExactLastLayer, EvidenceByLogTau) {
       EXPECT_NEAR((at(form, log_tau + step).value - at(form, log_tau - step).value) / (2 * step),
                   at(form, log_tau).by_log_tau, 1e-6)
           << form << " " << log_tau;
-}
-
-// Of one sample the Kronecker product is no approximation.
-TEST(KroneckerLastLayer, IsExactForOneSample) {
-  BATON_NEEDS_DEVICE();
-  Small small;
-  Rows one(small.base.slice(4, 1));
-  Device& device = one.memory.device();
-  const Doubles w = small.layer.weights();
-  const KroneckerLastLayer kronecker(device, one, Small::classes, w, 0.2);
-  ExactLastLayer exact(device, Small::dim, Small::classes, 0.2);
-  exact.fit_covariance(one, w);
-  EXPECT_NEAR(kronecker.log_determinant(), exact.log_determinant(), 1e-12);
-  EXPECT_NEAR(kronecker.evidence(-1).value, exact.evidence(-1).value, 1e-12);
-  EXPECT_NEAR(kronecker.evidence(-1).by_log_tau, exact.evidence(-1).by_log_tau, 1e-12);
-  EXPECT_TRUE(within(kronecker.logit_covariances(small.more.x, 12),
-                     logit_covariances(exact, small.more_rows, Small::classes), 1e-12));
-}
-
-TEST(TunePrior, EveryStructure) {
-  BATON_NEEDS_DEVICE();
-  Small small(1, 2);
-  Device& device = small.base_rows.memory.device();
-  const auto evidence_at = [&](EvidenceStructure structure, SampleWeight weight, double tau) {
-    MapOptions options;
-    options.tau = tau;
-    const MapResult map = fit_map<double>(device, small.base_rows, Small::classes, options);
-    if (structure == EvidenceStructure::kronecker)
-      return KroneckerLastLayer(device, small.base_rows, Small::classes, map.weights, tau)
-          .evidence(map.log_likelihood)
-          .value;
-    if (structure == EvidenceStructure::exact) {
-      ExactLastLayer layer(device, Small::dim, Small::classes, tau);
-      layer.fit_covariance(small.base_rows, map.weights);
-      return layer.evidence(map.log_likelihood).value;
-    }
-    LastLayerOptions shared;
-    shared.tau = tau, shared.weight = weight;
-    LastLayer<double> layer(device, Small::dim, Small::classes, shared);
-    layer.fit_covariance(small.base_rows, map.weights);
-    return layer.log_evidence(map.log_likelihood);
-  };
-  for (const auto structure : {EvidenceStructure::shared, EvidenceStructure::exact, EvidenceStructure::kronecker})
-    for (const auto weight : {SampleWeight::gaussian, SampleWeight::categorical}) {
-      SCOPED_TRACE(int(structure));
-      const TunedPrior tuned = tune_prior(device, small.base_rows, Small::classes, structure, weight, 1e-3, 1e4, 8, 12);
-      ASSERT_EQ(tuned.taus.size(), 20u);
-      for (size_t i = 0; i < 20; i += 5)
-        EXPECT_NEAR(tuned.evidences[i], evidence_at(structure, weight, tuned.taus[i]), 1e-7);
-      // A maximum: to the sides it falls. (With the Gaussian curvature, an upper bound, it is at the firm end.)
-      EXPECT_NEAR(tuned.evidence, evidence_at(structure, weight, tuned.tau), 1e-7);
-      for (const double tau : {tuned.tau * 0.8, tuned.tau * 1.25}) {
-        EXPECT_TRUE(tau < 1e-3 || tau > 1e4 || evidence_at(structure, weight, tau) < tuned.evidence)
-            << tuned.tau << " " << tau;
-      }
-    }
-  // A best value at an end stays there, and is searched from inside.
-  const TunedPrior edge = tune_prior(device, small.base_rows, Small::classes, EvidenceStructure::exact,
-                                     SampleWeight::gaussian, 1e3, 1e4, 3, 4);
-  EXPECT_EQ(edge.tau, 1e3);
-  EXPECT_EQ(edge.taus.size(), 7u);
-  EXPECT_EQ(edge.taus.front(), 1e3);
-  EXPECT_LT(edge.taus[1], 1200);
 }
 
 }  // namespace
