@@ -6,14 +6,13 @@
 #include <map>
 #include <numeric>
 
-#include "bench/common/bil.h"
 #include "bench/common/laplace_update_report.h"
+#include "bench/common/program.h"
 #include "engine/io/program.h"
-#include "layers/conv3fc3.h"
-#include "layers/lenet5.h"
 #include "trainers/last_layer/active_learning.h"
 #include "trainers/last_layer/evidence.h"
 #include "trainers/last_layer/update_study.h"
+#include "trainers/trainer.h"
 
 using namespace baton;
 
@@ -54,35 +53,22 @@ Options preset_options(const std::string& name) {
     o.extractor_images = 2000, o.extractor_epochs = 2, o.pool = 5000, o.test = 1000;
     o.study.adam_seeds = 5, o.active_pool = 600, o.cycles = 8;
   } else if (name != "paper") {
-    throw InputError("unknown preset '" + name + "': quick or paper");
+    refuse_preset(name);
   }
   return o;
 }
 
 std::vector<int> parse_counts(const std::string& option, const std::string& text) {
   std::vector<int> list;
-  for (uint64_t n : numbers_of(option, text)) {
+  for (uint64_t n : parse_wholes(option, text)) {
     if (n < 1 || n > 1000000) throw InputError(option + ": 1 to 1,000,000, not " + std::to_string(n));
     list.push_back(int(n));
   }
   return list;
 }
 
-// The preset decides the defaults of the other options, so it is read before them.
-std::string find_preset(int argc, char** argv) {
-  CLI::App app;
-  std::string preset = "quick";
-  app.set_help_flag();
-  app.allow_extras();
-  app.add_option("--preset", preset);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError&) {  // the whole command line will say what is wrong
-  }
-  return preset;
-}
-
-Options parse_options(int argc, char** argv) {
+// Empty: help was asked for and printed.
+std::optional<Options> read_options(int argc, char** argv) {
   Options o = preset_options(find_preset(argc, argv));
   UpdateStudyOptions& study = o.study;
   CLI::App app{
@@ -98,8 +84,7 @@ Options parse_options(int argc, char** argv) {
                    "of base,first_order,monte_carlo,gaussian,implicit,one_by_one,lbfgs_warm,newton_warm,retrained,adam "
                    "(default: all)");
   what->add_option("--seeds", o.seeds, "of the choice of samples (updates)");
-  what->add_option("--data", o.data,
-                   "folder with the set's files (else $BATON_DATA, ./data, ../shared/data, generated)");
+  what->add_option("--data", o.data, "folder with the set's files (else $BATON_DATA, ./data, generated)");
   what->add_option("--out", o.out, "folder of the results (default: results/laplace_update_PRESET)");
   what->add_flag("--resume", o.resume, "go on where a killed run in --out stopped");
   what->add_option("--precision", o.precision, "of the last layer: double or float");
@@ -137,14 +122,12 @@ Options parse_options(int argc, char** argv) {
   active->add_option("--batch", o.batch, "samples chosen at a time");
   active->add_option("--cycles", o.cycles, "batches");
   active->add_option("--trials", o.trials, "batches that look-ahead tries");
-  parse(app, argc, argv);
+  if (!parse_options(app, argc, argv)) return std::nullopt;
 
   study.taus.clear();
-  if (!o.by_evidence())
-    study.taus = decimals_of(
-        "--taus", o.taus, [](double v) { return v > 0; }, "a positive number");
+  if (!o.by_evidence()) study.taus = parse_numbers("--taus", o.taus, positive);
   study.bases = parse_counts("--bases", o.bases), study.news = parse_counts("--new", o.news);
-  study.seeds = numbers_of("--seeds", o.seeds);
+  study.seeds = parse_wholes("--seeds", o.seeds);
   if (o.adam_seeds >= 0) study.adam_seeds = o.adam_seeds;
   study.link.link = parse_link(o.link);
   if (!o.methods.empty()) {
@@ -184,18 +167,14 @@ FeatureSet first_rows(const FeatureSet& set, int count) {
 NamedWeights train_extractor(Device& device, const NetworkFactory& make, const Images& images,
                              const Normalisation& normalisation, int epochs) {
   Arena arena;
-  TrainingPlan plan;
-  plan.posterior.family = Family::point;
-  plan.batch = 100;
-  plan.epochs = epochs;
-  plan.seeds = {0};
-  plan.settings.resize(1);
-  plan.settings[0].lr = 1e-3;
-  plan.settings[0].schedule = Schedule::linear;
-  const DeviceImages train = upload_images(device, arena, images, normalisation);
-  IncrementalTrainer trainer(device, arena, make, train, plan, split_parts(images.count, 1, 0), {images.count});
+  TrainingSettings training;
+  training.kind = "ft";
+  training.replicas = {{0, {{"lr", 1e-3}, {"schedule", "linear"}}}};
+  training.epochs = epochs;
+  Trainer trainer(device, arena, make, upload_images(device, arena, images, normalisation),
+                  split_into_parts(images.count, 1, {0}), training);
   trainer.begin_stage(0);
-  trainer.run(trainer.steps_of(0));
+  trainer.run(trainer.count_steps(0));
   NamedWeights weights;
   const ParameterStore& store = trainer.posterior().store();
   for (const TensorSpec& t : store.layout().tensors()) weights[t.name] = store.read(device, "mean", 0, t);
@@ -232,8 +211,7 @@ FeaturePair make_features(Device& device, const std::string& name, const Options
   pair.name = name, pair.generated = set.generated;
   if (network) {
     pair.title = cifar ? "CIFAR-10, 3Conv3FC features" : "MNIST, LeNet-5 features";
-    NetworkFactory make = [] { return std::make_unique<LeNet5>(); };
-    if (cifar) make = [] { return std::make_unique<Conv3Fc3>(); };
+    const NetworkFactory make = network_factory(network_spec(cifar ? "3conv3fc" : "lenet5"));
     const NamedWeights weights = train_extractor(device, make, learned, normalisation, o.extractor_epochs);
     pair.pool = extract_features(device, make, weights, pool, normalisation);
     pair.test = extract_features(device, make, weights, set.test, normalisation);
@@ -419,7 +397,7 @@ void run(Options o) {
   const std::vector<std::string> parts = split_list(o.parts);
   const auto wanted = [&](const char* part) { return std::count(parts.begin(), parts.end(), part) != 0; };
   const std::vector<Strategy> strategies = parse_strategies(o.acquisitions);
-  const std::vector<uint64_t> active_seeds = numbers_of("--active-seeds", o.active_seeds);
+  const std::vector<uint64_t> active_seeds = parse_wholes("--active-seeds", o.active_seeds);
   parse_update_rule(o.rule);
   Device device;
   const std::filesystem::path folder = o.out;
@@ -482,9 +460,8 @@ void run(Options o) {
 int main(int argc, char** argv) {
   return run_program("laplace_update", [&] {
     try {
-      const Options o = parse_options(argc, argv);
-      o.precision == "double" ? run<double>(o) : run<float>(o);
-    } catch (const HelpShown&) {
+      if (const std::optional<Options> o = read_options(argc, argv))
+        o->precision == "double" ? run<double>(*o) : run<float>(*o);
     } catch (const Stopped&) {  // the program's words for whatever was under way
       throw_stopped("what is finished is in log.jsonl; --resume goes on from it");
     }
