@@ -45,8 +45,6 @@ class PaperProgram {
   // Adds every option that the preset and its methods have; `methods`, `parts` and `out_prefix` are set before. Options
   // of the kinds are bound to all methods that have them (--beta), and hidden ones to each alone (--ffg-beta).
   void add_options(const std::string& preset_help);
-  // What --preset says, before the other options are known, whose defaults it decides; "quick" without it.
-  std::string find_preset(int argc, char** argv);
   // False: help was asked for and printed. InputError for bad options.
   bool parse();
 
@@ -69,6 +67,8 @@ class PaperProgram {
   char** argv_;
 };
 
+// What --preset says, before the other options are known, whose defaults it decides; "quick" without it.
+std::string find_preset(int argc, char** argv);
 // False: help was asked for and printed. InputError for bad options.
 bool parse_options(CLI::App&, int argc, char** argv);
 // Numbers separated by commas; InputError naming the option.
