@@ -148,12 +148,10 @@ std::optional<fs::path> locate(const std::optional<fs::path>& data_option, const
     throw InputError("--data " + data_option->string() + " does not hold " + name +
                      ": looked there and in its folder " + name + " for " + looked_for + " (plain, .gz or .xz)");
   }
-  std::vector<fs::path> places{"data", "../shared/data"};
-  if (const char* variable = std::getenv("BATON_DATA"); variable && *variable) places.insert(places.begin(), variable);
-  for (const fs::path& place : places) {
-    if (auto folder = at(place)) return folder;
+  if (const char* variable = std::getenv("BATON_DATA"); variable && *variable) {
+    if (auto folder = at(variable)) return folder;
   }
-  return std::nullopt;
+  return at("data");
 }
 
 // Fisher-Yates, from the top down.

@@ -72,11 +72,11 @@ Dataset load_cifar10(const std::filesystem::path& folder, Limits limits = {});
 // train.bin and test.bin, each with "", ".gz" or ".xz", in the folder or its "cifar-100-binary".
 Dataset load_cifar100(const std::filesystem::path& folder);
 
-// Looks in --data (data_option), $BATON_DATA, ./data and ../shared/data, in this order, each being the set's own folder
-// or holding a sub-folder "mnist" or "cifar10". A --data without the set is an InputError; the other places are passed
-// over when they do not hold all of its files, but a damaged file in them is an error like anywhere.
-// With none found the set is generated (engine/io/synthetic.h) from the seed: 60,000 + 10,000 digits, or 50,000 +
-// 10,000 textures, or fewer by `limits`.
+// Looks in --data (data_option), $BATON_DATA and ./data, in this order, each being the set's own folder or holding a
+// sub-folder "mnist" or "cifar10". A --data without the set is an InputError; the other places are passed over when
+// they do not hold all of its files, but a damaged file in them is an error like anywhere. Where no place holds the
+// set, it is generated (engine/io/synthetic.h) from the seed: 60,000 + 10,000 digits, or 50,000 + 10,000 textures, or
+// fewer by `limits`.
 Dataset find_mnist(const std::optional<std::filesystem::path>& data_option, uint64_t seed_for_generated = 0,
                    Limits limits = {});
 Dataset find_cifar10(const std::optional<std::filesystem::path>& data_option, uint64_t seed_for_generated = 0,

@@ -102,7 +102,7 @@ def pack(root, out, data, predictions, architecture, with_ptx, most=MOST_BYTES, 
     if missing:
         raise PackError(f"{', '.join(missing)} missing in {place.build}: cmake --preset cuda && cmake --build --preset "
                         "cuda")
-    folder = find_mnist([data, os.environ.get("BATON_DATA"), root / "data", root.parent / "shared" / "data"])
+    folder = find_mnist([data, os.environ.get("BATON_DATA"), root / "data"])
     if data and not folder:
         raise PackError(f"{data} does not hold MNIST")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ class Place:
 
     def data_folder(self):
         """The folder that holds mnist, as the programs look for it from the root, or None."""
-        return find_mnist([os.environ.get("BATON_DATA"), self.root / "data", self.root.parent / "shared" / "data"])
+        return find_mnist([os.environ.get("BATON_DATA"), self.root / "data"])
 
 
 def git_commit(root):

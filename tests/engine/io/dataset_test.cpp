@@ -408,7 +408,6 @@ TEST(LoadSets, FindBothSpellingsAndPackings) {
 TEST(FindSets, FollowsTheSearchOrder) {
   const Folder folder;
   fs::create_directories(folder / "work");
-  write_mnist(folder / "shared/data/mnist", 10);
   write_mnist(folder / "work/data", 11);
   write_mnist(folder / "variable/mnist", 12);
   write_mnist(folder / "option", 13);
@@ -419,11 +418,9 @@ TEST(FindSets, FollowsTheSearchOrder) {
   EXPECT_EQ(count(), 12);
   fs::remove(folder / "variable/mnist/t10k-labels-idx1-ubyte");
   EXPECT_EQ(count(), 11);
-  fs::remove_all(folder / "work/data");
-  EXPECT_EQ(count(), 10);
   const std::string message = input_error([&] { count(folder / "work"); });
   EXPECT_TRUE(has(message, "--data") && has(message, "train-images-idx3-ubyte")) << message;
-  write_cifar10(folder / "shared/data/cifar10");
+  write_cifar10(folder / "work/data/cifar10");
   EXPECT_EQ(find_cifar10({}).train.count, 15);
   EXPECT_THROW(find_cifar10(folder / "option"), InputError);
 }
@@ -534,7 +531,7 @@ TEST(RealMnist, IsTheOneEveryoneKnows) {
   const Dataset set = find_mnist({}, 0, {});
   if (set.generated) {
     std::cout << "MNIST not found: used the generated set" << std::endl;
-    GTEST_SKIP() << "no MNIST in $BATON_DATA, ./data or ../shared/data";
+    GTEST_SKIP() << "no MNIST in $BATON_DATA or ./data";
   }
   EXPECT_EQ(set.train.count, 60000);
   EXPECT_EQ(set.test.count, 10000);
