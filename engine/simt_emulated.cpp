@@ -72,6 +72,8 @@ struct Machine {
   unsigned barriers;                                // that this block has passed so far
   unsigned pending[max_warps];                      // per warp, the lanes that wait at an exchange
   int ready[max_threads], ready_head, ready_count;  // a ring
+  int ready_of_warp[max_warps];
+  unsigned rank_of_warp[max_warps];
   Fiber fibers[max_threads], *idle[max_threads], os;
   int fiber_count, idle_count;
   void* os_tsan;
@@ -129,6 +131,7 @@ struct Machine {
   void make_ready(Thread* t) {
     t->state = State::running;
     ready[(ready_head + ready_count++) % max_threads] = int(t - threads);
+    ready_of_warp[(t - threads) / 32]++;
   }
   bool choose_fresh() {
     int fresh = n - started;
@@ -138,13 +141,12 @@ struct Machine {
   // ahead.
   int favourite() {
     if (rank_seed % 2) return int(draw(ready_count));
-    auto rank = [&](int k) {
-      return (ready[(ready_head + k) % max_threads] / 32 + 1) * (rank_seed | 1) >> 40 & 0xFFFF;
-    };
-    int best = 0;
-    for (int k = 1; k < ready_count; k++)
-      if (rank(k) < rank(best)) best = k;
-    return best;
+    unsigned best = ~0u;
+    for (int w = 0; w < (n + 31) / 32; w++)
+      if (ready_of_warp[w]) best = min(best, rank_of_warp[w]);
+    int k = 0;
+    while (rank_of_warp[ready[(ready_head + k) % max_threads] / 32] != best) k++;
+    return k;
   }
   Fiber* choose() {  // the fiber that runs next, when the current one cannot go on
     if (choose_fresh()) return fresh_fiber();
@@ -156,6 +158,7 @@ struct Machine {
     Thread* t = &threads[ready[ready_head]];
     ready_head = (ready_head + 1) % max_threads;
     ready_count--;
+    ready_of_warp[(t - threads) / 32]--;
     return t->fiber;
   }
   __forceinline__ void enter(Thread* t) {
@@ -280,6 +283,8 @@ struct Machine {
     barriers = 0;
     rank_seed = random ? draw(~0ull) : 0;
     memset(pending, 0, sizeof pending);
+    memset(ready_of_warp, 0, sizeof ready_of_warp);
+    for (int w = 0; w < max_warps; w++) rank_of_warp[w] = (w + 1) * (rank_seed | 1) >> 40 & 0xFFFF;
     for (idle_count = 0; idle_count < fiber_count; idle_count++) idle[idle_count] = &fibers[idle_count];
     for (int i = 0; i < n; i++) {
       threads[i].state = State::running;
