@@ -90,6 +90,17 @@ inline void randomize(Posterior& p, int seed) {
   p.grad_mean->set(normals(n, seed + 4)), p.grad_variance->set(normals(n, seed + 5, 0, 3));
 }
 
+struct Moments {
+  std::vector<double> m, v;
+  explicit Moments(size_t n) : m(n), v(n) {}
+  // Adam's direction, for a gradient g of element i.
+  double step(size_t i, double g, const StepState& s) {
+    m[i] = adam_beta1 * m[i] + (1 - double(adam_beta1)) * g;
+    v[i] = adam_beta2 * v[i] + (1 - double(adam_beta2)) * g * g;
+    return m[i] * s.correction1 / (std::sqrt(v[i] * s.correction2) + adam_epsilon);
+  }
+};
+
 // KL of one parameter, in double; the stable form.
 inline double kl_of(double mean, double log_std, double prior_mean, double prior_log_std) {
   const double t = log_std - prior_log_std, e = (mean - prior_mean) / std::exp(prior_log_std);

@@ -137,17 +137,6 @@ TEST(Gaussian, DivergenceFiniteDifferences) {
 }
 
 // -------------------------------------------------------------------------------------------------------- the step
-struct Moments {
-  std::vector<double> m, v;
-  explicit Moments(size_t n) : m(n), v(n) {}
-  // Adam's direction, for a gradient g of element i.
-  double step(size_t i, double g, const StepState& s) {
-    m[i] = adam_beta1 * m[i] + (1 - double(adam_beta1)) * g;
-    v[i] = adam_beta2 * v[i] + (1 - double(adam_beta2)) * g * g;
-    return m[i] * s.correction1 / (std::sqrt(v[i] * s.correction2) + adam_epsilon);
-  }
-};
-
 void check_steps(ScaleRule rule, int count, int replicas, int steps) {
   SCOPED_TRACE(testing::Message() << (rule == ScaleRule::adam ? "adam " : "natural ") << count << " x " << replicas);
   const size_t stride = count + 3, n = stride * replicas;
