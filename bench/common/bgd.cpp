@@ -4,7 +4,7 @@
 
 namespace baton {
 
-Method& method_of(Preset& preset, const std::string& name) {
+Method& find_method(Preset& preset, const std::string& name) {
   for (Method& m : preset.methods)
     if (m.name == name) return m;
   throw InputError("the preset has no method '" + name + "'");

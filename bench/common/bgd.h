@@ -5,7 +5,7 @@
 namespace baton {
 
 // A method of the preset, by name, whose settings the program changes.
-Method& method_of(Preset&, const std::string& name);
+Method& find_method(Preset&, const std::string& name);
 
 // bgd, sgd, adam, bbb, bbb_mixture, si and ewc with the settings that their papers share, those that are named.
 std::vector<Method> baseline_methods(const std::vector<std::string>& names);

@@ -18,8 +18,8 @@ Preset make_preset(const std::string& name) {
   p.methods = baseline_methods({"bgd", "sgd", "adam", "bbb", "bbb_mixture"});
   draw_one_at_a_time(p);
   set_sigma(p, 0.015);
-  method_of(p, "bgd").settings["eta"] = 6;
-  method_of(p, "sgd").settings = {
+  find_method(p, "bgd").settings["eta"] = 6;
+  find_method(p, "sgd").settings = {
       {"lr", 0.01}, {"momentum", 0.9}, {"schedule", "steps"}, {"decay", 0.1}, {"decay_epochs", 100}};
   if (name == "paper") {
     p.epochs = 400;
@@ -33,7 +33,7 @@ Preset make_preset(const std::string& name) {
     p.batch = 32;
     p.augment = false;
     set_sigma(p, 0.02);
-    method_of(p, "bgd").settings["draws"] = 2;
+    find_method(p, "bgd").settings["draws"] = 2;
   } else {
     refuse_preset(name);
   }

@@ -16,23 +16,23 @@ Preset make_preset(const std::string& name) {
   p.inference = "committee";
   p.methods = baseline_methods({"bgd", "sgd", "adam", "si", "ewc"});
   draw_one_at_a_time(p);
-  method_of(p, "bgd").settings["eta"] = 2;
-  method_of(p, "si").settings = {{"strength", 0.01}, {"xi", 1e-3}};
-  method_of(p, "ewc").settings = {{"strength", 100}};
-  for (const char* point : {"sgd", "adam", "si", "ewc"}) method_of(p, point).settings["restart_optimizer"] = true;
+  find_method(p, "bgd").settings["eta"] = 2;
+  find_method(p, "si").settings = {{"strength", 0.01}, {"xi", 1e-3}};
+  find_method(p, "ewc").settings = {{"strength", 100}};
+  for (const char* point : {"sgd", "adam", "si", "ewc"}) find_method(p, point).settings["restart_optimizer"] = true;
   if (name == "paper") {
     p.batch = 256;
     p.epochs = 150;
     set_sigma(p, 0.019);
-    method_of(p, "ewc").settings["fisher_examples"] = 5000;
+    find_method(p, "ewc").settings["fisher_examples"] = 5000;
   } else if (name == "quick") {  // minutes on two cores
     p.train_limit = 1000;        // of each task
     p.test_limit = 500;
     p.batch = 32;
     p.epochs = 5;
     set_sigma(p, 0.04);
-    method_of(p, "bgd").settings["draws"] = 4;
-    method_of(p, "ewc").settings["fisher_examples"] = 256;
+    find_method(p, "bgd").settings["draws"] = 4;
+    find_method(p, "ewc").settings["fisher_examples"] = 256;
   } else {
     refuse_preset(name);
   }

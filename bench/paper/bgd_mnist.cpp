@@ -18,7 +18,7 @@ Preset make_preset(const std::string& name) {
   p.train_limit = 50000;  // the paper's split: the last 10,000 training images are for validation
   p.pruned = "0.5,0.75,0.9,0.95,0.98";
   p.methods = baseline_methods({"bgd", "sgd", "adam", "bbb", "bbb_mixture"});
-  method_of(p, "sgd").settings = {{"lr", 0.05}, {"momentum", 0.9}};
+  find_method(p, "sgd").settings = {{"lr", 0.05}, {"momentum", 0.9}};
   if (name == "paper") {
     p.epochs = 600;
     p.measure_every = 10;
@@ -28,8 +28,8 @@ Preset make_preset(const std::string& name) {
     p.epochs = 4;
     p.measure_every = 2;
     set_sigma(p, 0.01);
-    method_of(p, "bgd").settings["eta"] = 36;
-    method_of(p, "sgd").settings["lr"] = 0.1;
+    find_method(p, "bgd").settings["eta"] = 36;
+    find_method(p, "sgd").settings["lr"] = 0.1;
   } else {
     refuse_preset(name);
   }
@@ -91,7 +91,7 @@ int run(int argc, char** argv) {
   program.app.add_flag("--validate", validate, "judge on the last 10,000 training images instead of the test images");
   if (!program.parse()) return 0;
   Preset& p = program.preset;
-  json& bgd = method_of(p, "bgd").settings;
+  json& bgd = find_method(p, "bgd").settings;
   // Another sigma0 or batch keeps the step of the means, eta sigma0^2 B, and with it its stability.
   if (quick && !program.given("--eta"))
     bgd["eta"] = double(bgd["eta"]) * std::pow(0.01 / double(bgd["sigma"]), 2) * 128 / p.batch;

@@ -17,13 +17,13 @@ Preset make_preset(const std::string& name) {
   p.samples = 10;
   p.inference = "map";  // as the authors' scripts
   p.methods = baseline_methods({"bgd", "sgd", "adam", "si", "ewc", "bgd_continuous", "sgd_continuous"});
-  method_of(p, "si").settings = {{"strength", 0.1}, {"xi", 0.1}};  // Adam, not restarted (Zenke et al. 2017)
-  method_of(p, "ewc").settings = {{"strength", 100}};
+  find_method(p, "si").settings = {{"strength", 0.1}, {"xi", 0.1}};  // Adam, not restarted (Zenke et al. 2017)
+  find_method(p, "ewc").settings = {{"strength", 100}};
   if (name == "paper") {
     p.epochs = 20;
     set_sigma(p, 0.015);
-    for (const char* adam : {"si", "ewc", "adam"}) method_of(p, adam).batch = 256;
-    method_of(p, "ewc").settings["fisher_examples"] = 5000;
+    for (const char* adam : {"si", "ewc", "adam"}) find_method(p, adam).batch = 256;
+    find_method(p, "ewc").settings["fisher_examples"] = 5000;
   } else if (name == "quick") {
     p.epochs = 2;
     set_sigma(p, 0.05);

@@ -275,7 +275,7 @@ std::string sentence_about(const json& result, const std::vector<Method>& method
 }
 
 // "grid" of "ffg_grid"; empty: the method has no prior from pretraining.
-std::string prior_of(const Method& m) {
+std::string prior_name(const Method& m) {
   const size_t cut = m.name.find('_');
   return cut == std::string::npos ? "" : m.name.substr(cut + 1);
 }
@@ -356,8 +356,8 @@ int run(int argc, char** argv) {
 
   bool any_pretrained = false, any_laplace = false;
   for (const Method& m : methods) {
-    any_pretrained |= !prior_of(m).empty();
-    any_laplace |= prior_of(m) == "laplace";
+    any_pretrained |= !prior_name(m).empty();
+    any_laplace |= prior_name(m) == "laplace";
   }
   std::map<uint64_t, std::shared_ptr<const Pretrained>> flat, curved;  // by seed
   for (uint64_t seed : seeds) {
@@ -405,7 +405,7 @@ int run(int argc, char** argv) {
                  {"grid", prior.grid},
                  {"grid_epochs", prior.grid_epochs}};
   for (const Method& m : methods)
-    if (prior_of(m) == "grid") of_search["settings"][m.name] = m.settings;
+    if (prior_name(m) == "grid") of_search["settings"][m.name] = m.settings;
   SdSearch search(prelude, p, prior, of_search, folder, at_once);
   json searches = json::array();
   std::vector<ExperimentRun> runs;
@@ -415,7 +415,7 @@ int run(int argc, char** argv) {
         ExperimentRun run = program.make_run(m, m.name, prelude.network, group);
         run.stages = split_into_parts(prelude.new_set.train.count, t, group, p.augment);
         for (Replica& replica : run.training.replicas) {
-          const std::string from = prior_of(m);
+          const std::string from = prior_name(m);
           if (from == "pretrained" || from == "grid") replica.pretrained = flat.at(replica.seed);
           if (from == "laplace") replica.pretrained = curved.at(replica.seed);
           if (from != "grid") continue;
