@@ -1,14 +1,14 @@
-// What the tests of models share: a small model of every kind, a folder for files, a trainer that goes on from a model,
-// and the messages of what is refused.
+// What the tests of models share: a small model of every kind, a folder for files, and a trainer that goes on from a
+// model.
 #pragma once
 #include <unistd.h>
 
 #include <cmath>
-#include <functional>
 #include <random>
 
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
+#include "tests/support/messages.h"
 #include "trainers/model.h"
 
 namespace baton::test {
@@ -58,21 +58,6 @@ inline void expect_same_arrays(const TensorFile& a, const TensorFile& b) {
     EXPECT_EQ(tensor.shape, b.at(name).shape) << name;
     EXPECT_EQ(tensor.dtype, b.at(name).dtype) << name;
   }
-}
-
-inline std::string refusal(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const InputError& e) {
-    return e.what();
-  } catch (const std::exception& e) {
-    return std::string("NOT AN INPUT ERROR: ") + e.what();
-  }
-  return "";
-}
-inline void expect_refusal(const std::string& got, const std::vector<std::string>& parts) {
-  EXPECT_EQ(got.find("NOT AN INPUT ERROR"), std::string::npos) << got;
-  for (const std::string& part : parts) EXPECT_NE(got.find(part), std::string::npos) << "'" << part << "' in: " << got;
 }
 
 struct Lesson {  // random images, one trainer a model

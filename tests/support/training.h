@@ -5,6 +5,7 @@
 #include <map>
 
 #include "engine/io/synthetic.h"
+#include "tests/support/messages.h"
 #include "tests/support/small_network.h"
 #include "trainers/trainer.h"
 
@@ -237,10 +238,6 @@ inline void expect_same(const std::vector<EpochTotals>& a, const std::vector<Epo
   for (size_t i = 0; i < a.size(); i++) expect_same(a[i], b[i]);
 }
 
-inline void expect_says(const std::string& message, const std::vector<std::string>& pieces) {
-  for (const std::string& piece : pieces)
-    EXPECT_NE(message.find(piece), std::string::npos) << "'" << piece << "' in: " << message;
-}
 // The message of the RunError that these steps end in; empty: they end in none.
 inline std::string run_error(Training& run, int steps) {
   try {

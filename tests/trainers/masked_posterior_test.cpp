@@ -136,17 +136,16 @@ TEST(MaskedPosterior, Refuses) {
   Model m = model_of(memory.device(), "ffg");
   Arena arena;
   const size_t parameters = make_network(m.network)->layout().parameters();
-  expect_refusal(refusal([&] { make_posterior(memory.device(), arena, m)->mask(std::vector<uint8_t>(parameters)); }),
-                 {"without masks"});
+  expect_says(refusal([&] { make_posterior(memory.device(), arena, m)->mask(std::vector<uint8_t>(parameters)); }),
+              {"without masks"});
   m.masked = true;
-  expect_refusal(refusal([&] { make_posterior(memory.device(), arena, m); }), {"mask", "missing"});
+  expect_says(refusal([&] { make_posterior(memory.device(), arena, m); }), {"mask", "missing"});
   initialise(memory.device(), m);
-  expect_refusal(
-      refusal([&] { make_posterior(memory.device(), arena, m)->mask(std::vector<uint8_t>(parameters - 1)); }),
-      {std::to_string(parameters)});
+  expect_says(refusal([&] { make_posterior(memory.device(), arena, m)->mask(std::vector<uint8_t>(parameters - 1)); }),
+              {std::to_string(parameters)});
   Model cfg = model_of(memory.device(), "cfg");
   cfg.masked = true;
-  expect_refusal(refusal([&] { make_posterior(memory.device(), arena, cfg); }), {"cfg", "cannot be pruned"});
+  expect_says(refusal([&] { make_posterior(memory.device(), arena, cfg); }), {"cfg", "cannot be pruned"});
 }
 
 }  // namespace
