@@ -36,9 +36,7 @@ Schema merge_options(const std::vector<const Kind*>& kinds) {
 std::string type_text(const Option& option) {
   if (option.type == Option::Type::number) return "FLOAT";
   if (option.type == Option::Type::whole) return "INT";
-  std::string choices;
-  for (const std::string& choice : option.choices) choices += (choices.empty() ? ":{" : ",") + choice;
-  return "TEXT" + choices + (choices.empty() ? "" : "}");
+  return option.choices.empty() ? "TEXT" : "TEXT:{" + CLI::detail::join(option.choices, ",") + "}";
 }
 
 }  // namespace
@@ -144,14 +142,19 @@ Predictions PredictionArguments::predict(Device& device, const LoadedModel& load
   Predictor predictor(device, arena, network_factory(model.network),
                       upload_images(device, arena, images, model.normalisation));
   predictor.look_as(head_, nullptr);
-  fprintf(stderr, "baton: predicting %s, %s\n", plural(images.count, "image").c_str(),
-          draws ? (plural(draws, "draw") + " of the weights").c_str() : "one pass");
+  fprintf(stderr, "baton: predicting %s, %s\n", format_value(images.count, "image").c_str(),
+          draws ? (format_value(draws, "draw") + " of the weights").c_str() : "one pass");
   Predictions p = predictor.predict(*loaded.posterior, 0, draws, seed_);
   for (size_t i = 0; i < p.entropy.size(); i++)
     if (!std::isfinite(p.entropy[i]))
       throw RunError("the prediction for image " + std::to_string(i) +
                      " is not finite: the model's weights or their standard deviations are too large");
   return p;
+}
+
+CLI::Option* Command::add_out(CLI::App& app, const std::string& what) {
+  app.add_flag("--overwrite", overwrite_, "write over --out if it is there");
+  return app.add_option("--out", out_, what);
 }
 
 void check_free(const std::string& path, bool overwrite) {

@@ -11,50 +11,6 @@
 
 namespace baton {
 
-class Command {
- public:
-  const char* const name;
-  const char* const summary;   // one line
-  const char* const examples;  // the end of --help: whole command lines, each with what it does
-
-  virtual ~Command() = default;
-  virtual void add_options(CLI::App&) = 0;
-  // Throws InputError for options that make no sense together, and whatever the work throws. Progress goes to stderr.
-  virtual json run() = 0;
-  virtual std::string text(const json& result) const = 0;
-
- protected:
-  Command(const char* own_name, const char* own_summary, const char* own_examples)
-      : name(own_name), summary(own_summary), examples(own_examples) {}
-};
-
-std::unique_ptr<Command> init_command();
-std::unique_ptr<Command> update_command();
-std::unique_ptr<Command> predict_command();
-std::unique_ptr<Command> evaluate_command();
-std::unique_ptr<Command> prune_command();
-std::unique_ptr<Command> inspect_command();
-std::unique_ptr<Command> compare_command();
-std::unique_ptr<Command> export_command();
-
-// The options of a schema: --init-log-std for "init_log_std".
-class SchemaArguments {
- public:
-  // standards: --help shows the standard values.
-  void add_to(CLI::App&, const Schema&, bool standards);
-  // What the command line gives, by the names in the schema. Parsing throws InputError for a value that does not fit.
-  const json& given() const { return given_; }
-
- private:
-  json given_ = json::object();
-};
-// Of all kinds, each option once: its help names the kinds that have it, and its standard value is null where they
-// differ in it.
-Schema posterior_options();
-Schema network_options();
-// `baton init` alone decides it: the shape of a posterior and where it begins.
-bool decided_by_init(const Option&);
-
 // --data and what says more about it. `flag` may be another, as "--ood": then the others are "--ood-labels", ...
 // foreign: images of other classes than the model's, whatever they are.
 class DataArguments {
@@ -89,6 +45,57 @@ class PredictionArguments {
   bool mean_ = false;
   uint64_t seed_ = 0;
 };
+
+class Command {
+ public:
+  const char* const name;
+  const char* const summary;   // one line
+  const char* const examples;  // the end of --help: whole command lines, each with what it does
+
+  virtual ~Command() = default;
+  virtual void add_options(CLI::App&) = 0;
+  // Throws InputError for options that make no sense together, and whatever the work throws. Progress goes to stderr.
+  virtual json run() = 0;
+  virtual std::string text(const json& result) const = 0;
+
+ protected:
+  Command(const char* own_name, const char* own_summary, const char* own_examples)
+      : name(own_name), summary(own_summary), examples(own_examples) {}
+  CLI::Option* add_model(CLI::App& app) { return app.add_option("--model", model_, "the model")->required(); }
+  CLI::Option* add_out(CLI::App&, const std::string& what);  // and --overwrite
+
+  std::string model_, out_;
+  bool overwrite_ = false;
+  DataArguments data_;
+  PredictionArguments prediction_;
+};
+
+std::unique_ptr<Command> init_command();
+std::unique_ptr<Command> update_command();
+std::unique_ptr<Command> predict_command();
+std::unique_ptr<Command> evaluate_command();
+std::unique_ptr<Command> prune_command();
+std::unique_ptr<Command> inspect_command();
+std::unique_ptr<Command> compare_command();
+std::unique_ptr<Command> export_command();
+
+// The options of a schema: --init-log-std for "init_log_std".
+class SchemaArguments {
+ public:
+  // standards: --help shows the standard values.
+  void add_to(CLI::App&, const Schema&, bool standards);
+  // What the command line gives, by the names in the schema. Parsing throws InputError for a value that does not fit.
+  const json& given() const { return given_; }
+
+ private:
+  json given_ = json::object();
+};
+// Of all kinds, each option once: its help names the kinds that have it, and its standard value is null where they
+// differ in it.
+Schema posterior_options();
+Schema network_options();
+// `baton init` alone decides it: the shape of a posterior and where it begins.
+bool decided_by_init(const Option&);
 
 // Refuses to write over a file that is there, but with --overwrite; what: "--out".
 void check_free(const std::string& path, bool overwrite);

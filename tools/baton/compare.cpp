@@ -57,34 +57,34 @@ json relation(const Model& a, const Model& b) {
     return shared < m.stages() ? text_in(m.history[size_t(shared)], "parent") : std::string();
   };
   const std::string of_a = fingerprint(a), of_b = fingerprint(b);
-  std::string kind, words;
-  if (of_a == of_b) kind = "same", words = "they are the same model";
-  else if (parent(b) == of_a)
-    kind = "descendant",
-    words = "the other goes on from the model itself: " + plural(b.stages() - shared, "stage") + " more";
-  else if (parent(a) == of_b)
-    kind = "ancestor",
-    words = "the model goes on from the other itself: " + plural(a.stages() - shared, "stage") + " more";
-  else if (!parent(a).empty() && parent(a) == parent(b))
-    kind = "siblings", words = "both go on from one model (fingerprint " + printable(parent(a)) +
-                               "), which had learned " + plural(shared, "stage");
-  else if (shared > 0) kind = "shared stages", words = "both have learned the same first " + plural(shared, "stage");
-  else if (a.origin == b.origin && a.seed == b.seed && a.stages() + b.stages() == 0)
-    kind = "same beginning", words = "neither has learned anything; they began alike (prior, pretrained weights, seed)";
-  else kind = "none", words = "no stage in common";
-  return {{"kind", kind}, {"shared_stages", shared}, {"in_words", words}};
+  const auto stages = [](int n) { return format_value(n, "stage"); };
+  const auto tell = [&](const char* kind, const std::string& words) {
+    return json{{"kind", kind}, {"shared_stages", shared}, {"in_words", words}};
+  };
+  if (of_a == of_b) return tell("same", "they are the same model");
+  if (parent(b) == of_a)
+    return tell("descendant", "the other goes on from the model itself: " + stages(b.stages() - shared) + " more");
+  if (parent(a) == of_b)
+    return tell("ancestor", "the model goes on from the other itself: " + stages(a.stages() - shared) + " more");
+  if (!parent(a).empty() && parent(a) == parent(b))
+    return tell("siblings", "both go on from one model (fingerprint " + printable(parent(a)) + "), which had learned " +
+                                stages(shared));
+  if (shared > 0) return tell("shared stages", "both have learned the same first " + stages(shared));
+  if (a.origin == b.origin && a.seed == b.seed && a.stages() + b.stages() == 0)
+    return tell("same beginning", "neither has learned anything; they began alike (prior, pretrained weights, seed)");
+  return tell("none", "no stage in common");
 }
 
 // Everything of a model that a person chose, by name.
 json collect_settings(const Model& m) {
   json s = training_json(m);
-  s["seed"] = m.seed;
-  s["posterior"] = describe_posterior(m);
-  s["normalisation"] = describe_normalisation(m);
-  s["class_names"] = m.class_names;
-  s["pruned"] = m.pruned;
-  s["first_prior"] = text_in(m.origin, "prior");
-  s["pretrained"] = text_in(m.origin, "pretrained");
+  s.update({{"seed", m.seed},
+            {"posterior", describe_posterior(m)},
+            {"normalisation", describe_normalisation(m)},
+            {"class_names", m.class_names},
+            {"pruned", m.pruned},
+            {"first_prior", text_in(m.origin, "prior")},
+            {"pretrained", text_in(m.origin, "pretrained")}});
   return s;
 }
 
@@ -120,12 +120,8 @@ class CompareCommand : public Command {
                          " have other names or another order: predictions cannot be compared");
       data = data_.load(a.class_names.empty() ? b : a, false);
     }
-    json r;
-    r["command"] = "compare";
-    r["model"] = describe_model(a);
-    r["other"] = describe_model(b);
-    r["history"] = relation(a, b);
-    r["settings"] = json::array();
+    json r{{"command", "compare"},      {"model", describe_model(a)}, {"other", describe_model(b)},
+           {"history", relation(a, b)}, {"settings", json::array()},  {"layers", json::array()}};
     const json of_a = collect_settings(a), of_b = collect_settings(b);
     json names = of_a;
     names.update(of_b);
@@ -137,7 +133,6 @@ class CompareCommand : public Command {
     const std::vector<Belief> beliefs_a = read_beliefs(device, *loaded_a.posterior),
                               beliefs_b = read_beliefs(device, *loaded_b.posterior);
     Distances all;
-    r["layers"] = json::array();
     for (const std::string& layer : list_layers(loaded_a.posterior->store().layout())) {
       Distances of_layer;
       for (size_t i = 0; i < beliefs_a.size(); i++)
@@ -153,22 +148,19 @@ class CompareCommand : public Command {
   }
 
   std::string text(const json& r) const override {
-    std::string t = "A           " + model_text(r["model"]) + "\nB           " + model_text(r["other"]) + "\n";
-    t += "history     " + r["history"]["in_words"].get<std::string>() + "\n";
-    if (r["settings"].empty()) t += "settings    the same\n";
-    else {
-      TextRows rows{{"Settings that differ", "A", "B"}};
-      std::string long_ones;  // whole sentences would tear the table apart
-      for (const json& s : r["settings"]) {
-        const std::string of_a = shown(s["model"]), of_b = shown(s["other"]), key = words(s["setting"]);
-        if (of_a.size() + of_b.size() <= 60) rows.push_back({key, of_a, of_b});
-        else long_ones += key + "\n  A: " + of_a + "\n  B: " + of_b + "\n";
-      }
-      t += "\n" + (rows.size() > 1 ? table(rows) : rows[0][0] + "\n") + long_ones;
+    std::string t = "A           " + model_text(r["model"]) + "\nB           " + model_text(r["other"]) +
+                    fill(r, "\nhistory     {history/in_words}\n");
+    TextRows rows{{"Settings that differ", "A", "B"}};
+    std::string long_ones;  // whole sentences would tear the table apart
+    for (const json& s : r["settings"]) {
+      const std::string of_a = shown(s["model"]), of_b = shown(s["other"]), key = in_words(s["setting"]);
+      if (of_a.size() + of_b.size() <= 60) rows.push_back({key, of_a, of_b});
+      else long_ones += key + "\n  A: " + of_a + "\n  B: " + of_b + "\n";
     }
+    if (r["settings"].empty()) t += "settings    the same\n";
+    else t += "\n" + (rows.size() > 1 ? align_table(rows) : rows[0][0] + "\n") + long_ones;
     t += "\n" + layers_text(r);
-    if (r.contains("predictions")) t += "\n" + predictions_text(r);
-    return t;
+    return r.contains("predictions") ? t + "\n" + predictions_text(r) : t;
   }
 
  private:
@@ -193,80 +185,60 @@ class CompareCommand : public Command {
     r["predictions"] = p;
   }
 
-  static std::string words(const std::string& key) {
-    std::string text = key;
-    std::replace(text.begin(), text.end(), '_', ' ');
-    return text;
-  }
-
   static std::string shown(const json& value) {
-    if (value.is_null() || (value.is_string() && value.get<std::string>().empty())) return "-";
-    if (value.is_number_float()) return brief(value);
-    if (value.is_string()) return printable(value.get<std::string>());
-    if (value.is_array() && value.empty()) return "-";
+    if (value.empty() || value == "") return "-";
+    if (value.is_number_float()) return format_value(value, "g");
+    if (value.is_string()) return printable(value);
     if (value.is_object() && value.contains("fraction"))  // "pruned"
-      return percent(number_in(value, "fraction")) + " by " + printable(text_in(value, "by")) + ", " +
-             printable(text_in(value, "scope"));
+      return printable(fill(value, "{fraction:%} by {by}, {scope}"));
     return printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
   }
 
   static std::string layers_text(const json& r) {
     const json& all = r["all_layers"];
     const bool in_sigma = all.contains("mean_difference_in_sigma"), both = all.contains("kl");
-    const bool pruned = all["pruned_in_one"] > 0;
-    TextRows rows{{"layer", "parameters", "distance of means"}};
-    if (in_sigma) rows[0].push_back("in sigmas of A");
-    if (both) rows[0].push_back("sigma B / A"), rows[0].push_back("KL of B to A");
-    if (pruned) rows[0].push_back("pruned in one");
-    const auto row = [&](const std::string& name, const json& l) {
-      rows.push_back({name, grouped(l["parameters"]), brief(number_in(l, "means_relative_l2"))});
-      if (in_sigma) rows.back().push_back(brief(number_in(l, "mean_difference_in_sigma")));
-      if (both) {
-        rows.back().push_back(brief(number_in(l, "sigma_ratio")));
-        rows.back().push_back(decimals(number_in(l, "kl"), 1));
-      }
-      if (pruned) rows.back().push_back(grouped(l["pruned_in_one"]));
-    };
-    for (const json& l : r["layers"]) row(l["layer"], l);
-    row("all", all);
+    json rows = list_sums(r);
+    if (all["pruned_in_one"] == 0)
+      for (json& row : rows) row.erase("pruned_in_one");
     std::string t =
-        table(rows) + "distance of means: |B - A| / |A|, Euclidean, of all weights and biases of a layer.\n";
+        table(rows,
+              "layer={layer}; parameters={parameters:,}; distance of means={means_relative_l2:g}; "
+              "in sigmas of A={mean_difference_in_sigma:g}; sigma B / A={sigma_ratio:g}; KL of B to A={kl:.1}; "
+              "pruned in one={pruned_in_one:,}");
+    t += "distance of means: |B - A| / |A|, Euclidean, of all weights and biases of a layer.\n";
     if (in_sigma) t += "in sigmas of A: |B - A| of the means over A's standard deviation, the weights' average.\n";
     else t += "A is a point estimate: it has no standard deviations to measure the differences by.\n";
     if (both)
       t += "sigma B / A: ratio of the standard deviations, geometric mean. KL of B to A: in nats, as of independent "
            "Gaussians.\n";
-    for (const char* side : {"model", "other"}) {
-      const std::string name = std::string(side) == "model" ? "A" : "B", kind = r[side]["kind"];
-      if (kind == "mnf") t += name + " is mnf: w given z, with z at its flow's mean, stands for the weights.\n";
-      if (kind == "cfg") t += name + " is cfg: marginal standard deviations, without the covariances.\n";
-      if (name == "B" && !r[side]["uncertain"]) t += "B is a point estimate: it has no standard deviations.\n";
+    for (const auto& [name, side] : {std::pair<std::string, const char*>("A", "model"), {"B", "other"}}) {
+      if (r[side]["kind"] == "mnf")
+        t += name + " is mnf: w given z, with z at its flow's mean, stands for the weights.\n";
+      if (r[side]["kind"] == "cfg") t += name + " is cfg: marginal standard deviations, without the covariances.\n";
     }
-    if (pruned) t += "Weights that are pruned in one of the two count in the distance of means alone.\n";
+    if (!r["other"]["uncertain"]) t += "B is a point estimate: it has no standard deviations.\n";
+    if (all["pruned_in_one"] > 0)
+      t += "Weights that are pruned in one of the two count in the distance of means alone.\n";
     return t;
   }
 
   static std::string predictions_text(const json& r) {
-    const json& p = r["predictions"];
-    const int of_a = r["samples"][0], of_b = r["samples"][1];
-    const auto draws = [](int n) {
-      return n ? "an average over " + plural(n, "draw") + " of the weights" : std::string("one pass at the mean");
+    const json &of_a = r["samples"][0], &of_b = r["samples"][1];
+    const auto draws = [](const json& n) {
+      return n == 0 ? "one pass at the mean" : "an average over " + format_value(n, "draw") + " of the weights";
     };
-    std::string t = "Predictions of " + data_text(r["data"]) + ": " + draws(of_a) +
-                    (of_a == of_b ? "" : " (A), " + draws(of_b) + " (B)") + "\n";
-    TextRows rows{
-        {"the same class", percent(p["agree"]) + " of images"},
-        {"total variation", decimals(p["total_variation"], 4) + " (mean; 0: the same probabilities, 1: disjoint)"}};
-    if (p.contains("model"))
-      for (const char* side : {"model", "other"})
-        rows.push_back({std::string(side) == "model" ? "accuracy of A" : "accuracy of B",
-                        percent(p[side]["accuracy"]) + ", NLL " + decimals(p[side]["nll"], 4) + " nats an image"});
-    return t + list(rows);
+    std::string rows =
+        "the same class|{agree:%} of images\n"
+        "total variation|{total_variation:.4} (mean; 0: the same probabilities, 1: disjoint)\n";
+    if (r["predictions"].contains("model"))
+      rows +=
+          "accuracy of A|{model/accuracy:%}, NLL {model/nll:.4} nats an image\n"
+          "accuracy of B|{other/accuracy:%}, NLL {other/nll:.4} nats an image\n";
+    return "Predictions of " + data_text(r["data"]) + ": " + draws(of_a) +
+           (of_a == of_b ? "" : " (A), " + draws(of_b) + " (B)") + "\n" + list(r["predictions"], rows);
   }
 
-  std::string model_, other_;
-  DataArguments data_;
-  PredictionArguments prediction_;
+  std::string other_;
 };
 
 }  // namespace

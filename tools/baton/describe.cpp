@@ -28,6 +28,11 @@ std::vector<std::string> list_classes(const Model& model) {
   return names;
 }
 
+std::string in_words(std::string key) {
+  std::replace(key.begin(), key.end(), '_', ' ');
+  return key;
+}
+
 std::string describe_posterior(const Model& model) {
   const PosteriorKind& kind = find_posterior(model.kind);
   std::string options;
@@ -35,10 +40,8 @@ std::string describe_posterior(const Model& model) {
     const json& value = model.settings[option.name];
     // Numbers are where it begins, which says little of where it is now.
     if (!decided_by_init(option) || option.type == Option::Type::number || value == false) continue;
-    std::string name = option.name;
-    std::replace(name.begin(), name.end(), '_', ' ');
-    options += (options.empty() ? "; " : ", ") + name;
-    if (option.type != Option::Type::flag) options += " " + (value.is_string() ? std::string(value) : value.dump());
+    options += (options.empty() ? "; " : ", ") + in_words(option.name);
+    if (option.type != Option::Type::flag) options += " " + format_value(value, "");
   }
   return kind.summary + options;
 }
@@ -52,8 +55,8 @@ std::string describe_normalisation(const Model& model) {
   if (same(n.scale, 1.f / 255) && same(n.shift, 0)) return "pixels from 0 to 255 are divided by 255";
   std::string means, deviations;
   for (int c = 0; c < channels; c++) {  // x = (pixel - m) / s
-    means += (c ? ", " : "") + decimals(-double(n.shift[c]) / n.scale[c], 2);
-    deviations += (c ? ", " : "") + decimals(1 / double(n.scale[c]), 2);
+    means += (c ? ", " : "") + format_value(-double(n.shift[c]) / n.scale[c], ".2");
+    deviations += (c ? ", " : "") + format_value(1 / double(n.scale[c]), ".2");
   }
   return "from pixels of 0 to 255 " + means + " is subtracted, then they are divided by " + deviations +
          (channels > 1 ? " (by channel)" : "");
@@ -69,22 +72,16 @@ json normalisation_json(const Model& model) {
 }
 
 std::string model_text(const json& model) {
-  return model["architecture"].get<std::string>() + "; " + model["kind"].get<std::string>() + ", " +
-         plural(model["stages"], "stage") + " learned (fingerprint " + model["fingerprint"].get<std::string>() + ")";
+  return fill(model, "{architecture}; {kind}, {stages:stage} learned (fingerprint {fingerprint})");
 }
 
-std::string data_text(const json& data) {
-  return plural(data["images"], "image") + " (" + data["format"].get<std::string>() + ")";
-}
+std::string data_text(const json& data) { return fill(data, "{images:image} ({format})"); }
 
 std::string how_text(const json& result) {
-  const int samples = result["samples"];
-  std::string text = "model       " + model_text(result["model"]) + "\nprediction  ";
-  if (samples == 0) text += "one pass with the mean of the weights";
-  else
-    text += "average over " + plural(samples, "draw") + " of the weights, seed " +
-            std::to_string(result["seed"].get<uint64_t>());
-  return text + (result.contains("head") ? ", head " + result["head"].dump() : "") + "\n";
+  std::string way = "one pass with the mean of the weights";
+  if (result["samples"] != 0) way = fill(result, "average over {samples:draw} of the weights, seed {seed}");
+  if (result.contains("head")) way += fill(result, ", head {head}");
+  return "model       " + model_text(result["model"]) + "\nprediction  " + way + "\n";
 }
 
 bool has_epistemic(const json& result) { return result["samples"] > 1; }
@@ -122,6 +119,13 @@ std::vector<std::string> list_layers(const ParameterLayout& layout) {
   for (const TensorSpec& t : layout.tensors())
     if (layers.empty() || layers.back() != layer_name(t.name)) layers.push_back(layer_name(t.name));
   return layers;
+}
+
+json list_sums(const json& result) {
+  json rows = result["layers"], all{{"layer", "all"}};
+  all.update(result["all_layers"]);
+  rows.push_back(all);
+  return rows;
 }
 
 }  // namespace baton

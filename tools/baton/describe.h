@@ -11,6 +11,7 @@ namespace baton {
 json describe_model(const Model&);
 json describe_data(const OwnData&);
 std::vector<std::string> list_classes(const Model&);  // the names of the outputs
+std::string in_words(std::string key);                // "flow steps" of "flow_steps"
 std::string describe_posterior(const Model&);         // its kind, and the options that shape it
 // What an image goes through before the network.
 std::string describe_normalisation(const Model&);
@@ -42,5 +43,7 @@ std::vector<Belief> read_beliefs(Device&, Posterior&);
 
 std::string layer_name(const std::string& tensor);  // "conv1" of "conv1.weight" and "conv1.z"
 std::vector<std::string> list_layers(const ParameterLayout&);
+// Of a result's "layers" and "all_layers", the rows of a table: the layers, and "all".
+json list_sums(const json& result);
 
 }  // namespace baton

@@ -1,19 +1,15 @@
 // baton evaluate: how good predictions of labelled images are, how well their confidence is calibrated, and how well
 // their uncertainty tells foreign images.
-#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <optional>
-#include <tuple>
 
 #include "engine/io/files.h"
 #include "tools/baton/describe.h"
 #include "trainers/metrics.h"
-
-extern char** environ;
 
 namespace baton {
 
@@ -22,24 +18,20 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int calibration_bins = 15, entropy_bins = 40;
-constexpr size_t most_confusions = 10;
 constexpr size_t most_listed = 20;  // classes in a table of the text
 
-// Wilson's 95 % interval of a proportion.
-std::pair<double, double> wilson(int64_t hits, int64_t n) {
-  constexpr double z = 1.959963984540054;
-  const double p = double(hits) / double(n), zz = z * z / double(n);
-  const double centre = (p + zz / 2) / (1 + zz);
-  const double half = z * std::sqrt(p * (1 - p) / double(n) + zz / (4 * double(n))) / (1 + zz);
-  return {std::max(0.0, centre - half), std::min(1.0, centre + half)};
-}
-
-// {"images", "correct", "accuracy", "low", "high"}; of no images the last three are null.
+// {"images", "correct", "accuracy", and Wilson's 95 % interval of it, "low" and "high"}; of no images the last three
+// are null.
 json estimate_accuracy(int64_t correct, int64_t images) {
   json j{{"images", images}, {"correct", correct}, {"accuracy", nullptr}, {"low", nullptr}, {"high", nullptr}};
   if (images == 0) return j;
-  j["accuracy"] = double(correct) / double(images);
-  std::tie(j["low"], j["high"]) = wilson(correct, images);
+  constexpr double z = 1.959963984540054;
+  const double n = double(images), p = double(correct) / n, zz = z * z / n;
+  const double centre = (p + zz / 2) / (1 + zz);
+  const double half = z * std::sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz);
+  j["accuracy"] = p;
+  j["low"] = std::max(0.0, centre - half);
+  j["high"] = std::min(1.0, centre + half);
   return j;
 }
 
@@ -64,15 +56,12 @@ bool plot(const fs::path& folder) {
     fprintf(stderr, "baton evaluate: no figure was drawn, for %s is not there\n", program.c_str());
     return false;
   }
-  const char* const arguments[] = {program.c_str(), "--", where.c_str(), nullptr};
-  posix_spawn_file_actions_t actions;
-  if (posix_spawn_file_actions_init(&actions) != 0) return false;
-  pid_t child;
-  const bool started =
-      posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO) == 0 &&
-      posix_spawn(&child, program.c_str(), &actions, nullptr, const_cast<char**>(arguments), environ) == 0;
-  posix_spawn_file_actions_destroy(&actions);
-  if (!started) return false;
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(STDERR_FILENO, STDOUT_FILENO);
+    execl(program.c_str(), program.c_str(), "--", where.c_str(), nullptr);
+    _exit(127);
+  }
   int status = 0;
   while (waitpid(child, &status, 0) < 0)
     if (errno != EINTR) return false;
@@ -92,12 +81,11 @@ class Evaluate : public Command {
   }
 
   void add_options(CLI::App& app) override {
-    app.add_option("--model", model_, "the model")->required();
+    add_model(app);
     data_.add_to(app, "labelled images", true);
     foreign_.add_to(app, "foreign images of no class that the model knows (out of distribution; labels do not matter)",
                     false);
-    app.add_option("--out", out_, "a folder for result.json and the figure (PNG and SVG)");
-    app.add_flag("--overwrite", overwrite_, "write over the folder's result.json");
+    add_out(app, "a folder for result.json and the figure (PNG and SVG)");
     prediction_.add_to(app);
   }
 
@@ -132,32 +120,29 @@ class Evaluate : public Command {
     if (out_.empty()) return result;
 
     write_file_atomically(file, json_text(result) + "\n");
-    const bool drawn = plot(out_);
     result["files"] = {{"result", printable(file.string())}, {"figure", nullptr}};
-    if (drawn) {
-      result["files"]["figure"] = json::array();
+    if (plot(out_))
       for (const char* name : {"baton_evaluate.png", "baton_evaluate.svg"})
         result["files"]["figure"].push_back(printable((fs::path(out_) / name).string()));
-    }
     return result;
   }
 
   std::string text(const json& result) const override {
     std::string text = "images      " + data_text(result["data"]) + "\n" + how_text(result);
     if (result["data"].contains("learned_in_stage"))
-      text += "NOTE        the model learned these very images (stage " +
-              std::to_string(result["data"]["learned_in_stage"].get<int>()) +
-              "): the numbers say how well it remembers, not how well it does on new images\n";
+      text +=
+          fill(result,
+               "NOTE        the model learned these very images (stage {data/learned_in_stage}): the numbers say how "
+               "well it remembers, not how well it does on new images\n");
     text += "\n" + quality_text(result) + "\n" + classes_text(result) + "\n" + confusion_text(result) + "\n" +
             reliability_text(result);
     if (result.contains("foreign")) text += "\n" + foreign_text(result);
     if (!result.contains("files")) return text;
-    text += "\nResult: " + result["files"]["result"].get<std::string>() + "\n";
-    for (const json& figure : result["files"]["figure"]) text += "Figure: " + figure.get<std::string>() + "\n";
-    if (result["files"]["figure"].is_null())
-      text += "The figure was not drawn, for the reason that stands above; tools/plot " +
-              fs::path(result["files"]["result"].get<std::string>()).parent_path().string() + " draws it.\n";
-    return text;
+    text += fill(result, "\nResult: {files/result}\n");
+    if (!result["files"]["figure"].is_null())
+      return text + fill(result, "Figure: {files/figure/0}\nFigure: {files/figure/1}\n");
+    return text + "The figure was not drawn, for the reason that stands above; tools/plot " + printable(out_) +
+           " draws it.\n";
   }
 
  private:
@@ -166,8 +151,7 @@ class Evaluate : public Command {
     const Metrics m = baton::evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
     const std::vector<std::vector<int64_t>> confusion = confusion_matrix(p.probability, labels, classes);
     int64_t correct = 0;
-    json per_class = json::array();
-    std::vector<json> confusions;
+    json per_class = json::array(), confusions = json::array();
     for (int c = 0; c < classes; c++) {
       int64_t images = 0;
       for (int predicted = 0; predicted < classes; predicted++) {
@@ -176,24 +160,21 @@ class Evaluate : public Command {
         if (predicted != c && count) confusions.push_back({{"true", c}, {"predicted", predicted}, {"images", count}});
       }
       correct += confusion[c][c];
-      json line{{"class", c}, {"name", result["class_names"][c]}};
-      line.update(estimate_accuracy(confusion[c][c], images));
-      per_class.push_back(line);
+      per_class.push_back({{"class", c}, {"name", result["class_names"][c]}});
+      per_class.back().update(estimate_accuracy(confusion[c][c], images));
     }
-    std::stable_sort(confusions.begin(), confusions.end(),
-                     [](const json& a, const json& b) { return a["images"] > b["images"]; });
-    confusions.resize(std::min(confusions.size(), most_confusions));
+    const auto more = [](const json& a, const json& b) { return a["images"] > b["images"]; };
 
-    result["accuracy"] = estimate_accuracy(correct, int64_t(labels.size()));
-    result["nll"] = m.nll;
-    result["brier"] = brier(p.probability, labels, classes);
-    result["ece"] = m.ece;
-    result["mean_entropy"] = m.entropy;
-    result["mean_mutual_information"] = m.mutual_information;
-    result["per_class"] = per_class;
-    result["confusion"] = confusion;  // [true][predicted]
-    result["most_frequent_confusions"] = confusions;
-    result["reliability"] = json::array();
+    result.update({{"accuracy", estimate_accuracy(correct, int64_t(labels.size()))},
+                   {"nll", m.nll},
+                   {"brier", brier(p.probability, labels, classes)},
+                   {"ece", m.ece},
+                   {"mean_entropy", m.entropy},
+                   {"mean_mutual_information", m.mutual_information},
+                   {"per_class", per_class},
+                   {"confusion", confusion},  // [true][predicted]
+                   {"most_frequent_confusions", first_rows(confusions, 10, more)},
+                   {"reliability", json::array()}});
     const std::vector<ReliabilityBin> bins = reliability(p.probability, labels, classes, calibration_bins);
     for (int b = 0; b < calibration_bins; b++) {
       const bool empty = bins[b].count == 0;
@@ -225,107 +206,90 @@ class Evaluate : public Command {
   }
 
   static std::string quality_text(const json& result) {
-    const json& accuracy = result["accuracy"];
-    const double blind = std::log(double(result["class_names"].size()));
-    const auto images = accuracy["images"].get<int64_t>(), wrong = images - accuracy["correct"].get<int64_t>();
-    const bool epistemic = has_epistemic(result);
-    return list({{"accuracy",
-                  decimals(accuracy["accuracy"], 4) + " (95 %: " + decimals(accuracy["low"], 4) + " to " +
-                      decimals(accuracy["high"], 4) + ")",
-                  grouped(wrong) + " of " + grouped(images) + " wrong"},
-                 {"negative log-likelihood (NLL)", decimals(result["nll"], 4) + " nats an image",
-                  "lower is better; " + decimals(blind, 4) + " is guessing"},
-                 {"Brier score", decimals(result["brier"], 4), "0 to 2, lower is better"},
-                 {"calibration error (ECE, " + std::to_string(calibration_bins) + " bins)", decimals(result["ece"], 4),
-                  "how far confidence and accuracy lie apart; 0 is perfect"},
-                 {"mean entropy", decimals(result["mean_entropy"], 4) + " nats",
-                  "how unsure a prediction is; 0 to " + decimals(blind, 4)},
-                 {"mean mutual information",
-                  epistemic ? decimals(result["mean_mutual_information"], 4) + " nats" : std::string("-"),
-                  epistemic ? "the part of the entropy that comes from not knowing the weights"
-                            : "needs several draws of the weights"}});
+    json r = result;
+    r["wrong"] = number_in(r, "accuracy/images") - number_in(r, "accuracy/correct");
+    r["blind"] = std::log(double(r["class_names"].size()));
+    r["bins"] = calibration_bins;
+    return list(
+        r,
+        "accuracy|{accuracy/accuracy:.4} (95 %: {accuracy/low:.4} to {accuracy/high:.4})|"
+        "{wrong:,} of {accuracy/images:,} wrong\n"
+        "negative log-likelihood (NLL)|{nll:.4} nats an image|lower is better; {blind:.4} is guessing\n"
+        "Brier score|{brier:.4}|0 to 2, lower is better\n"
+        "calibration error (ECE, {bins} bins)|{ece:.4}|how far confidence and accuracy lie apart; 0 is perfect\n"
+        "mean entropy|{mean_entropy:.4} nats|how unsure a prediction is; 0 to {blind:.4}\n" +
+            std::string(has_epistemic(r) ? "mean mutual information|{mean_mutual_information:.4} nats|"
+                                           "the part of the entropy that comes from not knowing the weights"
+                                         : "mean mutual information|-|needs several draws of the weights"));
   }
 
   // Of many classes, the least accurate ones.
   static std::string classes_text(const json& result) {
-    std::vector<json> classes(result["per_class"].begin(), result["per_class"].end());
-    const bool some = classes.size() > most_listed;
-    if (some) {
-      std::stable_sort(classes.begin(), classes.end(), [](const json& a, const json& b) {
+    json classes = result["per_class"];
+    std::string heading = "Accuracy by true class:\n";
+    if (classes.size() > most_listed) {
+      heading = "The " + std::to_string(most_listed) + " least accurate of " + std::to_string(classes.size()) +
+                " classes (--json has all):\n";
+      classes = first_rows(classes, most_listed, [](const json& a, const json& b) {
         const double x = number_in(a, "accuracy"), y = number_in(b, "accuracy");
         return std::isnan(y) ? !std::isnan(x) : x < y;
       });
-      classes.resize(most_listed);
     }
-    TextRows rows{{"class", "images", "accuracy", "95 % interval"}};
-    for (const json& c : classes) {
-      const bool empty = c["accuracy"].is_null();
-      rows.push_back({c["name"], grouped(c["images"]), decimals(number_in(c, "accuracy"), 4),
-                      empty ? "-" : decimals(number_in(c, "low"), 4) + " to " + decimals(number_in(c, "high"), 4)});
-    }
-    return (some ? "The " + std::to_string(most_listed) + " least accurate of " +
-                       std::to_string(result["per_class"].size()) + " classes (--json has all):\n"
-                 : "Accuracy by true class:\n") +
-           table(rows);
+    for (json& c : classes) c["interval"] = c["low"].is_null() ? "-" : fill(c, "{low:.4} to {high:.4}");
+    return heading +
+           table(classes, "class={name}; images={images:,}; accuracy={accuracy:.4}; 95 % interval={interval}");
   }
 
   static std::string confusion_text(const json& result) {
     const json &confusion = result["confusion"], &names = result["class_names"];
     if (confusion.size() > most_listed) {
-      TextRows rows{{"true class", "predicted as", "images"}};
-      for (const json& c : result["most_frequent_confusions"])
-        rows.push_back({names[c["true"].get<size_t>()], names[c["predicted"].get<size_t>()], grouped(c["images"])});
-      return rows.size() == 1 ? "No image was taken for another class.\n"
-                              : "The most frequent confusions:\n" + table(rows);
+      json most = result["most_frequent_confusions"];
+      for (json& c : most)
+        for (const char* side : {"true", "predicted"}) c[side] = names[size_t(c[side])];
+      if (most.empty()) return "No image was taken for another class.\n";
+      return "The most frequent confusions:\n" +
+             table(most, "true class={true}; predicted as={predicted}; images={images:,}");
     }
     // Long names head the rows alone; numbers stand for them over the columns.
-    size_t longest = 0;
-    for (const json& name : names) longest = std::max(longest, name.get<std::string>().size());
-    const bool numbered = longest > 6;
+    const bool numbered =
+        std::any_of(names.begin(), names.end(), [](const json& n) { return std::string(n).size() > 6; });
     TextRows rows{{"true"}};
     for (size_t c = 0; c < names.size(); c++) {
-      const std::string name = names[c];
-      rows[0].push_back(numbered ? "(" + std::to_string(c) + ")" : name);
-      rows.push_back({numbered ? "(" + std::to_string(c) + ") " + name : name});
+      const std::string name = names[c], number = "(" + std::to_string(c) + ")";
+      rows[0].push_back(numbered ? number : name);
+      rows.push_back({numbered ? number + " " + name : name});
+      for (const json& count : confusion[c]) rows.back().push_back(count == 0 ? "." : count.dump());
     }
-    for (size_t c = 0; c < names.size(); c++)
-      for (const json& count : confusion[c]) rows[c + 1].push_back(count == 0 ? "." : std::to_string(count.get<int>()));
     return "Confusions, in images: a row for each true class, a column for each predicted one (. is none):\n" +
-           table(rows);
+           align_table(rows);
   }
 
   static std::string reliability_text(const json& result) {
-    TextRows rows{{"confidence", "images", "mean confidence", "accuracy"}};
+    json bins = json::array();
     for (const json& bin : result["reliability"])
-      if (bin["images"] != 0)
-        rows.push_back({decimals(bin["low"], 3) + " to " + decimals(bin["high"], 3), grouped(bin["images"]),
-                        decimals(number_in(bin, "confidence"), 4), decimals(number_in(bin, "accuracy"), 4)});
+      if (bin["images"] != 0) bins.push_back(bin);
     return "Reliability: where confidence (the predicted class's probability) is right, the last two columns agree.\n" +
-           table(rows);
+           table(bins,
+                 "confidence={low:.3} to {high:.3}; images={images:,}; mean confidence={confidence:.4}; "
+                 "accuracy={accuracy:.4}");
   }
 
   static std::string foreign_text(const json& result) {
-    const json& foreign = result["foreign"];
-    const bool epistemic = has_epistemic(result);
-    TextRows means{{"", "known", "foreign"},
-                   {"mean entropy, nats", decimals(result["mean_entropy"], 4), decimals(foreign["mean_entropy"], 4)}};
-    if (epistemic)
-      means.push_back({"mean mutual information, nats", decimals(result["mean_mutual_information"], 4),
-                       decimals(foreign["mean_mutual_information"], 4)});
-    TextRows scores{{"told by", "AUROC", "FPR95"}};
-    for (const json& s : foreign["scores"])
-      scores.push_back({s["score"], decimals(s["auroc"], 4), decimals(s["fpr95"], 4)});
-    return "Foreign images: " + data_text(foreign) + ". The model should be less sure of them than of known ones.\n" +
-           table(means) + "\n" + table(scores) +
+    TextRows means{{"", "known", "foreign"}};
+    means.push_back(
+        {"mean entropy, nats", fill(result, "{mean_entropy:.4}"), fill(result, "{foreign/mean_entropy:.4}")});
+    if (has_epistemic(result))
+      means.push_back({"mean mutual information, nats", fill(result, "{mean_mutual_information:.4}"),
+                       fill(result, "{foreign/mean_mutual_information:.4}")});
+    return "Foreign images: " + data_text(result["foreign"]) +
+           ". The model should be less sure of them than of known ones.\n" + align_table(means) + "\n" +
+           table(result["foreign"]["scores"], "told by={score}; AUROC={auroc:.4}; FPR95={fpr95:.4}") +
            "AUROC: the chance that a foreign image is more uncertain than a known one; 1 is best, 0.5 is guessing.\n"
            "FPR95: the share of known images that are taken for foreign where 95 % of the foreign ones are found; "
            "lower is better.\n";
   }
 
-  std::string model_, out_;
-  bool overwrite_ = false;
-  DataArguments data_, foreign_{"--ood", Split::test, true};
-  PredictionArguments prediction_;
+  DataArguments foreign_{"--ood", Split::test, true};
 };
 
 }  // namespace

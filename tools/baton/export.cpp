@@ -1,4 +1,6 @@
 // baton export: the network at the posterior mean, as PyTorch reads it.
+#include <algorithm>
+
 #include "tools/baton/describe.h"
 
 namespace baton {
@@ -13,10 +15,9 @@ class ExportCommand : public Command {
                 "      a plain network's weights, and the Python that loads them\n") {}
 
   void add_options(CLI::App& app) override {
-    app.add_option("--model", model_, "the model")->required();
-    app.add_option("--out", out_, "the safetensors file to write, of tensors \"conv1.weight\", ...")->required();
+    add_model(app);
+    add_out(app, "the safetensors file to write, of tensors \"conv1.weight\", ...")->required();
     app.add_option("--dtype", dtype_, "type of the numbers: f32")->check(CLI::IsMember({"f32"}))->capture_default_str();
-    app.add_flag("--overwrite", overwrite_, "write over --out if it is there");
   }
 
   json run() override {
@@ -47,43 +48,41 @@ class ExportCommand : public Command {
   }
 
   std::string text(const json& r) const override {
-    TextRows rows{{"tensor", "shape"}};
-    for (const json& t : r["tensors"])
-      rows.push_back({t["tensor"], shape_text(t["shape"].get<std::vector<int64_t>>())});
-    std::string text = "model       " + model_text(r["model"]) + "\nwritten     " + r["out"].get<std::string>() + ", " +
-                       grouped(r["parameters"]) + " numbers (float32): the ";
-    if (!r["model"]["uncertain"]) text += "weights\n";
-    else
-      text += std::string("mean of the posterior") + (r["model"]["kind"] == "mnf" ? ", z at its flow's mean" : "") +
-              "; what is uncertain about the weights stays behind\n";
-    text += "\n" + table(rows) + "\nIn Python, for a torch.nn.Module `network` with layers of these names:\n\n";
-    const auto values = [&](const char* key) {
-      const auto list = r["normalisation"][key].get<std::vector<float>>();
-      bool same = true;
-      for (float x : list) same = same && x == list[0];
-      std::string all;
-      char number[32];
-      if (same && list[0] == 0) return std::string();
-      for (float x : list) {
-        snprintf(number, sizeof number, "%.9g", double(x));
-        all += (all.empty() ? "" : ", ") + std::string(number);
-        if (same) return all;
-      }
-      return "torch.tensor([" + all + "]).view(-1, 1, 1)";
-    };
-    const auto image = r["image"].get<std::vector<int>>();
-    text += "import torch, safetensors.torch\n";
-    text += "network.load_state_dict(safetensors.torch.load_file(" + r["out"].dump() + "))\n";
-    const std::string shift = values("shift");
-    text += "x = pixels.float() * " + values("scale") + (shift.empty() ? "" : " + " + shift) + "  # bytes, [n, " +
-            std::to_string(image[0]) + ", " + std::to_string(image[1]) + ", " + std::to_string(image[2]) + "]\n";
-    text += "probability = torch.softmax(network(x), dim=1)\n";
-    return text;
+    const bool uncertain = r["model"]["uncertain"], mnf = r["model"]["kind"] == "mnf";
+    json shown = r;
+    for (json& t : shown["tensors"]) t["shape"] = shape_text(t["shape"].get<std::vector<int64_t>>());
+    shown["what"] = !uncertain ? "weights"
+                               : std::string("mean of the posterior") + (mnf ? ", z at its flow's mean" : "") +
+                                     "; what is uncertain about the weights stays behind";
+    shown["quoted"] = r["out"].dump();
+    shown["factor"] = channels_text(r["normalisation"]["scale"]);
+    const std::string shift = channels_text(r["normalisation"]["shift"]);
+    shown["shift"] = shift == "0" ? "" : " + " + shift;
+    return "model       " + model_text(r["model"]) +
+           fill(shown, "\nwritten     {out}, {parameters:,} numbers (float32): the {what}\n\n") +
+           table(shown["tensors"], "tensor={tensor}; shape={shape}") +
+           fill(shown,
+                "\nIn Python, for a torch.nn.Module `network` with layers of these names:\n\n"
+                "import torch, safetensors.torch\n"
+                "network.load_state_dict(safetensors.torch.load_file({quoted}))\n"
+                "x = pixels.float() * {factor}{shift}  # bytes, [n, {image/0}, {image/1}, {image/2}]\n"
+                "probability = torch.softmax(network(x), dim=1)\n");
   }
 
  private:
-  std::string model_, out_, dtype_ = "f32";
-  bool overwrite_ = false;
+  // A number for each channel, in Python; one for all where they are the same.
+  static std::string channels_text(const json& channels) {
+    std::string all;
+    for (const json& x : channels) {
+      char number[32];
+      snprintf(number, sizeof number, "%.9g", x.get<double>());
+      all += (all.empty() ? "" : ", ") + std::string(number);
+      if (std::count(channels.begin(), channels.end(), x) == int64_t(channels.size())) return all;
+    }
+    return "torch.tensor([" + all + "]).view(-1, 1, 1)";
+  }
+
+  std::string dtype_ = "f32";
 };
 
 }  // namespace

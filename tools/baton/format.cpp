@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 
 namespace baton {
 
@@ -27,10 +28,25 @@ std::string align(const TextRows& rows, bool right) {
   return text;
 }
 
-std::string print(const char* format, double value) {
+double number(const json& value) { return value.is_number() ? value.get<double>() : NAN; }
+
+std::string print(const std::string& format, double value) {
   char text[64];
-  snprintf(text, sizeof text, format, value);
+  snprintf(text, sizeof text, format.c_str(), value);
   return text;
+}
+
+std::string group_digits(int64_t n) {
+  std::string text = std::to_string(n < 0 ? -n : n);
+  for (int at = int(text.size()) - 3; at > 0; at -= 3) text.insert(size_t(at), ",");
+  return (n < 0 ? "-" : "") + text;
+}
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+  return parts;
 }
 
 std::string dump(const json& j) {
@@ -60,30 +76,43 @@ void print(std::string& text, const json& j, const std::string& line) {
 
 }  // namespace
 
-std::string table(const TextRows& rows) { return align(rows, true); }
-std::string list(const TextRows& rows) { return align(rows, false); }
-
-std::string decimals(double value, int digits) {
-  return std::isnan(value) ? "-" : print(("%." + std::to_string(digits) + "f").c_str(), value);
+const json& entry(const json& object, const std::string& path) {
+  static const json none;
+  if (path.empty()) return object;
+  const json::json_pointer pointer("/" + path);
+  return object.contains(pointer) ? object[pointer] : none;
 }
 
-std::string percent(double fraction, int digits) {
-  return std::isnan(fraction) ? "-" : decimals(100 * fraction, digits) + " %";
+double number_in(const json& object, const std::string& path) { return number(entry(object, path)); }
+
+std::string text_in(const json& object, const std::string& path) {
+  const json& found = entry(object, path);
+  return found.is_string() ? found.get<std::string>() : "";
 }
 
-std::string brief(double value) { return std::isnan(value) ? "-" : print("%.3g", value); }
-
-std::string grouped(int64_t n) {
-  std::string text = std::to_string(n < 0 ? -n : n);
-  for (int at = int(text.size()) - 3; at > 0; at -= 3) text.insert(size_t(at), ",");
-  return (n < 0 ? "-" : "") + text;
+std::string format_value(const json& value, const std::string& format) {
+  if (format.empty()) return value.is_string() ? value.get<std::string>() : value.dump();
+  const double x = number(value);
+  if (std::isnan(x)) return "-";
+  if (format == "g") return print("%.3g", x);
+  if (format == "%") return print("%.2f %%", 100 * x);
+  if (format[0] == '.') return print("%" + format + "f", x);
+  if (!(std::abs(x) < 1e15)) return "-";
+  const int64_t n = std::llround(x);
+  return group_digits(n) + (format == "," ? "" : " " + format + (n == 1 ? "" : "s"));
 }
 
-std::string counted(double value) {
-  return std::isfinite(value) && std::abs(value) < 1e15 ? grouped(std::llround(value)) : "-";
+std::string fill(const json& object, const std::string& text) {
+  std::string filled;
+  size_t at = 0;
+  for (size_t open; (open = text.find('{', at)) != std::string::npos;) {
+    const size_t close = text.find('}', open), colon = std::min(text.find(':', open), close);
+    const std::string format = colon < close ? text.substr(colon + 1, close - colon - 1) : "";
+    filled += text.substr(at, open - at) + format_value(entry(object, text.substr(open + 1, colon - open - 1)), format);
+    at = close + 1;
+  }
+  return filled + text.substr(at);
 }
-
-std::string plural(int64_t n, const char* one) { return grouped(n) + " " + one + (n == 1 ? "" : "s"); }
 
 std::string printable(const std::string& text) {
   std::string shown = json::parse(dump(text)).get<std::string>();
@@ -92,14 +121,36 @@ std::string printable(const std::string& text) {
   return shown;
 }
 
-double number_in(const json& object, const std::string& key) {
-  const auto found = object.is_object() ? object.find(key) : object.end();
-  return found != object.end() && found->is_number() ? found->get<double>() : NAN;
+std::string align_table(const TextRows& rows) { return align(rows, true); }
+std::string align_list(const TextRows& rows) { return align(rows, false); }
+
+std::string table(const json& rows, const std::string& columns) {
+  TextRows cells(rows.size() + 1);
+  for (const std::string& column : split(columns, ';')) {
+    const size_t first = column.find_first_not_of(' '), equals = column.find('='), open = column.find('{');
+    const std::string path = column.substr(open + 1, column.find_first_of(":}", open) - open - 1);
+    const json::json_pointer value("/" + path);
+    if (std::none_of(rows.begin(), rows.end(), [&](const json& row) { return row.contains(value); })) continue;
+    cells[0].push_back(column.substr(first, equals - first));
+    for (size_t r = 0; r < rows.size(); r++) cells[r + 1].push_back(fill(rows[r], column.substr(equals + 1)));
+  }
+  return align_table(cells);
 }
 
-std::string text_in(const json& object, const std::string& key) {
-  const auto found = object.is_object() ? object.find(key) : object.end();
-  return found != object.end() && found->is_string() ? found->get<std::string>() : "";
+std::string list(const json& object, const std::string& text) {
+  TextRows rows;
+  for (const std::string& line : split(text, '\n')) {
+    rows.emplace_back();
+    for (const std::string& cell : split(line, '|')) rows.back().push_back(fill(object, cell));
+  }
+  return align_list(rows);
+}
+
+json first_rows(const json& rows, size_t most, const std::function<bool(const json&, const json&)>& before) {
+  std::vector<json> sorted(rows.begin(), rows.end());
+  std::stable_sort(sorted.begin(), sorted.end(), before);
+  sorted.resize(std::min(most, sorted.size()));
+  return sorted;
 }
 
 std::string json_text(const json& j) {

@@ -10,34 +10,10 @@ namespace baton {
 
 namespace {
 
-std::vector<std::string> split_words(const std::string& list) {
-  std::vector<std::string> words(1);
-  for (char c : list)
-    if (c == ',') words.emplace_back();
-    else words.back() += c;
-  return words;
-}
-
-// A number a channel; `standard` where the list is empty.
-std::vector<float> parse_channels(const std::string& option, const std::string& list, int channels, float standard) {
-  if (list.empty()) return std::vector<float>(size_t(channels), standard);
-  std::vector<float> values;
-  for (const std::string& word : split_words(list)) {
-    char* end = nullptr;
-    values.push_back(std::strtof(word.c_str(), &end));
-    if (word.empty() || *end || !std::isfinite(values.back()))
-      throw InputError(option + ": '" + word + "' is not a number");
-  }
-  if (int(values.size()) != channels)
-    throw InputError(option + " has " + std::to_string(values.size()) + " numbers; the network takes images of " +
-                     std::to_string(channels) + (channels == 1 ? " channel" : " channels"));
-  return values;
-}
-
-std::string normal_text(const char* mean, double sd) {
-  char text[80];
-  snprintf(text, sizeof text, "N(%s, %g^2)", mean, sd);
-  return text;
+std::string normal_text(const std::string& mean, double sd) {
+  char digits[32];
+  snprintf(digits, sizeof digits, "%g", sd);
+  return "N(" + mean + ", " + digits + "^2)";
 }
 
 // What the searches of the paper programs found for incremental learning: in place of its kinds' standard settings.
@@ -61,23 +37,23 @@ class Init : public Command {
                 "      an untrained network for colour images, with PyTorch's kind of normalisation") {}
 
   void add_options(CLI::App& app) override {
-    app.add_option("--out", out_, "the model's file")->required();
-    app.add_flag("--overwrite", overwrite_, "write over --out");
+    add_out(app, "the model's file")->required();
     auto* network = app.add_option_group("Network");
     network->add_option("--architecture", architecture_, list_networks() + " (with --from: recognised)");
     network->add_option("--from", from_, "a PyTorch network's weights as safetensors (tools/from-pytorch)");
     network->add_option("--classes", classes_, "outputs (default: 10, or as in --from)");
-    network->add_option("--class-names", class_names_, "their names, in order, separated by commas");
+    network->add_option("--class-names", class_names_, "their names, in order, separated by commas")->delimiter(',');
     network_.add_to(*network, network_options(), true);
-    network->add_option("--image", image_, "mlp: CHANNELSxHEIGHTxWIDTH, as 1x28x28");
-    network->add_option("--mean", mean_,
-                        "of each channel, subtracted from pixels in [0, 1], as in PyTorch's Normalize");
-    network->add_option("--std", std_, "of each channel; divides what --mean leaves");
+    network->add_option("--image", image_, "mlp: CHANNELSxHEIGHTxWIDTH, as 1x28x28")->delimiter('x')->expected(3);
+    network->add_option("--mean", mean_, "of each channel, subtracted from pixels in [0, 1], as in PyTorch's Normalize")
+        ->delimiter(',');
+    network->add_option("--std", std_, "of each channel; divides what --mean leaves")->delimiter(',');
     by_.add_to(*network, "images whose mean and standard deviation normalise all images", false);
     auto* belief = app.add_option_group("Posterior and prior");
-    std::string kinds;
-    for (const PosteriorKind* kind : posterior_kinds()) kinds += (kinds.empty() ? "" : ", ") + std::string(kind->name);
-    belief->add_option("--kind,--family", kind_, "of the posterior: " + kinds)->capture_default_str();
+    std::vector<std::string> kinds;
+    for (const PosteriorKind* kind : posterior_kinds()) kinds.push_back(kind->name);
+    belief->add_option("--kind,--family", kind_, "of the posterior: " + CLI::detail::join(kinds, ", "))
+        ->capture_default_str();
     belief->add_option("--pretrained-sd", pretrained_sd_, "prior N(w, sd^2) of pretrained weights w")
         ->capture_default_str();
     belief->add_option("--transfer", transfer_, "which pretrained layers: all, all-but-last or conv; the rest is fresh")
@@ -132,14 +108,12 @@ class Init : public Command {
   }
 
   std::string text(const json& j) const override {
-    const json& origin = j["origin"];
-    std::string text = j["model"].get<std::string>() + " is written: " + j["architecture"].get<std::string>() + "; " +
-                       grouped(j["parameters"]) + " weights and biases; posterior " + j["kind"].get<std::string>() +
-                       "\nprior: " + origin["prior"].get<std::string>() + "\n";
-    if (origin.contains("fresh"))
-      text += "fresh (not pretrained): " + std::to_string(origin["fresh"].size()) + " tensors\n";
-    return text + "next:  baton update --model " + j["model"].get<std::string>() +
-           " --data NEW --out NEXT.safetensors\n";
+    std::string text = fill(j,
+                            "{model} is written: {architecture}; {parameters:,} weights and biases; posterior {kind}\n"
+                            "prior: {origin/prior}\n");
+    if (j["origin"].contains("fresh"))
+      text += "fresh (not pretrained): " + std::to_string(j["origin"]["fresh"].size()) + " tensors\n";
+    return text + fill(j, "next:  baton update --model {model} --data NEW --out NEXT.safetensors\n");
   }
 
  private:
@@ -155,33 +129,30 @@ class Init : public Command {
       if (!architecture_.empty() && architecture_ != n.name)
         throw InputError(from_ + " is " + n.description() + ", not " + architecture_);
       if (classes_ && classes_ != n.classes && transfer_ == "all")
-        throw InputError(from_ + " has " + std::to_string(n.classes) + " classes; --classes " +
-                         std::to_string(classes_) + " needs --transfer all-but-last or conv");
+        throw InputError(fill({{"from", from_}, {"own", n.classes}, {"classes", classes_}},
+                              "{from} has {own} classes; --classes {classes} needs --transfer all-but-last or conv"));
     } else {
       if (architecture_.empty()) throw InputError("--architecture or --from is needed");
       n = network_spec(architecture_);
     }
     if (!image_.empty()) {
-      int used = 0;
       const int inputs = n.image.size();
-      if (sscanf(image_.c_str(), "%4dx%5dx%5d%n", &n.image.channels, &n.image.height, &n.image.width, &used) != 3 ||
-          used != int(image_.size()))
-        throw InputError("--image is '" + image_ + "'; expected CHANNELSxHEIGHTxWIDTH, as 1x28x28");
+      n.image = {image_[0], image_[1], image_[2]};
       check_network(n);
       if (!from_.empty() && n.image.size() != inputs)
-        throw InputError("--image " + image_ + " does not fit the " + std::to_string(inputs) + " inputs of " + from_);
+        throw InputError("--image does not fit the " + std::to_string(inputs) + " inputs of " + from_);
     }
     trained_ = n;
     n.options.update(network_.given());
     if (classes_) n.classes = classes_;
-    else if (!class_names_.empty() && from_.empty()) n.classes = int(split_words(class_names_).size());
+    else if (!class_names_.empty() && from_.empty()) n.classes = int(class_names_.size());
     check_network(n);
     return n;
   }
 
   void choose_class_names() {
     if (class_names_.empty()) return;
-    std::vector<std::string>& names = model_.class_names = split_words(class_names_);
+    const std::vector<std::string>& names = model_.class_names = class_names_;
     if (int(names.size()) != model_.network.classes)
       throw InputError("--class-names has " + std::to_string(names.size()) + " names for " +
                        std::to_string(model_.network.classes) + " classes");
@@ -196,13 +167,17 @@ class Init : public Command {
       model_.normalisation = standardise(by_.load(model_, false).images);
       return;
     }
-    const int channels = model_.network.image.channels;
-    const std::vector<float> mean = parse_channels("--mean", mean_, channels, 0.f),
-                             sd = parse_channels("--std", std_, channels, 1.f);
-    for (int c = 0; c < channels; c++) {
-      if (!(sd[size_t(c)] > 0)) throw InputError("--std must be positive");
-      model_.normalisation.scale[c] = 1.f / (255.f * sd[size_t(c)]);
-      model_.normalisation.shift[c] = -mean[size_t(c)] / sd[size_t(c)];
+    const size_t channels = size_t(model_.network.image.channels);
+    for (std::vector<float>* values : {&mean_, &std_}) {
+      if (values->empty()) values->assign(channels, values == &std_);
+      if (values->size() != channels)
+        throw InputError("--mean and --std need a number for each channel of an image: " + std::to_string(channels));
+    }
+    for (size_t c = 0; c < channels; c++) {
+      if (!std::isfinite(mean_[c])) throw InputError("--mean is not finite");
+      if (!(std_[c] > 0 && std::isfinite(std_[c]))) throw InputError("--std must be positive");
+      model_.normalisation.scale[c] = 1.f / (255.f * std_[c]);
+      model_.normalisation.shift[c] = -mean_[c] / std_[c];
     }
   }
 
@@ -269,8 +244,8 @@ class Init : public Command {
       const std::string fresh = normal_text("0", model_.settings["prior_sd"]);
       prior = fresh;
       if (!from_.empty()) {
-        prior = laplace_ ? "N(w, 1 / precision), a Laplace approximation on " +
-                               std::to_string(int(o["old_data"]["images"])) + " images (" + curvature_ + ")"
+        prior = laplace_ ? fill(o, "N(w, 1 / precision), a Laplace approximation on {old_data/images} images (") +
+                               curvature_ + ")"
                          : normal_text("w", pretrained_sd_);
         if (!fresh_.empty()) prior += "; of what is fresh " + fresh;
         prior += "; w: the pretrained network";
@@ -290,9 +265,11 @@ class Init : public Command {
   Model model_;
   TensorFile weights_;   // of --from
   NetworkSpec trained_;  // whose they are
-  std::string out_, architecture_, from_, class_names_, image_, mean_, std_, kind_ = "ffg", transfer_ = "all",
-                                                                             curvature_ = "ggn";
-  bool overwrite_ = false, laplace_ = false;
+  std::string architecture_, from_, kind_ = "ffg", transfer_ = "all", curvature_ = "ggn";
+  std::vector<std::string> class_names_, fresh_;
+  std::vector<float> mean_, std_;
+  std::vector<int> image_;
+  bool laplace_ = false;
   int classes_ = 0;
   uint64_t seed_ = 0;
   double pretrained_sd_ = 0.05;
@@ -301,7 +278,6 @@ class Init : public Command {
   SchemaArguments network_, posterior_;
   LaplaceSettings settings_;
   DataArguments old_{"--old-data", Split::train}, by_{"--normalise-by", Split::train};
-  std::vector<std::string> fresh_;
 };
 
 }  // namespace

@@ -8,22 +8,6 @@ namespace baton {
 
 namespace {
 
-// log10 of sigma, of everything that is not pruned.
-std::vector<double> log10_sigma(const Belief& b) {
-  std::vector<double> values;
-  for (size_t i = 0; i < b.log_std.size(); i++)
-    if (!b.gone(i)) values.push_back(double(b.log_std[i]) / std::log(10.0));
-  return values;
-}
-
-double median(std::vector<double> values) {
-  if (values.empty()) return NAN;
-  const auto middle = values.begin() + std::ptrdiff_t(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  if (values.size() % 2) return *middle;
-  return (*middle + *std::max_element(values.begin(), middle)) / 2;
-}
-
 // At most 20 bins whose width is the same on a logarithmic scale.
 json histogram(const std::vector<double>& values) {
   json bins = json::array();
@@ -50,15 +34,17 @@ json histogram(const std::vector<double>& values) {
 struct Sums {
   int64_t parameters = 0, pruned = 0;
   double absolute = 0;
-  std::vector<double> sigma;  // log10
+  std::vector<double> sigma;  // log10, of what is not pruned
   void add(const Belief& b) {
-    parameters += int64_t(b.mean.size());
     for (size_t i = 0; i < b.mean.size(); i++) {
-      if (b.gone(i)) pruned++;
-      else absolute += std::abs(double(b.mean[i]));
+      parameters++;
+      if (b.gone(i)) {
+        pruned++;
+        continue;
+      }
+      absolute += std::abs(double(b.mean[i]));
+      if (!b.log_std.empty()) sigma.push_back(double(b.log_std[i]) / std::log(10.0));
     }
-    const std::vector<double> more = log10_sigma(b);
-    sigma.insert(sigma.end(), more.begin(), more.end());
   }
   // kl: to the prior; NaN: there is none.
   json object(double kl) const {
@@ -66,9 +52,12 @@ struct Sums {
     json j{{"parameters", parameters}, {"pruned", pruned}, {"mean_absolute", left > 0 ? absolute / left : NAN}};
     if (sigma.empty()) return j;
     if (!std::isnan(kl)) j["kl"] = kl, j["kl_per_parameter"] = kl / left;
-    const auto [least, largest] = std::minmax_element(sigma.begin(), sigma.end());
-    j["sigma"] = {
-        {"least", std::pow(10, *least)}, {"median", std::pow(10, median(sigma))}, {"largest", std::pow(10, *largest)}};
+    std::vector<double> sorted = sigma;
+    std::sort(sorted.begin(), sorted.end());
+    const double median = (sorted[sorted.size() / 2] + sorted[(sorted.size() - 1) / 2]) / 2;
+    j["sigma"] = {{"least", std::pow(10, sorted.front())},
+                  {"median", std::pow(10, median)},
+                  {"largest", std::pow(10, sorted.back())}};
     return j;
   }
 };
@@ -95,32 +84,31 @@ class InspectCommand : public Command {
     const auto [m, posterior] = load_model(device, arena, model_);
     const ImageShape& image = m.network.image;
 
-    json r;
-    r["command"] = "inspect";
-    r["model"] = describe_model(m);
-    r["posterior"] = describe_posterior(m);
-    r["image"] = {image.channels, image.height, image.width};
-    r["normalisation"] = normalisation_json(m);
-    r["normalisation_in_words"] = describe_normalisation(m);
-    r["classes"] = list_classes(m);
-    r["named_classes"] = !m.class_names.empty();
-    r["origin"] = m.origin;
-    r["history"] = m.history;
     double images = 0;
     for (const json& stage : m.history)
       if (const double n = number_in(stage, "images"); n > 0) images += n;
-    r["images_learned"] = images;
-    r["steps"] = m.step;
-    r["prior"] = describe_prior(m);
-    r["pruned"] = m.pruned;
-    r["next_update"] = training_json(m);
-    r["seed"] = m.seed;
+    json r{{"command", "inspect"},
+           {"model", describe_model(m)},
+           {"posterior", describe_posterior(m)},
+           {"image", {image.channels, image.height, image.width}},
+           {"normalisation", normalisation_json(m)},
+           {"normalisation_in_words", describe_normalisation(m)},
+           {"classes", list_classes(m)},
+           {"named_classes", !m.class_names.empty()},
+           {"origin", m.origin},
+           {"history", m.history},
+           {"images_learned", images},
+           {"steps", m.step},
+           {"prior", describe_prior(m)},
+           {"pruned", m.pruned},
+           {"next_update", training_json(m)},
+           {"seed", m.seed},
+           {"layers", json::array()}};
 
     const json kl = sum_by_layer(posterior->kl_names(), posterior->kl_by_name()[0]);  // empty for a kind without a KL
     const std::vector<Belief> beliefs = read_beliefs(device, *posterior);
     Sums all;
     double total = kl.empty() ? NAN : 0;
-    r["layers"] = json::array();
     for (const std::string& layer : list_layers(posterior->store().layout())) {
       Sums sums;
       for (const Belief& b : beliefs)
@@ -137,36 +125,42 @@ class InspectCommand : public Command {
 
   std::string text(const json& r) const override {
     if (networks_) return json_text(r) + "\n";
-    const json &model = r["model"], &all = r["all_layers"];
-    const bool has_sigma = all.contains("sigma"), has_kl = all.contains("kl");
-    const std::vector<std::string> classes = r["classes"];
-    std::string names;
-    for (size_t i = 0; i < classes.size() && i < 20; i++) names += (i ? ", " : "") + classes[i];
-    if (classes.size() > 20) names += ", ... (" + std::to_string(classes.size()) + ")";
-    std::string t = list(
-        {{"network",
-          model["architecture"].get<std::string>() + "; " + grouped(all["parameters"]) + " weights and biases"},
-         {"posterior", r["posterior"]},
-         {"images", r["normalisation_in_words"]},
-         {"classes", r["named_classes"] ? names : "numbers, 0 to " + std::to_string(classes.size() - 1)},
-         {"first prior", origin_text(r["origin"])},
-         {"learned", model["stages"] == 0 ? "nothing yet"
-                                          : plural(model["stages"], "stage") + ", " + counted(r["images_learned"]) +
-                                                " images, " + plural(r["steps"], "step")},
-         {"prior now", r["prior"]},
-         {"pruned", pruned_text(r)},
-         {"fingerprint", model["fingerprint"]}});
+    const json& all = r["all_layers"];
+    const bool has_kl = all.contains("kl"), has_sigma = all.contains("sigma");
+    const std::string kind = r["model"]["kind"];
+    json shown = r;
+    shown["first_prior"] = origin_text(r["origin"]);
+    shown["classes_text"] = classes_text(r);
+    shown["pruned_text"] = pruned_text(r);
+    std::string t =
+        list(shown,
+             "network|{model/architecture}; {all_layers/parameters:,} weights and biases\n"
+             "posterior|{posterior}\n"
+             "images|{normalisation_in_words}\n"
+             "classes|{classes_text}\n"
+             "first prior|{first_prior}\n" +
+                 std::string(r["history"].empty()
+                                 ? "learned|nothing yet\n"
+                                 : "learned|{model/stages:stage}, {images_learned:,} images, {steps:step}\n") +
+                 "prior now|{prior}\n"
+                 "pruned|{pruned_text}\n"
+                 "fingerprint|{model/fingerprint}");
     if (!r["history"].empty()) t += "\nWhat it has learned\n" + history_text(r["history"], has_kl);
 
-    t += "\nLayers\n" + layers_text(r);
+    json layers = list_sums(r);
+    if (all["pruned"] > 0)
+      for (json& l : layers) l["share"] = number_in(l, "pruned") / number_in(l, "parameters");
+    t += "\nLayers\n" +
+         table(layers,
+               "layer={layer}; parameters={parameters:,}; pruned={share:%}; mean |mean|={mean_absolute:g}; KL={kl:.1}; "
+               "KL a weight={kl_per_parameter:g}; sigma: least={sigma/least:g}; median={sigma/median:g}; "
+               "largest={sigma/largest:g}");
     if (has_kl) t += "KL: of the posterior to its prior, in nats: how far the last stage has moved it.\n";
-    if (has_sigma)
-      t += std::string("sigma: the standard deviation of a weight") +
-           (model["kind"] == "cfg"   ? " (of its marginal)"
-            : model["kind"] == "mnf" ? " given z (the KL is a mean over 8 draws of z)"
-                                     : "") +
+    const char* what = kind == "cfg" ? " (of its marginal)" : " given z (the KL is a mean over 8 draws of z)";
+    if (!has_sigma) t += "A point estimate has no sigma and no KL.\n";
+    else
+      t += std::string("sigma: the standard deviation of a weight") + (kind == "cfg" || kind == "mnf" ? what : "") +
            ".\n\nHow many weights have which sigma\n" + histogram_text(r["sigma_histogram"]);
-    else t += "A point estimate has no sigma and no KL.\n";
     return t + "\nSettings of the next update (baton update takes others)\n" + settings_text(r);
   }
 
@@ -179,113 +173,79 @@ class InspectCommand : public Command {
     return "the posterior of stage " + std::to_string(m.stages() - 1);
   }
 
+  static std::string classes_text(const json& r) {
+    const json& classes = r["classes"];
+    if (!r["named_classes"]) return "numbers, 0 to " + std::to_string(classes.size() - 1);
+    std::string names;
+    for (size_t i = 0; i < classes.size() && i < 20; i++) names += (i ? ", " : "") + std::string(classes[i]);
+    return classes.size() > 20 ? names + ", ... (" + std::to_string(classes.size()) + ")" : names;
+  }
+
   static std::string origin_text(const json& origin) {
     std::string text = text_in(origin, "prior");
     if (text.empty()) text = "not told";
-    if (const std::string from = text_in(origin, "pretrained"); !from.empty()) text += " (fingerprint " + from + ")";
+    if (!text_in(origin, "pretrained").empty()) text += fill(origin, " (fingerprint {pretrained})");
     if (const std::string layers = text_in(origin, "transfer"); !layers.empty() && layers != "all")
       text += "; pretrained layers: " + layers;
     return printable(text);
   }
 
   static std::string pruned_text(const json& r) {
-    const json &p = r["pruned"], &all = r["all_layers"];
-    const double pruned = all["pruned"];
-    if (pruned == 0) return "nothing";
-    std::string text = counted(pruned) + " of " + grouped(all["parameters"]) + " weights and biases (" +
-                       percent(pruned / all["parameters"].get<double>()) + ") are 0 for good";
-    const std::string by = text_in(p, "by");
-    if (!by.empty()) text += std::string(", by ") + (by == "snr" ? "signal-to-noise ratio" : printable(by));
-    if (text_in(p, "scope") == "layer") text += ", the same share of every layer";
-    return text;
+    json all = r["all_layers"];
+    if (all["pruned"] == 0) return "nothing";
+    all["share"] = number_in(all, "pruned") / number_in(all, "parameters");
+    std::string text = fill(all, "{pruned:,} of {parameters:,} weights and biases ({share:%}) are 0 for good");
+    const std::string by = text_in(r, "pruned/by");
+    if (!by.empty()) text += ", by " + (by == "snr" ? "signal-to-noise ratio" : printable(by));
+    return text_in(r, "pruned/scope") == "layer" ? text + ", the same share of every layer" : text;
   }
 
-  static std::string history_text(const json& history, bool has_kl) {
-    TextRows rows{{"stage", "images", "data", "epochs", "steps", "NLL", "accuracy"}};
-    if (has_kl) rows[0].push_back("KL");
-    bool held_out = false;
-    for (const json& stage : history) held_out = held_out || stage.contains("hold_out");
-    if (held_out) rows[0].push_back("held-out accuracy");
-    for (const json& stage : history) {
-      rows.push_back({std::to_string(rows.size()), counted(number_in(stage, "images")),
-                      printable(text_in(stage, "data")), brief(number_in(stage, "epochs")),
-                      counted(number_in(stage, "steps")), decimals(number_in(stage, "loss"), 4),
-                      percent(number_in(stage, "accuracy"))});
-      if (has_kl) rows.back().push_back(decimals(number_in(stage, "kl"), 1));
-      if (held_out)
-        rows.back().push_back(
-            percent(number_in(stage.contains("hold_out") ? stage["hold_out"] : json(), "accuracy_after")));
+  static std::string history_text(json history, bool has_kl) {
+    for (size_t i = 0; i < history.size(); i++) {
+      history[i]["stage"] = i + 1;
+      history[i]["data"] = printable(text_in(history[i], "data"));
+      if (!has_kl) history[i].erase("kl");
     }
-    return table(rows) +
+    return table(history,
+                 "stage={stage}; images={images:,}; data={data}; epochs={epochs:g}; steps={steps:,}; NLL={loss:.4}; "
+                 "accuracy={accuracy:%}; KL={kl:.1}; held-out accuracy={hold_out/accuracy_after:%}") +
            "data: a hash of the images and labels. NLL: mean negative log-likelihood of an image, nats, and accuracy: "
            "on\nthe images being learned, in the last epoch." +
            (has_kl ? " KL: of the stage's posterior to its prior, nats.\n" : "\n");
   }
 
-  static std::string layers_text(const json& r) {
-    const json& all = r["all_layers"];
-    const bool pruned = all["pruned"] > 0, has_kl = all.contains("kl"), has_sigma = all.contains("sigma");
-    TextRows rows{{"layer", "parameters"}};
-    if (pruned) rows[0].push_back("pruned");
-    rows[0].push_back("mean |mean|");
-    if (has_kl) rows[0].insert(rows[0].end(), {"KL", "KL a weight"});
-    if (has_sigma) rows[0].insert(rows[0].end(), {"sigma: least", "median", "largest"});
-    const auto row = [&](const std::string& name, const json& l) {
-      rows.push_back({name, grouped(l["parameters"])});
-      const auto add = [&](const std::string& cell) { rows.back().push_back(cell); };
-      if (pruned) add(percent(l["pruned"].get<double>() / l["parameters"].get<double>()));
-      add(brief(number_in(l, "mean_absolute")));
-      if (has_kl) add(decimals(number_in(l, "kl"), 1)), add(brief(number_in(l, "kl_per_parameter")));
-      if (!has_sigma) return;
-      const json sigma = l.value("sigma", json());
-      for (const char* which : {"least", "median", "largest"}) add(brief(number_in(sigma, which)));
-    };
-    for (const json& l : r["layers"]) row(l["layer"], l);
-    row("all", all);
-    return table(rows);
-  }
-
   static std::string histogram_text(const json& bins) {
-    constexpr int widest = 50;
+    constexpr int64_t widest = 50;
     int64_t most = 1;
-    for (const json& b : bins) most = std::max(most, b["weights"].get<int64_t>());
+    for (const json& b : bins) most = std::max<int64_t>(most, b["weights"]);
     TextRows rows;
-    for (const json& b : bins) rows.push_back({brief(b["from"]) + " to " + brief(b["to"]), grouped(b["weights"])});
-    std::string text = table(rows), barred;
-    size_t at = 0;
     for (const json& b : bins) {
-      const size_t end = text.find('\n', at);
-      const auto n = b["weights"].get<int64_t>();
-      barred += text.substr(at, end - at);
-      if (n > 0) barred += "  " + std::string(size_t(std::max<int64_t>(1, (n * widest + most / 2) / most)), '#');
-      barred += "\n";
-      at = end + 1;
+      const int64_t n = b["weights"], bar = n ? std::max<int64_t>(1, (n * widest + most / 2) / most) : 0;
+      rows.push_back({fill(b, "{from:g} to {to:g}"), fill(b, "{weights:,}"),
+                      std::string(size_t(bar), '#') + std::string(size_t(widest - bar), ' ')});
     }
-    return barred;
+    return align_table(rows);
   }
 
   static std::string settings_text(const json& r) {
     const json& s = r["next_update"];
     const bool bgd = s["rule"] == "bgd";
     TextRows rows;
-    if (bgd) rows.push_back({"--rule", "bgd", "Bayesian gradient descent"});
-    rows.push_back({"--epochs", brief(s["epochs"]), "passes over the new images"});
-    rows.push_back({"--batch", s["batch"].dump(), "images a step"});
-    if (bgd) rows.push_back({"--draws", s["draws"].dump(), "of the weights, a step"});
+    const auto add = [&](const std::string& flag, const json& value, const std::string& help) {
+      rows.push_back({flag, format_value(value, value.is_number_float() ? "g" : ""), help});
+    };
+    if (bgd) add("--rule", "bgd", "Bayesian gradient descent");
+    add("--epochs", s["epochs"], "passes over the new images");
+    add("--batch", s["batch"], "images a step");
+    if (bgd) add("--draws", s["draws"], "of the weights, a step");
     for (const Option& option : find_posterior(r["model"]["kind"]).options) {
-      const json& value = s[option.name];
-      // Of the settings of another rule, what bgd reads too.
-      if (decided_by_init(option) || (bgd && option.name != "lr" && option.name != "schedule")) continue;
-      rows.push_back({bgd && option.name == "lr" ? "--eta" : option_flag(option),
-                      value.is_number_float() ? brief(value)
-                      : value.is_string()     ? std::string(value)
-                                              : value.dump(),
-                      bgd && option.name == "lr" ? "scales a step" : option.help});
+      if (decided_by_init(option)) continue;
+      if (!bgd || option.name == "schedule") add(option_flag(option), s[option.name], option.help);
+      else if (option.name == "lr") add("--eta", s["lr"], "scales a step");  // bgd reads no other settings of ffg's
     }
-    return list(rows);
+    return align_list(rows);
   }
 
-  std::string model_;
   bool networks_ = false;
 };
 

@@ -1,5 +1,6 @@
 // baton: a network of one's own, made Bayesian, and kept up to date as data arrive.
 #include <algorithm>
+#include <map>
 
 #include "engine/io/files.h"
 #include "engine/io/program.h"
@@ -10,13 +11,8 @@ using namespace baton;
 
 namespace {
 
-struct Entry {
-  std::unique_ptr<Command> command;
-  CLI::App* app = nullptr;
-};
-
 // The arguments, followed by those settings of --config that the command line does not give itself.
-std::vector<std::string> with_config(CLI::App& app, const std::string& command, std::vector<std::string> arguments) {
+std::vector<std::string> with_config(CLI::App& app, std::vector<std::string> arguments) {
   const auto is = [](const std::string& argument, const std::string& option) {
     return argument == option || argument.rfind(option + "=", 0) == 0;
   };
@@ -32,7 +28,7 @@ std::vector<std::string> with_config(CLI::App& app, const std::string& command, 
     const std::string option = "--" + name;
     const CLI::Option* known = app.get_option_no_throw(option);
     if (!known || name == "config" || name == "help")
-      throw InputError(path + ": baton " + command + " has no setting '" + name + "' (baton " + command +
+      throw InputError(path + ": baton " + app.get_name() + " has no setting '" + name + "' (baton " + app.get_name() +
                        " --help lists the options)");
     const auto gives = [&](const std::string& argument) {  // by any of the option's names
       const std::vector<std::string>& names = known->get_lnames();
@@ -57,28 +53,25 @@ int run(int argc, char** argv) {
       "Go on:    baton update --model model.safetensors --data new/ --out next.safetensors\n"
       "Use:      baton predict --model next.safetensors --data photos/ --out predictions.csv\n"
       "Each command's --help has more.");
-  std::vector<Entry> entries;
+  std::map<CLI::App*, std::unique_ptr<Command>> commands;
   std::string config;  // read by with_config()
   bool as_json = false;
   for (auto make : {init_command, update_command, predict_command, evaluate_command, prune_command, inspect_command,
                     compare_command, export_command}) {
-    Entry entry;
-    entry.command = make();
-    entry.app = app.add_subcommand(entry.command->name, entry.command->summary);
-    entry.command->add_options(*entry.app);
-    entry.app->add_option("--config", config,
-                          "a JSON file of settings: {\"epochs\": 5}; the command line goes before it");
-    entry.app->add_flag("--json", as_json, "print one JSON object instead of text");
-    entry.app->footer(std::string("Examples:\n") + entry.command->examples);
-    entries.push_back(std::move(entry));
+    std::unique_ptr<Command> command = make();
+    CLI::App* sub = app.add_subcommand(command->name, command->summary);
+    command->add_options(*sub);
+    sub->add_option("--config", config, "a JSON file of settings: {\"epochs\": 5}; the command line goes before it");
+    sub->add_flag("--json", as_json, "print one JSON object instead of text");
+    sub->footer(std::string("Examples:\n") + command->examples);
+    commands[sub] = std::move(command);
   }
 
   std::vector<std::string> arguments(argv + 1, argv + argc);
-  Entry* chosen = nullptr;
-  if (!arguments.empty())
-    for (Entry& e : entries)
-      if (arguments[0] == e.command->name) chosen = &e;
-  if (chosen) arguments = with_config(*chosen->app, chosen->command->name, arguments);
+  CLI::App* chosen = nullptr;
+  for (const auto& [sub, command] : commands)
+    if (!arguments.empty() && arguments[0] == command->name) chosen = sub;
+  if (chosen) arguments = with_config(*chosen, arguments);
   try {
     std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes a vector
     app.parse(arguments);
@@ -86,12 +79,11 @@ int run(int argc, char** argv) {
     app.exit(e);
     return 0;
   } catch (const CLI::ParseError& e) {
-    const std::string where = chosen ? "baton " + std::string(chosen->command->name) : "baton";
-    throw InputError(std::string(e.what()) + " (" + where + " --help lists " +
-                     (chosen ? "the options)" : "the commands)"));
+    throw InputError(std::string(e.what()) + (chosen ? " (baton " + chosen->get_name() + " --help lists the options)"
+                                                     : " (baton --help lists the commands)"));
   }
-  const json result = chosen->command->run();
-  const std::string text = as_json ? json_text(result) + "\n" : chosen->command->text(result);
+  const json result = commands.at(chosen)->run();
+  const std::string text = as_json ? json_text(result) + "\n" : commands.at(chosen)->text(result);
   if (fputs(text.c_str(), stdout) == EOF || fflush(stdout) != 0)
     throw RunError("the result could not be written to the standard output");
   return 0;

@@ -13,27 +13,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// The figures of an image beside its probabilities, in the order of the columns.
-struct Figure {
-  const char* name;
-  std::vector<float> values;
-};
-std::vector<Figure> collect_figures(const Predictions& p) {
-  std::vector<float> aleatoric(p.entropy.size());
-  for (size_t i = 0; i < aleatoric.size(); i++) aleatoric[i] = p.entropy[i] - p.mutual_information[i];
-  return {{"entropy", p.entropy},
-          {"mutual_information", p.mutual_information},
-          {"aleatoric_entropy", std::move(aleatoric)},
-          {"aleatoric_variance", p.aleatoric_variance},
-          {"epistemic_variance", p.epistemic_variance}};
-}
-
-// Nine digits bring every float back.
-void add(std::string& text, float value) {
-  char digits[32];
-  text.append(digits, size_t(snprintf(digits, sizeof digits, "%.9g", double(value))));
-}
-
 std::string csv_field(const std::string& text) {  // RFC 4180
   if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
   std::string quoted = "\"";
@@ -45,68 +24,94 @@ std::string json_string(const std::string& text) {
   return json(text).dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
-// A row an image.
-struct Predicted {
-  const Model& model;
-  const OwnData& data;
-  const Predictions& predictions;
-  std::vector<int> chosen;  // the class of an image, the first of equals
-  int samples;
+// What is known of every image under one name: `width` numbers, or a text in their place where people read it.
+struct Series {
+  std::string name;
+  std::vector<double> numbers;  // [images][width]
+  std::vector<std::string> texts{};
+  bool whole = false;  // numbers
+  size_t width = 1;
 
-  int count() const { return data.images.count; }
-  int classes() const { return model.network.classes; }
-  const float* probability(int i) const { return &predictions.probability[size_t(i) * classes()]; }
+  // Nine digits bring every float back.
+  std::string cell(size_t i, const std::function<std::string(const std::string&)>& quote) const {
+    char digits[32];
+    if (!texts.empty()) return quote(texts[i]);
+    return std::string(digits, size_t(snprintf(digits, sizeof digits, "%.9g", numbers[i])));
+  }
 };
 
-std::string format_csv(const Predicted& rows) {
-  const bool named = !rows.data.names.empty();
-  const std::vector<Figure> figures = collect_figures(rows.predictions);
-  std::string text = std::string("index") + (named ? ",name" : "") + (rows.data.labelled ? ",label" : "");
-  text += ",prediction";
-  for (int c = 0; c < rows.classes(); c++) text += ",p" + std::to_string(c);
-  for (const Figure& f : figures) text += std::string(",") + f.name;
-  text += '\n';
-  for (int i = 0; i < rows.count(); i++) {
-    text += std::to_string(i);
-    if (named) text += ',' + csv_field(rows.data.names[i]);
-    if (rows.data.labelled) text += ',' + std::to_string(rows.data.images.labels[i]);
-    text += ',' + csv_field(rows.model.class_name(rows.chosen[i]));
-    for (int c = 0; c < rows.classes(); c++) text += ',', add(text, rows.probability(i)[c]);
-    for (const Figure& f : figures) text += ',', add(text, f.values[i]);
-    text += '\n';
+std::string format_csv(const std::vector<Series>& all, size_t images) {
+  std::string text = "index";
+  for (const Series& s : all)
+    for (size_t c = 0; c < s.width; c++) text += "," + (s.width > 1 ? "p" + std::to_string(c) : s.name);
+  for (size_t i = 0; i < images; i++) {
+    text += "\n" + std::to_string(i);
+    for (const Series& s : all)
+      for (size_t c = 0; c < s.width; c++) text += "," + s.cell(i * s.width + c, csv_field);
   }
-  return text;
+  return text + "\n";
 }
 
-std::string format_json(const Predicted& rows) {
-  const std::vector<Figure> figures = collect_figures(rows.predictions);
+std::string format_json(const std::vector<Series>& all, size_t images, const Model& model, int samples) {
   std::string text = "{\"classes\": [";
-  for (int c = 0; c < rows.classes(); c++) text += (c ? ", " : "") + json_string(rows.model.class_name(c));
-  text += "], \"samples\": " + std::to_string(rows.samples) + ", \"images\": [";
-  for (int i = 0; i < rows.count(); i++) {
+  for (int c = 0; c < model.network.classes; c++) text += (c ? ", " : "") + json_string(model.class_name(c));
+  text += "], \"samples\": " + std::to_string(samples) + ", \"images\": [";
+  for (size_t i = 0; i < images; i++) {
     text += (i ? ",\n" : "\n") + ("{\"index\": " + std::to_string(i));
-    if (!rows.data.names.empty()) text += ", \"name\": " + json_string(rows.data.names[i]);
-    if (rows.data.labelled) text += ", \"label\": " + std::to_string(rows.data.images.labels[i]);
-    text += ", \"prediction\": " + json_string(rows.model.class_name(rows.chosen[i])) + ", \"probability\": [";
-    for (int c = 0; c < rows.classes(); c++) text += c ? ", " : "", add(text, rows.probability(i)[c]);
-    text += "]";
-    for (const Figure& f : figures) text += std::string(", \"") + f.name + "\": ", add(text, f.values[i]);
+    for (const Series& s : all) {
+      text += ", \"" + s.name + "\": " + (s.width > 1 ? "[" : "");
+      for (size_t c = 0; c < s.width; c++) text += (c ? ", " : "") + s.cell(i * s.width + c, json_string);
+      text += s.width > 1 ? "]" : "";
+    }
     text += "}";
   }
   return text + "\n]}\n";
 }
 
-std::map<std::string, Tensor> collect_arrays(const Predicted& rows) {
-  const int64_t n = rows.count();
+std::map<std::string, Tensor> collect_arrays(const std::vector<Series>& all, size_t images) {
   std::map<std::string, Tensor> arrays;
-  arrays["probability"] = Tensor::of<float>(rows.predictions.probability, {n, rows.classes()});
-  arrays["prediction"] = Tensor::of<int64_t>(std::vector<int64_t>(rows.chosen.begin(), rows.chosen.end()), {n});
-  const std::vector<uint8_t>& labels = rows.data.images.labels;
-  if (rows.data.labelled)
-    arrays["label"] = Tensor::of<int64_t>(std::vector<int64_t>(labels.begin(), labels.end()), {n});
-  for (const Figure& f : collect_figures(rows.predictions)) arrays[f.name] = Tensor::of<float>(f.values, {n});
+  for (const Series& s : all) {
+    std::vector<int64_t> shape{int64_t(images)};
+    if (s.width > 1) shape.push_back(int64_t(s.width));
+    const auto begin = s.numbers.begin(), end = s.numbers.end();
+    if (s.whole) arrays[s.name] = Tensor::of<int64_t>(std::vector<int64_t>(begin, end), shape);
+    else if (begin != end) arrays[s.name] = Tensor::of<float>(std::vector<float>(begin, end), shape);
+  }
   return arrays;
 }
+
+// A row an image.
+struct Predicted {
+  const Model& model;
+  const OwnData& data;
+  const Predictions& predictions;
+  std::vector<int> chosen{};  // the class of an image, the first of equals
+
+  int count() const { return data.images.count; }
+  int classes() const { return model.network.classes; }
+  const float* probability(int i) const { return &predictions.probability[size_t(i) * classes()]; }
+
+  // In the order of the columns.
+  std::vector<Series> collect_series() const {
+    const auto doubles = [](const auto& values) { return std::vector<double>(values.begin(), values.end()); };
+    const Predictions& p = predictions;
+    std::vector<std::string> names;
+    for (int c : chosen) names.push_back(model.class_name(c));
+    std::vector<float> aleatoric;
+    for (size_t i = 0; i < p.entropy.size(); i++) aleatoric.push_back(p.entropy[i] - p.mutual_information[i]);
+    std::vector<Series> all;
+    if (!data.names.empty()) all.push_back({"name", {}, data.names});
+    if (data.labelled) all.push_back({"label", doubles(data.images.labels), {}, true});
+    all.push_back({"prediction", doubles(chosen), names, true});
+    all.push_back({"probability", doubles(p.probability), {}, false, size_t(classes())});
+    all.push_back({"entropy", doubles(p.entropy)});
+    all.push_back({"mutual_information", doubles(p.mutual_information)});
+    all.push_back({"aleatoric_entropy", doubles(aleatoric)});
+    all.push_back({"aleatoric_variance", doubles(p.aleatoric_variance)});
+    all.push_back({"epistemic_variance", doubles(p.epistemic_variance)});
+    return all;
+  }
+};
 
 class Predict : public Command {
  public:
@@ -120,11 +125,9 @@ class Predict : public Command {
                 "      one fast pass over the first 100 images, with the mean of the weights; nothing is written\n") {}
 
   void add_options(CLI::App& app) override {
-    app.add_option("--model", model_, "the model")->required();
+    add_model(app);
     data_.add_to(app, "the images", true);
-    app.add_option("--out", out_,
-                   "where the predictions go, a row an image: .csv, .json, .npz, or .npy (probabilities alone)");
-    app.add_flag("--overwrite", overwrite_, "write over a file that is there");
+    add_out(app, "where the predictions go, a row an image: .csv, .json, .npz, or .npy (probabilities alone)");
     prediction_.add_to(app);
   }
 
@@ -136,52 +139,41 @@ class Predict : public Command {
     const int samples = prediction_.samples(loaded.model);  // what is wrong with --samples, before the images are read
     const OwnData data = data_.load(loaded.model, false);
     const Predictions p = prediction_.predict(device, loaded, data.images);
-    Predicted rows{loaded.model, data, p, {}, samples};
+    Predicted rows{loaded.model, data, p};
     for (int i = 0; i < rows.count(); i++) {
       const float* of_image = rows.probability(i);
       rows.chosen.push_back(int(std::max_element(of_image, of_image + rows.classes()) - of_image));
     }
-    if (ending == ".csv") write_file_atomically(out_, format_csv(rows));
-    if (ending == ".json") write_file_atomically(out_, format_json(rows));
-    if (ending == ".npz") save_npz(out_, collect_arrays(rows));
-    if (ending == ".npy")
-      save_npy(out_, Tensor::of<float>(p.probability, {int64_t(rows.count()), int64_t(rows.classes())}));
+    const std::vector<Series> all = rows.collect_series();
+    const size_t images = rows.chosen.size();
+    if (ending == ".csv") write_file_atomically(out_, format_csv(all, images));
+    if (ending == ".json") write_file_atomically(out_, format_json(all, images, loaded.model, samples));
+    if (ending == ".npz") save_npz(out_, collect_arrays(all, images));
+    if (ending == ".npy") save_npy(out_, collect_arrays(all, images)["probability"]);
     return summarise(rows);
   }
 
   std::string text(const json& result) const override {
+    json r = result;
+    r["most"] = std::log(double(result["classes"].size()));
     const bool epistemic = has_epistemic(result);
-    std::string text = "images      " + data_text(result["data"]) + "\n" + how_text(result) + "\n";
-    text += "How often each class was predicted:\n" + class_table(result);
-
-    const double most = std::log(double(result["classes"].size()));
-    TextRows means{{"mean entropy", decimals(result["mean_entropy"], 4) + " nats"}};
-    if (epistemic)
-      means.push_back({"mean mutual information", decimals(result["mean_mutual_information"], 4) + " nats"});
-    text += "\n" + table(means);
-    text += "Entropy: how unsure a prediction is, from 0 (certain) to " + decimals(most, 4) + " (all classes alike).\n";
-    if (epistemic)
-      text +=
-          "Mutual information: the part of it that comes from not knowing the weights; learning more would lower it.\n";
-
-    const json& uncertain = result["most_uncertain"];
-    text += "\nThe most uncertain " + std::string(uncertain.size() == 1 ? "image" : "images") + ":\n";
-    TextRows images{{"image"}};
-    const bool named = uncertain[0].contains("name");
-    if (named) images[0].push_back("name");
-    for (const char* heading : {"prediction", "its probability", "entropy"}) images[0].push_back(heading);
-    if (epistemic) images[0].push_back("mutual information");
-    for (const json& image : uncertain) {
-      images.push_back({std::to_string(image["index"].get<int64_t>())});
-      if (named) images.back().push_back(image["name"]);
-      images.back().push_back(image["prediction"]);
-      for (const char* figure : {"probability", "entropy", "mutual_information"})
-        if (epistemic || figure != std::string("mutual_information"))
-          images.back().push_back(decimals(image[figure], 4));
-    }
-    text += table(images);
-    if (!result.contains("out")) return text + "\nNothing was written; --out predictions.csv keeps a row an image.\n";
-    return text + "\nPredictions: " + result["out"].get<std::string>() + "\n";
+    if (!epistemic)
+      for (json& image : r["most_uncertain"]) image.erase("mutual_information");
+    TextRows means{{"mean entropy", fill(r, "{mean_entropy:.4} nats")}};
+    if (epistemic) means.push_back({"mean mutual information", fill(r, "{mean_mutual_information:.4} nats")});
+    return "images      " + data_text(r["data"]) + "\n" + how_text(r) + "\nHow often each class was predicted:\n" +
+           class_table(r) + "\n" + align_table(means) +
+           fill(r, "Entropy: how unsure a prediction is, from 0 (certain) to {most:.4} (all classes alike).\n") +
+           (epistemic
+                ? "Mutual information: the part of it that comes from not knowing the weights; learning more would "
+                  "lower it.\n"
+                : "") +
+           (r["most_uncertain"].size() == 1 ? "\nThe most uncertain image:\n" : "\nThe most uncertain images:\n") +
+           table(r["most_uncertain"],
+                 "image={index}; name={name}; prediction={prediction}; its probability={probability:.4}; "
+                 "entropy={entropy:.4}; mutual information={mutual_information:.4}") +
+           fill(r, r.contains("out") ? "\nPredictions: {out}\n"
+                                     : "\nNothing was written; --out predictions.csv keeps a row an image.\n");
   }
 
  private:
@@ -237,29 +229,19 @@ class Predict : public Command {
 
   // Of many classes, the most frequent ones.
   static std::string class_table(const json& result) {
-    constexpr size_t most = 20;
-    std::vector<json> classes(result["classes"].begin(), result["classes"].end());
-    const bool some = classes.size() > most;
-    if (some) {
-      std::stable_sort(classes.begin(), classes.end(),
-                       [](const json& a, const json& b) { return a["images"] > b["images"]; });
-      classes.resize(most);
-      std::erase_if(classes, [](const json& c) { return c["images"] == 0; });
+    json classes = result["classes"];
+    const bool some = classes.size() > 20;
+    if (some) classes = first_rows(classes, 20, [](const json& a, const json& b) { return a["images"] > b["images"]; });
+    json rows = json::array();
+    for (json& c : classes) {
+      c["share"] = number_in(c, "images") / number_in(result, "data/images");
+      if (!some || c["images"] != 0) rows.push_back(c);
     }
-    TextRows rows{{"class", "images", "share"}};
-    for (const json& c : classes) {
-      const auto n = c["images"].get<int64_t>();
-      rows.push_back({c["name"], grouped(n), percent(double(n) / result["data"]["images"].get<double>())});
-    }
-    return table(rows) + (some ? "(the " + std::to_string(classes.size()) + " most frequent of " +
-                                     std::to_string(result["classes"].size()) + "; --json has all)\n"
-                               : "");
+    return table(rows, "class={name}; images={images:,}; share={share:%}") +
+           (some ? "(the " + std::to_string(rows.size()) + " most frequent of " +
+                       std::to_string(result["classes"].size()) + "; --json has all)\n"
+                 : "");
   }
-
-  std::string model_, out_;
-  bool overwrite_ = false;
-  DataArguments data_;
-  PredictionArguments prediction_;
 };
 
 }  // namespace

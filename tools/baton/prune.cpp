@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "engine/select.h"
-#include "kernels/prune.h"
 #include "tools/baton/describe.h"
 
 namespace baton {
@@ -20,89 +19,56 @@ void make_prunable(Model& m) {
       m.arrays.tensors[t.name + ".mask"] = Tensor::of<uint8_t>(std::vector<uint8_t>(t.size, 1), t.shape);
 }
 
-// Prunes one posterior, of one network.
-class Pruner {
- public:
-  Pruner(Device& device, Posterior& posterior, Ranking ranking, bool by_layer)
-      : device_(device), posterior_(posterior), tensors_(posterior.store().layout().tensors()), by_layer_(by_layer) {
-    std::vector<float> sd(posterior.store().layout().stride());
-    for (const TensorSpec& t : tensors_) {
-      const std::vector<float> log_std = posterior.read_log_std(0, t);
-      for (size_t i = 0; i < log_std.size(); i++) sd[t.offset + i] = float(std::exp(double(log_std[i])));
-      const std::vector<uint8_t> gone = posterior.read_pruned(t);
-      std::vector<uint8_t>& before = t.bias ? biases_before_ : before_;
-      before.insert(before.end(), gone.begin(), gone.end());
-      if (!t.bias) stretches_.push_back({int(t.offset), int(t.size)});
-    }
-    score_ = arena_.take<float>(before_.size());
-    float* deviations = nullptr;
-    if (ranking == Ranking::signal_to_noise) upload(device, deviations = arena_.take<float>(sd.size()), sd);
-    prune_scores(score_, posterior.store().at("mean"), deviations, stretches_, ranking, device.stream());
+// Prunes a share of the weights, of all together or of every tensor, biases never. What is pruned already counts, and
+// stays. Returns "left" and "tensors".
+json prune(Device& device, Posterior& posterior, bool by_snr, bool by_layer, double fraction) {
+  const std::vector<TensorSpec>& tensors = posterior.store().layout().tensors();
+  std::vector<float> scores;  // of the weights, tensor after tensor
+  for (const TensorSpec& t : tensors) {
+    if (t.bias) continue;
+    const std::vector<float> mean = posterior.store().read(device, "mean", 0, t),
+                             log_std = posterior.read_log_std(0, t);
+    const std::vector<uint8_t> pruned = posterior.read_pruned(t);
     // What is pruned already is the first to be pruned: what the mask says, not what looks like it.
-    std::vector<float> scores = download(device, score_, before_.size());
-    for (size_t j = 0; j < scores.size(); j++)
-      if (before_[j]) scores[j] = -1;
-    upload(device, score_, scores);
+    for (size_t i = 0; i < t.size; i++)
+      scores.push_back(pruned[i] ? -1 : std::abs(mean[i]) / (by_snr ? float(std::exp(double(log_std[i]))) : 1));
   }
+  Arena arena;
+  float* score = arena.take<float>(scores.size());
+  uint8_t* marked = arena.take<uint8_t>(scores.size());
+  upload(device, score, scores);
 
-  int weights() const { return int(before_.size()); }  // without biases
-  int pruned_before() const { return int(std::count(before_.begin(), before_.end(), 1)); }
-
-  // Prunes a share of the weights: of all together, or of every tensor. Sets "left" and "tensors".
-  void prune(double fraction, json& result) {
-    std::vector<uint8_t> marked(before_.size(), 0);
-    std::vector<double> thresholds;
-    const auto mark = [&](int first, int count) {
-      Arena arena;
-      uint8_t* marks = arena.take<uint8_t>(size_t(count));
-      const int lowest = int(std::lround(fraction * count));
-      const Selection chosen = mark_lowest(device_, marks, score_ + first, count, lowest);
-      const std::vector<uint8_t> these = download(device_, marks, size_t(count));
-      std::copy(these.begin(), these.end(), marked.begin() + first);
-      return lowest > 0 && chosen.threshold >= 0 ? double(chosen.threshold) : NAN;
-    };
-    if (!by_layer_) thresholds.assign(stretches_.size(), mark(0, weights()));
-    for (int first = 0; const Stretch& s : stretches_) {
-      if (by_layer_) thresholds.push_back(mark(first, s.count));
-      first += s.count;
-    }
-
-    std::vector<uint8_t> mask;
-    size_t weight = 0, bias = 0, tensor = 0;
-    int all_left = 0;
-    result["left"] = 0;
-    result["tensors"] = json::array();
-    for (const TensorSpec& t : tensors_) {
-      if (t.bias) {
-        for (size_t i = 0; i < t.size; i++) mask.push_back(biases_before_[bias++]);
-        continue;
-      }
-      int left = 0;
-      for (size_t i = 0; i < t.size; i++, weight++) {
-        mask.push_back(marked[weight] || before_[weight]);  // by layer, one may have lost more before than its share
-        left += !mask.back();
-      }
+  const auto mark = [&](size_t first, size_t count) {  // returns the threshold
+    const int lowest = int(std::lround(fraction * double(count)));
+    const Selection chosen = mark_lowest(device, marked + first, score + first, int(count), lowest);
+    return lowest > 0 && chosen.threshold >= 0 ? double(chosen.threshold) : NAN;
+  };
+  double threshold = by_layer ? NAN : mark(0, scores.size());
+  std::vector<uint8_t> mask;  // of all tensors
+  int64_t all_left = 0;
+  size_t weight = 0;
+  json list = json::array();
+  for (const TensorSpec& t : tensors) {
+    std::vector<uint8_t> pruned = posterior.read_pruned(t);
+    if (!t.bias) {
+      if (by_layer) threshold = mark(weight, t.size);
+      const std::vector<uint8_t> marks = download(device, marked + weight, t.size);
+      weight += t.size;
+      for (size_t i = 0; i < t.size; i++)
+        pruned[i] |= marks[i];  // by layer, one may have lost more before than its share
+      const int64_t left = std::count(pruned.begin(), pruned.end(), 0);
       all_left += left;
-      result["tensors"].push_back({{"tensor", t.name},
-                                   {"weights", t.size},
-                                   {"left", left},
-                                   {"share_left", double(left) / double(t.size)},
-                                   {"threshold", thresholds[tensor++]}});
+      list.push_back({{"tensor", t.name},
+                      {"weights", t.size},
+                      {"left", left},
+                      {"share_left", double(left) / double(t.size)},
+                      {"threshold", threshold}});
     }
-    result["left"] = all_left;
-    posterior_.mask(mask);
+    mask.insert(mask.end(), pruned.begin(), pruned.end());
   }
-
- private:
-  Device& device_;
-  Posterior& posterior_;
-  std::vector<TensorSpec> tensors_;
-  bool by_layer_;
-  Arena arena_;
-  std::vector<Stretch> stretches_;               // of the weights
-  std::vector<uint8_t> before_, biases_before_;  // what was pruned, of the weights and of the biases
-  float* score_;                                 // of the weights
-};
+  posterior.mask(mask);
+  return {{"left", all_left}, {"tensors", list}};
+}
 
 class PruneCommand : public Command {
  public:
@@ -116,7 +82,7 @@ class PruneCommand : public Command {
                 "      what each share would cost; writes nothing\n") {}
 
   void add_options(CLI::App& app) override {
-    app.add_option("--model", model_, "the model to prune")->required();
+    add_model(app);
     auto* one = app.add_option("--fraction", fraction_,
                                "share of all weights to be 0, from 0 to 1; what is pruned already counts. Biases stay");
     auto* many = app.add_option("--fractions", fractions_,
@@ -133,8 +99,7 @@ class PruneCommand : public Command {
         ->capture_default_str();
     data_.add_to(app, "labelled images to measure the accuracy on, before and after", false);
     prediction_.add_to(app);
-    app.add_option("--out", out_, "the pruned model");
-    app.add_flag("--overwrite", overwrite_, "write over --out if it is there");
+    add_out(app, "the pruned model");
   }
 
   json run() override {
@@ -146,7 +111,7 @@ class PruneCommand : public Command {
     const std::vector<double> fractions = table ? fractions_ : std::vector<double>{fraction_};
     for (double f : fractions)
       if (!(f >= 0 && f <= 1))
-        throw InputError((table ? "--fractions has " : "--fraction is ") + brief(f) +
+        throw InputError((table ? "--fractions has " : "--fraction is ") + format_value(f, "g") +
                          "; expected a share of the weights from 0 to 1");
     check_free(out_, overwrite_);
     Device device;
@@ -159,13 +124,18 @@ class PruneCommand : public Command {
     if (!model.uncertain() && by_ == "snr")
       throw InputError(model_ + " is a point estimate (" + model.kind + "): it has no sigma to prune by");
     const std::string by = !by_.empty() ? by_ : model.uncertain() ? "snr" : "magnitude";
-    const Ranking ranking = by == "snr" ? Ranking::signal_to_noise : Ranking::magnitude;
-    Pruner pruner(device, *loaded.posterior, ranking, scope_ == "layer");
-    const int weights = pruner.weights(), pruned = pruner.pruned_before();
+    int weights = 0, pruned = 0;  // without biases
+    for (const TensorSpec& t : loaded.posterior->store().layout().tensors()) {
+      if (t.bias) continue;
+      const std::vector<uint8_t> gone = loaded.posterior->read_pruned(t);
+      weights += int(t.size), pruned += int(std::count(gone.begin(), gone.end(), 1));
+    }
     for (double f : fractions)
       if (std::lround(f * weights) < pruned)
-        throw InputError(percent(double(pruned) / weights) + " of the weights are pruned already (" + grouped(pruned) +
-                         " of " + grouped(weights) + "), which counts: a fraction of " + brief(f) + " is less");
+        throw InputError(
+            fill({{"share", double(pruned) / weights}, {"pruned", pruned}, {"weights", weights}, {"fraction", f}},
+                 "{share:%} of the weights are pruned already ({pruned:,} of {weights:,}), which counts: a "
+                 "fraction of {fraction:g} is less"));
 
     json result{{"command", "prune"}, {"model", described}, {"by", by},
                 {"scope", scope_},    {"weights", weights}, {"pruned_before", pruned}};
@@ -179,93 +149,94 @@ class PruneCommand : public Command {
       return judge(prediction_.predict(device, loaded, data.images), data.images, model.network.classes);
     };
     if (data_.given()) result["before"] = judge_now();
-    const double error = data_.given() ? 1 - result["before"]["accuracy"].get<double>() : NAN;
-    const auto prune = [&](json& to, double fraction) {
+    const auto prune_to = [&](json& to, double fraction) {
       const int64_t values = model.uncertain() ? 2 : 1;
       to["fraction"] = fraction;
-      pruner.prune(fraction, to);
+      to.update(prune(device, *loaded.posterior, by == "snr", scope_ == "layer", fraction));
       to["bytes_dense"] = 4 * values * weights;
       to["bytes_sparse"] = (4 * values + 4) * to["left"].get<int64_t>();  // and an index each
       if (!data_.given()) return;
       to["after"] = judge_now();
-      const double now = 1 - to["after"]["accuracy"].get<double>();
-      to["error_ratio"] = error > 0 ? now / error : NAN;
+      const double before = find_error(result["before"]);
+      to["error_ratio"] = before > 0 ? find_error(to["after"]) / before : NAN;
     };
-    if (!table) {
-      prune(result, fraction_);
-      keep(model, *loaded.posterior);
-      model.pruned = {{"fraction", fraction_}, {"by", by}, {"scope", scope_}, {"left", result["left"]}};
-      save_model(out_, model);
-      result["out"] = printable(out_);
-      result["fingerprint"] = fingerprint(model);
+    if (table) {
+      result["fractions"] = json::array();
+      for (double f : fractions) {
+        prune_to(result["fractions"].emplace_back(), f);
+        loaded.posterior->load(model.arrays, model.stages() <= 1);  // the weights come back
+      }
       return result;
     }
-    result["fractions"] = json::array();
-    for (double f : fractions) {
-      prune(result["fractions"].emplace_back(), f);
-      loaded.posterior->load(model.arrays, model.stages() <= 1);  // the weights come back
-    }
+    prune_to(result, fraction_);
+    keep(model, *loaded.posterior);
+    model.pruned = {{"fraction", fraction_}, {"by", by}, {"scope", scope_}, {"left", result["left"]}};
+    save_model(out_, model);
+    result["out"] = printable(out_);
+    result["fingerprint"] = fingerprint(model);
     return result;
   }
 
   std::string text(const json& r) const override {
-    std::string t = r.contains("data") ? how_text(r) + "images      " + data_text(r["data"]) + "\n"
-                                       : "model       " + model_text(r["model"]) + "\n";
+    std::string t = "model       " + model_text(r["model"]) + "\n";
+    if (r.contains("data")) t = how_text(r) + "images      " + data_text(r["data"]) + "\n";
     t += "pruned      the weights of the lowest " +
          std::string(r["by"] == "snr" ? "|mean| / sigma (signal-to-noise ratio" : "|mean| (magnitude") +
          (r["model"]["kind"] == "mnf" ? "; without z, which weights share)" : ")") + ", biases never;\n            " +
          (r["scope"] == "global" ? "one threshold for all layers\n" : "the same share of every layer\n");
     if (r["pruned_before"] > 0)
-      t += "before      " + grouped(r["pruned_before"]) + " of the " + grouped(r["weights"]) +
-           " weights were pruned already\n";
+      t += fill(r, "before      {pruned_before:,} of the {weights:,} weights were pruned already\n");
     return t + "\n" + (r.contains("fractions") ? table_text(r) : one_text(r));
   }
 
  private:
+  static double find_error(const json& judged) { return 1 - judged["accuracy"].get<double>(); }
+
   static std::string table_text(const json& r) {
-    TextRows rows{{"pruned", "weights left", "accuracy", "error", "error ratio"}};
-    const auto row = [&](double fraction, int64_t left, const json& m, double ratio) {
-      const double accuracy = m["accuracy"];
-      rows.push_back({percent(fraction), grouped(left), percent(accuracy), percent(1 - accuracy), decimals(ratio, 3)});
-    };
-    const int64_t weights = r["weights"], left = weights - r["pruned_before"].get<int64_t>();
-    row(1 - double(left) / double(weights), left, r["before"], 1);
-    for (const json& f : r["fractions"]) row(f["fraction"], f["left"], f["after"], f["error_ratio"]);
-    return table(rows) +
-           "\nFirst row: the model as it is. Error ratio: error / the error of the first row. Nothing was "
-           "written.\n";
+    const double pruned = number_in(r, "pruned_before"), weights = number_in(r, "weights");
+    json rows = r["fractions"];
+    const json whole{
+        {"fraction", pruned / weights}, {"left", weights - pruned}, {"after", r["before"]}, {"error_ratio", 1}};
+    rows.insert(rows.begin(), whole);
+    for (json& row : rows) row["error"] = find_error(row["after"]);
+    return baton::table(rows,
+                        "pruned={fraction:%}; weights left={left:,}; accuracy={after/accuracy:%}; error={error:%}; "
+                        "error ratio={error_ratio:.3}") +
+           "\nFirst row: the model as it is. Error ratio: error / the error of the first row. Nothing was written.\n";
   }
 
-  static std::string one_text(const json& r) {
-    TextRows rows{{"tensor", "weights", "left", "share left", "threshold"}};
-    const bool by_layer = r["scope"] == "layer";
-    for (const json& l : r["tensors"])
-      rows.push_back(
-          {l["tensor"], grouped(l["weights"]), grouped(l["left"]), percent(l["share_left"]), brief(l["threshold"])});
-    const double weights = r["weights"], left = r["left"];
-    rows.push_back({"all weights", counted(weights), counted(left), percent(left / weights),
-                    by_layer ? "" : brief(r["tensors"][0]["threshold"])});
-    std::string t = table(rows) + "threshold: the largest " + (r["by"] == "snr" ? "|mean| / sigma" : "|mean|") +
-                    " that became 0\n\n";
+  static std::string one_text(const json& result) {
+    json r = result, rows = r["tensors"];
+    rows.push_back({{"tensor", "all weights"},
+                    {"weights", r["weights"]},
+                    {"left", r["left"]},
+                    {"share_left", number_in(r, "left") / number_in(r, "weights")},
+                    {"threshold", rows[0]["threshold"]}});
+    for (json& row : rows) row["threshold"] = format_value(row["threshold"], "g");
+    if (r["scope"] == "layer") rows.back()["threshold"] = "";
+    r["ranked_by"] = r["by"] == "snr" ? "|mean| / sigma" : "|mean|";
+    r["stored"] = r["model"]["uncertain"] ? "mean, sigma" : "value";
+    std::string t = baton::table(rows,
+                                 "tensor={tensor}; weights={weights:,}; left={left:,}; share left={share_left:%}; "
+                                 "threshold={threshold}") +
+                    fill(r, "threshold: the largest {ranked_by} that became 0\n\n");
     if (r.contains("after")) {
-      const json &before = r["before"], &after = r["after"];
-      t += "accuracy    " + percent(before["accuracy"]) + " before, " + percent(after["accuracy"]) + " after; error " +
-           percent(1 - before["accuracy"].get<double>()) + " before, " + percent(1 - after["accuracy"].get<double>()) +
-           " after (ratio " + decimals(r["error_ratio"], 3) + ")\n";
+      r["error_before"] = find_error(r["before"]);
+      r["error_after"] = find_error(r["after"]);
+      t += fill(r,
+                "accuracy    {before/accuracy:%} before, {after/accuracy:%} after; error {error_before:%} before, "
+                "{error_after:%} after (ratio {error_ratio:.3})\n");
     }
-    t += "size        " + grouped(r["bytes_sparse"]) + " bytes for the weights that are left (" +
-         (r["model"]["uncertain"] ? "mean, sigma" : "value") + " and a 4-byte index each), " +
-         grouped(r["bytes_dense"]) + " bytes for all\n";
-    t += "written     " + r["out"].get<std::string>() + " (all weights, zeros too; later updates leave them 0)\n";
-    return t;
+    return t +
+           fill(r,
+                "size        {bytes_sparse:,} bytes for the weights that are left ({stored} and a 4-byte index each), "
+                "{bytes_dense:,} bytes for all\n"
+                "written     {out} (all weights, zeros too; later updates leave them 0)\n");
   }
 
-  std::string model_, out_, by_, scope_ = "global";
+  std::string by_, scope_ = "global";
   double fraction_ = NAN;
   std::vector<double> fractions_;
-  bool overwrite_ = false;
-  DataArguments data_;
-  PredictionArguments prediction_;
 };
 
 }  // namespace

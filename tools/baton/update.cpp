@@ -20,18 +20,19 @@ class UpdateCommand : public Command {
                 "next.safetensors\n"
                 "      6,000 images of an IDX set\n"
                 "  baton update --model model.safetensors --data new/ --out next.safetensors --resume\n"
-                "      goes on after a kill or Ctrl-C, to the same file bit for bit") {}
+                "      goes on after a kill or Ctrl-C, to the same file bit for bit") {
+    data_ = DataArguments("--data", Split::train);
+  }
 
   void add_options(CLI::App& app) override {
-    app.add_option("--model", model_, "the model so far")->required();
+    add_model(app);
     data_.add_to(app, "the new images and their labels", true);
-    app.add_option("--out", out_, "the next model's file");
+    add_out(app, "the next model's file");
     app.add_flag("--in-place", in_place_, "the next model takes the place of --model");
-    app.add_flag("--overwrite", overwrite_, "write over --out");
     app.add_flag("--resume", resume_, "go on with an update that was killed or stopped");
     app.add_flag("--restart", restart_, "forget an unfinished update's checkpoint");
-    app.add_flag("--again", again_, "learn images that the model has learned before");
-    app.add_option("--checkpoint-seconds", checkpoint_seconds_, "between two checkpoints (beside --out: .unfinished)")
+    app.add_flag("--again", o_.again, "learn images that the model has learned before");
+    app.add_option("--checkpoint-seconds", o_.checkpoint_seconds, "between two checkpoints (beside --out: .unfinished)")
         ->capture_default_str();
     auto* training = app.add_option_group("Training (default: the model's own settings; baton inspect shows them)");
     training
@@ -43,37 +44,31 @@ class UpdateCommand : public Command {
     Schema later = posterior_options();
     std::erase_if(later, decided_by_init);
     posterior_.add_to(*training, later, false);
-    training->add_option("--head", head_, "the output layer that learns, of a network with several; the first is 0");
-    training->add_flag("--augment", augment_, "random flips and crops (colour photographs)");
-    training->add_option("--hold-out", hold_out_, "share of the images to judge by instead of learning, as 0.1");
+    training->add_option("--head", o_.head, "the output layer that learns, of a network with several; the first is 0");
+    training->add_flag("--augment", o_.augment, "random flips and crops (colour photographs)");
+    training->add_option("--hold-out", o_.hold_out, "share of the images to judge by instead of learning, as 0.1");
   }
 
   json run() override {
     if (out_.empty() != in_place_) throw InputError("--out or --in-place is needed, and not both");
     if (resume_ && restart_) throw InputError("--resume and --restart are opposites");
-    if (!(checkpoint_seconds_ >= 0)) throw InputError("--checkpoint-seconds cannot be negative");
+    if (!(o_.checkpoint_seconds >= 0)) throw InputError("--checkpoint-seconds cannot be negative");
     const std::string out = in_place_ ? model_ : out_;
     Model model = read_model(model_);
     take_settings(model);
-    UpdateOptions o;
-    o.augment = augment_;
-    o.hold_out = hold_out_;
-    o.head = head_;
-    o.again = again_;
     std::error_code ignored;
-    o.overwrite = overwrite_ || std::filesystem::equivalent(model_, out, ignored);
-    o.start = resume_    ? UpdateOptions::Start::resume
-              : restart_ ? UpdateOptions::Start::restart
-                         : UpdateOptions::Start::fresh;
-    o.checkpoint_seconds = checkpoint_seconds_;
+    o_.overwrite = overwrite_ || std::filesystem::equivalent(model_, out, ignored);
+    o_.start = resume_    ? UpdateOptions::Start::resume
+               : restart_ ? UpdateOptions::Start::restart
+                          : UpdateOptions::Start::fresh;
     const OwnData data = data_.load(model, true);
 
-    fprintf(stderr, "baton update: %s (%s), stage %d of %s, %s\n", plural(data.images.count, "image").c_str(),
+    fprintf(stderr, "baton update: %s (%s), stage %d of %s, %s\n", format_value(data.images.count, "image").c_str(),
             data.format.c_str(), model.stages() + 1, model.network.description().c_str(), model.kind.c_str());
     Device device;
     std::unique_ptr<Progress> progress;
     const bool minimises_kl = model.settings.contains("beta") && model.rule == "elbo";
-    o.progress = [&](const UpdateProgress& p) {
+    o_.progress = [&](const UpdateProgress& p) {
       if (!progress) {
         ProgressOptions options;
         options.loss_name = "NLL";
@@ -89,44 +84,35 @@ class UpdateCommand : public Command {
       epoch_ = p.epoch;
       progress->update(p.images, p.loss, p.accuracy, kl);
     };
-    o.warn = [&](const std::string& warning) {
+    o_.warn = [&](const std::string& warning) {
       if (progress) progress->stage("");
       epoch_ = 0;
       fprintf(stderr, "baton update: warning: %s\n", warning.c_str());
     };
-    json j = update_model(device, model, data, out, o);
+    json j = update_model(device, model, data, out, o_);
     if (progress) progress->finish();
-    j["model"] = out;
-    j["kind"] = model.kind;
-    j["device"] = device.description();
+    j.update({{"model", out}, {"kind", model.kind}, {"device", device.description()}});
     return j;
   }
 
   std::string text(const json& j) const override {
-    const std::string model = j["model"];
     if (j.value("done_before", false))
-      return model + " is complete already: these images were learned as stage " + std::to_string(int(j["stage"])) +
-             ". Nothing was left to do.\n";
-    std::string text = model + " is written: stage " + std::to_string(int(j["stage"])) + ", " + grouped(j["images"]) +
-                       " new images, " + decimals(j["seconds"], 1) + " s (" +
-                       grouped(std::llround(double(j["images_per_second"]))) + " images/s)\n";
-    text += "likelihood: " + decimals(j["loss"], 4) +
-            " nats an image (mean negative log-likelihood of the last epoch), "
-            "training accuracy " +
-            percent(j["accuracy"]) + "\n";
-    if (j.contains("kl_by_layer") && !j["kl_by_layer"].empty()) {
-      text += "KL to the prior: " + decimals(j["kl"], 1) + " nats (";
-      bool first = true;
-      for (const auto& [layer, value] : j["kl_by_layer"].items()) {
-        text += (first ? "" : ", ") + layer + " " + decimals(value, 1);
-        first = false;
-      }
-      text += ")\n";
-    }
+      return fill(j,
+                  "{model} is complete already: these images were learned as stage {stage}. Nothing was left to do.\n");
+    std::string text = fill(
+        j,
+        "{model} is written: stage {stage}, {images:,} new images, {seconds:.1} s ({images_per_second:,} images/s)\n"
+        "likelihood: {loss:.4} nats an image (mean negative log-likelihood of the last epoch), training accuracy "
+        "{accuracy:%}\n");
+    std::string layers;
+    for (const auto& [layer, kl] : entry(j, "kl_by_layer").items())
+      layers += (layers.empty() ? "" : ", ") + layer + " " + format_value(kl, ".1");
+    if (!layers.empty()) text += fill(j, "KL to the prior: {kl:.1} nats (") + layers + ")\n";
     if (j.contains("hold_out"))
-      text += "hold-out: " + grouped(j["hold_out"]["images"]) + " of the new images, accuracy " +
-              percent(j["hold_out"]["accuracy_before"]) + " before, " + percent(j["hold_out"]["accuracy_after"]) +
-              " after (at the posterior's mean)\n";
+      text +=
+          fill(j["hold_out"],
+               "hold-out: {images:,} of the new images, accuracy {accuracy_before:%} before, {accuracy_after:%} after "
+               "(at the posterior's mean)\n");
     return text;
   }
 
@@ -149,14 +135,13 @@ class UpdateCommand : public Command {
     complete_options(find_posterior(model.kind).options, model.settings, model.kind);  // refuses what it has not
   }
 
-  std::string model_, out_, rule_;
-  bool augment_ = false, in_place_ = false, overwrite_ = false, resume_ = false, restart_ = false, again_ = false;
-  double hold_out_ = 0, checkpoint_seconds_ = 10;
-  int head_ = 0, epoch_ = 0;
+  UpdateOptions o_;
+  std::string rule_;
+  bool in_place_ = false, resume_ = false, restart_ = false;
+  int epoch_ = 0;  // that the progress line shows
   std::optional<double> epochs_;
   std::optional<int> batch_;
   SchemaArguments posterior_;
-  DataArguments data_{"--data", Split::train};
 };
 
 }  // namespace
