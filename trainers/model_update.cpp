@@ -6,6 +6,7 @@
 #include "engine/io/files.h"
 #include "engine/io/stop.h"
 #include "trainers/checkpoints.h"
+#include "trainers/laplace.h"
 #include "trainers/metrics.h"
 #include "trainers/predictor.h"
 
@@ -219,6 +220,9 @@ class Update {
     finish_stage(trainer, checkpoints, loop);
     const double seconds = seconds_now() - start;
     if (predictor) held_out["accuracy_after"] = checkpoints.keep_through(trainer, accuracy);
+    checkpoints.keep_through(trainer, [&] {
+      trainer.posterior().end_stage([&](int examples) { return find_fisher(trainer.posterior(), examples); });
+    });
 
     Model next = model_;
     keep(next, trainer.posterior());
@@ -249,6 +253,18 @@ class Update {
     stage["images_per_second"] = double(steps - resumed_at) * batch / std::max(seconds, 1e-9);
     stage["resumed_at_step"] = resumed_at;
     return stage;
+  }
+
+  // Of the first examples that were learned.
+  std::vector<float> find_fisher(const Posterior& posterior, int examples) const {
+    const size_t count = std::min(order_.size(), size_t(examples));
+    const NetworkFactory make = [&] {
+      auto network = make_network(model_.network);
+      network->use_head(options_.head);
+      return network;
+    };
+    return mean_fisher(device_, make, subset(data_.images, std::span(order_).first(count)), model_.normalisation,
+                       posterior.store());
   }
 
   // The posterior before is the prior of what Bayesian gradient descent left; pruned weights have the prior's sigma.

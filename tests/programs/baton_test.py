@@ -261,6 +261,15 @@ class RoundTrip(BatonTest):
         self.assertGreater(judged[1]["accuracy"]["accuracy"], judged[0]["accuracy"]["accuracy"] + 0.2)
         self.assertEqual(judged[1]["head"], 2)
 
+    @unittest.skipIf(baton_files is None, "the Python package safetensors is not here (tools/setup)")
+    def test_the_anchors_of_si_and_ewc_are_kept(self):
+        for kind in ("si", "ewc"):
+            self.baton("update", "--model", self.model(f"{kind}0", kind, "--strength", 1), "--data", "new.npz", "--out",
+                       f"{kind}1")
+            learned = load_file(self.folder / f"{kind}1")
+            self.assertGreater(learned["fc1.weight.importance"].max(), 0)
+            np.testing.assert_array_equal(learned["fc1.weight.centre"], learned["fc1.weight.mean"])
+
     def test_python_knows_the_networks(self):
         printed = self.baton("inspect", "--networks").stdout
         self.assertEqual(printed, (ROOT / "tools/networks.json").read_text(),
