@@ -332,7 +332,7 @@ json run_active(Device& device, const FeaturePair& pair, const Strategy& strateg
     if (earlier.done(unit)) {
       line = earlier.lines(unit).at(0);
     } else {
-      std::vector<int> index = shuffled(pair.pool.count, seed, 22);
+      std::vector<int> index = draw_order(pair.pool.count, seed, 22);
       index.resize(std::min(o.active_pool, pair.pool.count));
       Arena arena;
       const FeatureRows<Real> pool = upload_features<Real>(device, arena, rows_of(pair.pool, index));

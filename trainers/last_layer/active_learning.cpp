@@ -181,7 +181,7 @@ std::vector<int> look_ahead_batch(Device& device, LastLayer<Real>& layer, const 
 namespace {
 
 // One of every class in turn, as long as it has any; classes and samples in random order.
-std::vector<int> stratified(const std::vector<int32_t>& labels, int classes, int count, uint64_t seed) {
+std::vector<int> draw_stratified(const std::vector<int32_t>& labels, int classes, int count, uint64_t seed) {
   SplitMix64 random(seed, 0);
   std::vector<std::vector<int>> of_class(classes);
   for (int i : draw_different(int(labels.size()), int(labels.size()), random)) of_class[labels[i]].push_back(i);
@@ -211,7 +211,7 @@ ActiveLearningCurve run_active_learning(Device& device, const FeatureRows<Real>&
   const std::vector<int32_t> labels = download_labels(device, pool, classes, "pool sample"),
                              test_labels = download_labels(device, test, classes, "test sample");
 
-  std::vector<int> labelled = stratified(labels, classes, o.initial, o.seed);
+  std::vector<int> labelled = draw_stratified(labels, classes, o.initial, o.seed);
   std::vector<char> known(pool.count);
   for (int i : labelled) known[i] = 1;
   MapOptions fit;  // Newton

@@ -24,8 +24,9 @@ std::vector<int> look_ahead_batch(Device&, LastLayer<Real>&, const FeatureRows<R
 struct ActiveLearningOptions {
   LastLayerOptions layer;
   SelectionOptions selection;  // cycle t selects with the seed SplitMix64(selection.seed, t).next()
-  bool look_ahead = false;     // the upper baseline (look_ahead_batch) instead of an acquisition function
-  int trials = 300;            // of look_ahead
+  // The upper baseline instead of an acquisition function; in cycle t with the seed SplitMix64(seed, t + 1).next().
+  bool look_ahead = false;
+  int trials = 300;  // of look_ahead
   int initial = 20, cycles = 10, batch = 10;
   uint64_t seed = 0;  // of the initial samples, which are stratified so that every class is there if it can be
 };

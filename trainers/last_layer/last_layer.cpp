@@ -23,12 +23,12 @@ UpdateRule parse_update_rule(const std::string& name) {
 
 // Returns the options if they make sense: no memory is taken for others.
 template <class Real>
-const LastLayerOptions& check_options(int dim, int classes, const LastLayerOptions& o) {
+static const LastLayerOptions& check_options(int dim, int classes, const LastLayerOptions& o) {
   if (dim < 1 || dim > 32768) throw InputError("a last layer has 1 to 32,768 features, not " + std::to_string(dim));
   if (classes < 2 || classes > 1500)
     throw InputError("a last layer has 2 to 1,500 classes, not " + std::to_string(classes));
   if (!(Real(o.tau) > 0) || !std::isfinite(Real(o.tau)) || !std::isfinite(Real(1 / o.tau)))
-    throw InputError("the prior precision must be a positive number of this precision, not " + shown(o.tau));
+    throw InputError("the prior precision must be a positive number of this precision, not " + format_number(o.tau));
   if (o.refactor_after < 1) throw InputError("refactor_after must be at least 1");
   return o;
 }
@@ -73,7 +73,7 @@ void LastLayer<Real>::add_rows(Real* m, Real sign, const Real* rows, int count) 
 }
 // The same into scratch_, with m as it was.
 template <class Real>
-const Real* LastLayer<Real>::folded(const Real* m, Real sign, const Real* rows, int count) const {
+const Real* LastLayer<Real>::fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const {
   copy_on_device(device_, scratch_, m, sizeof(Real) * dim_ * dim_);
   add_rows(scratch_, sign, rows, count);
   return scratch_;
@@ -154,16 +154,16 @@ void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
 
 template <class Real>
 std::vector<double> LastLayer<Real>::covariance() const {
-  return download_doubles(device_, folded(now_.s, Real(-1), now_.q, counts_.waiting_q), size_t(dim_) * dim_);
+  return download_doubles(device_, fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q), size_t(dim_) * dim_);
 }
 template <class Real>
 std::vector<double> LastLayer<Real>::precision() const {
-  return download_doubles(device_, folded(now_.p, Real(1), now_.x, counts_.waiting_x), size_t(dim_) * dim_);
+  return download_doubles(device_, fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x), size_t(dim_) * dim_);
 }
 
 template <class Real>
 double LastLayer<Real>::log_evidence(double log_likelihood) {
-  folded(now_.p, Real(1), now_.x, counts_.waiting_x);
+  fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x);
   if (factorizer_.cholesky(scratch_, dim_)) throw RunError("the precision of the last layer is not positive definite");
   const double determinant = factorizer_.log_determinant(scratch_, dim_);
   return compute_evidence(log_likelihood, classes_ * determinant, 0, weights(), options_.tau).value;
@@ -221,7 +221,7 @@ void LastLayer<Real>::refactor_or_refuse(const std::string& advice) {
     throw InputError(e.what() + advice);
   }
   if (const double off = drift(); !(off <= most_drift))
-    throw InputError("the covariance of the last layer is off by " + shown(off) + advice);
+    throw InputError("the covariance of the last layer is off by " + format_number(off) + advice);
 }
 
 template <class Real>
@@ -274,7 +274,7 @@ void LastLayer<Real>::fit_covariance(const FeatureRows<Real>& data, const std::v
     add_curvature(data.x, data.count, options_.weight, Real(1), now_.p);
     add_diagonal(now_.p, Real(options_.tau), dim_, device_.stream());
     refactor_or_refuse(": features are collinear or differ too much in scale for " + std::string(real_name) +
-                       " and tau = " + shown(options_.tau) + "; scale them, raise tau, or use double");
+                       " and tau = " + format_number(options_.tau) + "; scale them, raise tau, or use double");
   });
   seen_.clear();
   seen_.insert(hashes.begin(), hashes.end());
@@ -393,7 +393,7 @@ std::unique_ptr<LastLayer<Real>> LastLayer<Real>::load(Device& device, const std
   const std::vector<uint64_t> seen = file.at("seen").as<uint64_t>();
   layer->seen_.insert(seen.begin(), seen.end());
   if (const double off = layer->drift(); !(off <= 10 * most_drift))
-    refuse("its covariance is not the inverse of its precision (off by " + shown(off) + ")");
+    refuse("its covariance is not the inverse of its precision (off by " + format_number(off) + ")");
   return layer;
 }
 

@@ -63,8 +63,8 @@ class LastLayer {
 
   // Absorbs new samples in their order. Throws InputError for rows of another dim, a label outside [0, C), features
   // that are not finite, a sample seen before (unless allowed), a sample so large that S would keep nothing of the old
-  // data (phi'S phi beyond 1 / eps) and for fewer than one pass; RunError where S is no longer positive (refactor()
-  // mends that). An error leaves the posterior unchanged.
+  // data (phi'S phi beyond 1 / eps) and for fewer than one pass; RunError where S is no longer positive (call
+  // refactor() then). An error leaves the posterior unchanged.
   void update(const FeatureRows<Real>&, const LastLayerUpdateOptions& = {});
   // The same numbers, one sample at a time, with S downdated by the rank-one kernel: what update() is compared to.
   void update_one_by_one(const FeatureRows<Real>&, const LastLayerUpdateOptions& = {});
@@ -118,7 +118,7 @@ class LastLayer {
   };
   void copy(const Posterior& to, const Posterior& from);
   void add_rows(Real* m, Real sign, const Real* rows, int count) const;
-  const Real* folded(const Real* m, Real sign, const Real* rows, int count) const;
+  const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const;
   void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out);
   std::vector<uint64_t> check_update(const FeatureRows<Real>&, const LastLayerUpdateOptions&);
   void update_block(const FeatureRows<Real>&, const LastLayerUpdateOptions&, int first);

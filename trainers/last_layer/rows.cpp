@@ -49,13 +49,13 @@ void check_weights(const std::vector<Real>& weights, int classes, int dim, const
 
 void check_gamma(double gamma, double most) {
   if (!(gamma > 0 && gamma <= most))
-    throw InputError("gamma must be positive" + (gamma > most ? " and at most " + shown(most) : "") + ", not " +
-                     shown(gamma));
+    throw InputError("gamma must be positive" + (gamma > most ? " and at most " + format_number(most) : "") + ", not " +
+                     format_number(gamma));
 }
 
 void check_tau(double tau) {
   if (!(tau > 0) || !std::isfinite(tau))
-    throw InputError("the prior precision must be positive and finite, not " + shown(tau));
+    throw InputError("the prior precision must be positive and finite, not " + format_number(tau));
 }
 
 int rows_at_once(int count, size_t doubles_a_row) {
@@ -63,7 +63,7 @@ int rows_at_once(int count, size_t doubles_a_row) {
   return int(std::clamp<size_t>(room / doubles_a_row, 1, size_t(std::max(count, 1))));
 }
 
-std::string shown(double value) {
+std::string format_number(double value) {
   char text[32];
   snprintf(text, sizeof text, "%g", value);
   return text;

@@ -35,6 +35,12 @@ Real* place_rows(Device& device, Memory& memory, const Real* x, const std::vecto
   return rows;
 }
 
+template <class Real>
+std::vector<double> download_doubles(Device& device, const Real* from, size_t count) {
+  const std::vector<Real> host = download(device, from, count);
+  return {host.begin(), host.end()};
+}
+
 // The hash of every row (see inspect_rows). Throws InputError for rows of another dim and for features that are not
 // finite. `what` names a row in the message.
 template <class Real>
@@ -45,23 +51,16 @@ void check_labels(const std::vector<int32_t>& labels, int classes, const std::st
 template <class Real>
 std::vector<int32_t> download_labels(Device&, const FeatureRows<Real>&, int classes,
                                      const std::string& what = "sample");
-// Throws InputError for weights that are not [C][D] or not finite. `what` has them.
+// Throws InputError for weights that are not [C][D] or not finite. `what` names their owner.
 template <class Real>
 void check_weights(const std::vector<Real>& weights, int classes, int dim, const std::string& what);
 // Throws InputError unless gamma, the size of a step or the power of a likelihood, is positive and at most `most`.
 void check_gamma(double gamma, double most = std::numeric_limits<double>::max());
-
-template <class Real>
-std::vector<double> download_doubles(Device& device, const Real* from, size_t count) {
-  const std::vector<Real> host = download(device, from, count);
-  return {host.begin(), host.end()};
-}
-
 // Throws InputError unless the prior precision is positive and finite.
 void check_tau(double tau);
 
 // How many of `count` rows a pass takes at a time when a row needs so many doubles: about 64 MB together.
 int rows_at_once(int count, size_t doubles_a_row);
-std::string shown(double);  // as "%g" writes it
+std::string format_number(double);  // as "%g" writes it
 
 }  // namespace baton

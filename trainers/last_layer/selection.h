@@ -17,9 +17,9 @@ enum class Acquisition {
   bait,   // greedily the least tr(P^-1 F), with F the pool's mean Fisher matrix [D x D] and P the posterior's
           // precision; all at once, forward over 2 b samples and back to b (Ash et al. 2021)
 };
-Acquisition parse_acquisition(
-    const std::string& name);  // throws InputError for an unknown name, listing the known ones
 const char* to_string(Acquisition);
+// Throws InputError for an unknown name, listing the known ones.
+Acquisition parse_acquisition(const std::string& name);
 
 struct SelectionOptions {
   Acquisition acquisition = Acquisition::margin;

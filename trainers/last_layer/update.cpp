@@ -131,7 +131,7 @@ void LastLayer<Real>::update_first_order(const FeatureRows<Real>& data, double g
   for (double w : weights())
     if (!std::isfinite(w)) {
       copy_on_device(device_, now_.w, kept_.w, bytes);
-      throw InputError("a first-order update with gamma = " + shown(gamma) + " diverged: lower gamma");
+      throw InputError("a first-order update with gamma = " + format_number(gamma) + " diverged: lower gamma");
     }
 }
 

@@ -32,7 +32,7 @@ const std::vector<UpdateMethod>& all_update_methods() {
   return all;
 }
 
-std::vector<int> shuffled(int count, uint64_t seed, uint64_t stream) {
+std::vector<int> draw_order(int count, uint64_t seed, uint64_t stream) {
   std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   SplitMix64 random(seed, stream);
@@ -102,7 +102,7 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
       for (size_t s = 0; s < o.seeds.size(); s++) {
         const uint64_t seed = o.seeds[s];
         if (o.skip && o.skip(tau, n, seed)) continue;
-        const std::vector<int> order = shuffled(pool.count, seed, 21);
+        const std::vector<int> order = draw_order(pool.count, seed, 21);
         std::vector<int> chosen(order.begin(), order.begin() + most), labels;
         std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());  // the same new ones for every base
         for (int i : chosen) labels.push_back(pool.labels[i]);

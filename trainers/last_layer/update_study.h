@@ -54,6 +54,6 @@ void run_update_study(Device&, const FeatureSet& pool, const FeatureSet& test, c
 std::vector<json> summarise(const std::vector<json>& lines);
 
 // 0 .. count - 1 in a random order, by a stream of numbers of its own.
-std::vector<int> shuffled(int count, uint64_t seed, uint64_t stream);
+std::vector<int> draw_order(int count, uint64_t seed, uint64_t stream);
 
 }  // namespace baton
