@@ -123,8 +123,9 @@ NamedWeights pretrain(const PaperProgram& program, const Prelude& prelude, uint6
   if (program.resume && fs::exists(path)) file = load_safetensors(path);
   if (const auto found = file.metadata.find("pretraining");
       found == file.metadata.end() || found->second != identity.dump()) {
-    const TrainingSettings training{
-        .kind = "ft", .replicas = {{seed, p.methods[0].settings}}, .epochs = prelude.epochs};
+    TrainingSettings training;
+    training.kind = "ft", training.epochs = prelude.epochs;
+    training.replicas = {{seed, p.methods[0].settings}};
     const double accuracy = train_and_judge(program, prelude, prelude.old_set.train, prelude.old_set.test,
                                             split_into_parts(prelude.old_set.train.count, 1, {seed}, p.augment),
                                             training, 0, checkpoint, {{"identity", identity}}, &file)[0]
@@ -175,7 +176,9 @@ json find_points(const PaperProgram& program, const Prelude& prelude, const Meth
     const size_t first = found.size();
     const std::vector<double> sds(grid.begin() + long(first),
                                   grid.begin() + long(std::min(grid.size(), first + at_once)));
-    TrainingSettings training{.kind = method.kind, .replicas = {}, .epochs = prelude.grid_epochs};
+    TrainingSettings training;
+    training.kind = method.kind, training.epochs = prelude.grid_epochs;
+    training.replicas.clear();
     for (double sd : sds) training.replicas.push_back({seed, method.settings, pretrained, sd});
     Stages stages = tasks_in_turn({rest});
     stages.order.assign(sds.size(), rest);

@@ -30,12 +30,12 @@ struct Options {
   // Updates.
   std::string taus = "1,0.1", link = "mean_field";
   int adam_seeds = -1;
-  UpdateStudyOptions study{.seeds = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, .adam_seeds = 10};
+  UpdateStudyOptions study;
   // Active learning.
   std::string acquisitions = "random,margin,entropy,bald,badge,bait,look_ahead", rule = "implicit";
   std::vector<uint64_t> active_seeds = std::vector<uint64_t>(30);  // 0 to 29
   int active_pool = 1000;
-  ActiveLearningOptions active{.cycles = 20};
+  ActiveLearningOptions active;
 
   bool by_evidence() const { return taus == "evidence"; }
   int most_base() const { return *std::max_element(study.bases.begin(), study.bases.end()); }
@@ -44,6 +44,7 @@ struct Options {
 Options preset_options(const std::string& name) {
   Options o;
   o.preset = name;
+  o.study.seeds = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, o.study.adam_seeds = 10, o.active.cycles = 20;
   if (name == "quick") {
     o.sets = "pixels,lenet5";
     o.taus = "1", o.study.bases = {100, 1000}, o.study.news = {1, 10, 50}, o.study.seeds = {0, 1, 2, 3, 4};
@@ -160,8 +161,9 @@ FeatureSet first_rows(const FeatureSet& set, int count) {
 NamedWeights train_extractor(Device& device, const NetworkFactory& make, const Images& images,
                              const Normalisation& normalisation, int epochs) {
   Arena arena;
-  const TrainingSettings training{
-      .kind = "ft", .replicas = {{0, {{"lr", 1e-3}, {"schedule", "linear"}}}}, .epochs = double(epochs)};
+  TrainingSettings training;
+  training.kind = "ft", training.epochs = epochs;
+  training.replicas = {{0, {{"lr", 1e-3}, {"schedule", "linear"}}}};
   Trainer trainer(device, arena, make, upload_images(device, arena, images, normalisation),
                   split_into_parts(images.count, 1, {0}), training);
   trainer.begin_stage(0);
