@@ -28,20 +28,16 @@ int chosen(const std::vector<float>& probability, size_t i, int classes) {
   return int(std::max_element(p, p + classes) - p);
 }
 
-// A bin of confidences: sums over its images, of which `correct` is a whole number.
-struct Bin {
-  double confidence = 0, correct = 0;
-  int64_t count = 0;
-};
-std::vector<Bin> bin_by_confidence(const std::vector<float>& probability, const std::vector<uint8_t>& labels,
-                                   int classes, int bins) {
-  std::vector<Bin> all(bins);
+// Bins of sums over their images, where `accuracy` counts the correct ones.
+std::vector<ReliabilityBin> bin_by_confidence(const std::vector<float>& probability, const std::vector<uint8_t>& labels,
+                                              int classes, int bins) {
+  std::vector<ReliabilityBin> all(bins);
   for (size_t i = 0; i < labels.size(); i++) {
     const int best = chosen(probability, i, classes);
     const float p = probability[i * classes + best];
-    Bin& bin = all[std::clamp(int(p * bins), 0, bins - 1)];
+    ReliabilityBin& bin = all[std::clamp(int(p * bins), 0, bins - 1)];
     bin.confidence += p;
-    bin.correct += best == labels[i];
+    bin.accuracy += best == labels[i];
     bin.count++;
   }
   return all;
@@ -61,9 +57,9 @@ Metrics evaluate(const std::vector<float>& probability, const std::vector<uint8_
     if (!entropy.empty()) m.entropy += entropy[i];
     if (!mutual_information.empty()) m.mutual_information += mutual_information[i];
   }
-  for (const Bin& bin : bin_by_confidence(probability, labels, classes, 15)) {
-    m.accuracy += bin.correct;
-    m.ece += std::abs(bin.confidence - bin.correct);
+  for (const ReliabilityBin& bin : bin_by_confidence(probability, labels, classes, 15)) {
+    m.accuracy += bin.accuracy;
+    m.ece += std::abs(bin.confidence - bin.accuracy);
   }
   for (double* x : {&m.accuracy, &m.nll, &m.ece, &m.entropy, &m.mutual_information}) *x /= double(n);
   return m;
@@ -84,11 +80,10 @@ std::vector<ReliabilityBin> reliability(const std::vector<float>& probability, c
                                         int classes, int bins) {
   check_sizes("reliability", probability, labels, classes);
   if (bins < 1) throw InputError("reliability: " + std::to_string(bins) + " bins, at least 1 expected");
-  std::vector<ReliabilityBin> diagram;
-  for (const Bin& bin : bin_by_confidence(probability, labels, classes, bins)) {
-    const double n = bin.count ? double(bin.count) : std::numeric_limits<double>::quiet_NaN();
-    diagram.push_back({bin.confidence / n, bin.correct / n, bin.count});
-  }
+  std::vector<ReliabilityBin> diagram = bin_by_confidence(probability, labels, classes, bins);
+  for (ReliabilityBin& bin : diagram)
+    for (double* sum : {&bin.confidence, &bin.accuracy})
+      *sum /= bin.count ? double(bin.count) : std::numeric_limits<double>::quiet_NaN();
   return diagram;
 }
 

@@ -26,13 +26,20 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Pretraining and the grid of sigma, beside the preset of all programs.
-struct Prior {
-  int old_limit = 0;                                     // images of the old classes, 0: all
-  double pretrain_epochs = 60;                           // on them
+// What the old classes are for: the options of pretraining and of the priors from it, and the two sets of images.
+struct Prelude {
+  int class_seed = 0, old_limit = 0;                     // old_limit: images of the old classes, 0: all
+  double epochs = 60, grid_epochs = 60;                  // on the old classes; on the first part, for each sigma
   std::string grid = "0.001,0.003,0.01,0.03,0.1,0.3,1";  // of sigma
-  double grid_epochs = 60;                               // of the first part, for each sigma
+  std::string transfer = "conv", curvature = "ggn";
+  LaplaceSettings laplace;
+  std::vector<int> old_classes, new_classes;
+  Dataset old_set, new_set;
+  Normalisation normalisation{};
+  NetworkSpec network = network_spec("3conv3fc", 5);
+  NetworkFactory make = network_factory(network);
 };
+using FromOldClasses = std::shared_ptr<const Pretrained>;
 
 Preset make_preset(const std::string& name) {
   Preset p;
@@ -64,19 +71,11 @@ std::string joined(const std::vector<int>& numbers) {
   return text;
 }
 
-// What decides the pretrained network and its priors: a file of them that says something else is not reused.
-struct Prelude {
-  std::vector<int> old_classes, new_classes;
-  Dataset old_set, new_set;
-  Normalisation normalisation{};
-  NetworkSpec network = network_spec("3conv3fc", 5);
-  NetworkFactory make = network_factory(network);
-};
-
-json describe_pretraining(const Prelude& prelude, const Preset& p, const Prior& prior, uint64_t seed) {
+// What decides the pretrained network: a file of one that says something else is not reused.
+json describe_pretraining(const Prelude& prelude, const Preset& p, uint64_t seed) {
   return {{"classes", prelude.old_classes},
           {"images", prelude.old_set.train.count},
-          {"epochs", prior.pretrain_epochs},
+          {"epochs", prelude.epochs},
           {"batch", p.batch},
           {"settings", p.methods[0].settings},
           {"augment", p.augment},
@@ -84,69 +83,65 @@ json describe_pretraining(const Prelude& prelude, const Preset& p, const Prior& 
           {"source", prelude.old_set.source}};
 }
 
-// Where checkpoints go; one that a fresh run finds is none of its own.
-struct Folder {
-  Folder(const fs::path& out, bool resume_, double seconds_)
-      : path(out / "checkpoint"), resume(resume_), seconds(seconds_) {
-    make_directories(path);
-    if (resume) return;
-    for (const fs::directory_entry& entry : fs::directory_iterator(path))
-      if (const std::string name = entry.path().filename(); name.starts_with("pretraining_") || name.starts_with("sd_"))
-        fs::remove(entry.path());
-  }
-  fs::path path;
-  bool resume;
-  double seconds;
-};
+fs::path checkpoint_folder(const PaperProgram& program) { return program.out_folder() / "checkpoint"; }
 
-// One network trained on the old classes, all at once, or read from the file that an earlier run left.
-NamedWeights pretrain(const Prelude& prelude, const Preset& p, const Prior& prior, uint64_t seed, const fs::path& path,
-                      const Folder& folder) {
-  const json identity = describe_pretraining(prelude, p, prior, seed);
-  const std::unique_ptr<Network> network = prelude.make();
-  NamedWeights weights;
-  if (folder.resume && fs::exists(path)) {
-    const TensorFile file = load_safetensors(path);
-    const auto found = file.metadata.find("pretraining");
-    if (found != file.metadata.end() && found->second == identity.dump()) {
-      for (const TensorSpec& t : network->layout().tensors()) weights[t.name] = file.at(t.name, t.shape).as<float>();
-      return weights;
-    }
-  }
+// Trains one stage, from the checkpoint at `path` if an earlier run left it for the same `extra`, and judges every
+// replica on other images by so many samples. `network`, if not null, becomes the network of the posterior's means.
+std::vector<Metrics> train_and_judge(const PaperProgram& program, const Prelude& prelude, const Images& images,
+                                     const Images& judged, const Stages& stages, TrainingSettings training, int samples,
+                                     const fs::path& path, const json& extra, TensorFile* network) {
   Device device;
   Arena arena;
-  TrainingSettings training;
-  training.kind = "ft";
-  training.replicas = {{seed, p.methods[0].settings}};
-  training.batch = p.batch;
-  training.epochs = prior.pretrain_epochs;
-  const DeviceImages train = upload_images(device, arena, prelude.old_set.train, prelude.normalisation);
-  Trainer trainer(device, arena, prelude.make, train,
-                  split_into_parts(prelude.old_set.train.count, 1, {seed}, p.augment), training);
-  Predictor predictor(device, arena, prelude.make,
-                      upload_images(device, arena, prelude.old_set.test, prelude.normalisation));
-  Checkpoints checkpoints(folder.path / ("pretraining_seed" + std::to_string(seed) + ".safetensors"), folder.seconds,
-                          [&] {
-                            return json{{"identity", identity}};
-                          });
-  if (left_by_earlier_run(checkpoints.path(), identity).is_null()) trainer.begin_stage(0);
-  else trainer.restore(checkpoints.path());
+  training.batch = program.preset.batch;
+  Trainer trainer(device, arena, prelude.make, upload_images(device, arena, images, prelude.normalisation), stages,
+                  training);
+  Predictor predictor(device, arena, prelude.make, upload_images(device, arena, judged, prelude.normalisation));
+  Checkpoints checkpoints(path, program.checkpoint_seconds, [&] { return extra; });
+  if (left_by_earlier_run(path, extra["identity"]) == extra) trainer.restore(path);
+  else trainer.begin_stage(0);  // there is none, or it is of a stage that has ended since
   finish_stage(trainer, checkpoints);
-  const Predictions predicted =
-      checkpoints.keep_through(trainer, [&] { return predictor.predict(trainer.posterior(), 0, 0, 0); });
-  const Metrics m =
-      evaluate(predicted.probability, prelude.old_set.test.labels, 5, predicted.entropy, predicted.mutual_information);
-  printf("pretrained on classes %s, seed %llu: test accuracy %.4f on them\n", joined(prelude.old_classes).c_str(),
-         static_cast<unsigned long long>(seed), m.accuracy);
-  fflush(stdout);
-  TensorFile file = mean_network(device, trainer.posterior());
+  return checkpoints.keep_through(trainer, [&] {
+    std::vector<Metrics> metrics;
+    for (size_t r = 0; r < training.replicas.size(); r++) {
+      const Predictions made = predictor.predict(trainer.posterior(), int(r), samples, training.replicas[r].seed);
+      metrics.push_back(evaluate(made.probability, judged.labels, 5, made.entropy, made.mutual_information));
+    }
+    if (network) *network = mean_network(device, trainer.posterior());
+    return metrics;
+  });
+}
+
+// One network trained on the old classes, all at once, or read from the file that an earlier run left in --out.
+NamedWeights pretrain(const PaperProgram& program, const Prelude& prelude, uint64_t seed) {
+  const Preset& p = program.preset;
+  const std::string name = "seed" + std::to_string(seed) + ".safetensors";
+  const fs::path path = program.out_folder() / ("pretrained_" + name),
+                 checkpoint = checkpoint_folder(program) / ("pretraining_" + name);
+  const json identity = describe_pretraining(prelude, p, seed);
+  const std::unique_ptr<Network> network = prelude.make();
+  TensorFile file;
+  if (program.resume && fs::exists(path)) file = load_safetensors(path);
+  if (const auto found = file.metadata.find("pretraining");
+      found == file.metadata.end() || found->second != identity.dump()) {
+    TrainingSettings training;
+    training.kind = "ft", training.epochs = prelude.epochs;
+    training.replicas = {{seed, p.methods[0].settings}};
+    const double accuracy = train_and_judge(program, prelude, prelude.old_set.train, prelude.old_set.test,
+                                            split_into_parts(prelude.old_set.train.count, 1, {seed}, p.augment),
+                                            training, 0, checkpoint, {{"identity", identity}}, &file)[0]
+                                .accuracy;
+    printf("pretrained on classes %s, seed %llu: test accuracy %.4f on them\n", joined(prelude.old_classes).c_str(),
+           static_cast<unsigned long long>(seed), accuracy);
+    fflush(stdout);
+    file.metadata = {{"format", "baton-pretrained-1"},
+                     {"architecture", network->architecture()},
+                     {"pretraining", identity.dump()},
+                     {"test_accuracy", std::to_string(accuracy)}};
+    save_safetensors(path, file);
+    fs::remove(checkpoint);
+  }
+  NamedWeights weights;
   for (const TensorSpec& t : network->layout().tensors()) weights[t.name] = file.at(t.name, t.shape).as<float>();
-  file.metadata = {{"format", "baton-pretrained-1"},
-                   {"architecture", network->architecture()},
-                   {"pretraining", identity.dump()},
-                   {"test_accuracy", std::to_string(m.accuracy)}};
-  save_safetensors(path, file);
-  fs::remove(checkpoints.path());
   return weights;
 }
 
@@ -162,114 +157,62 @@ std::set<std::string> choose_transferred(const std::string& what, const Paramete
   return names;
 }
 
-struct GridPoint {
-  double sd, accuracy, nll;
-};
-
-// Trains the first part with every sigma of the grid, as many at once as shall be, a replica each, on nine tenths of
-// it, and judges the rest. What is finished is kept in checkpoint/, so that a resumed run does not search again.
-class SdSearch {
- public:
-  SdSearch(const Prelude& prelude, const Preset& p, const Prior& prior, const json& identity, const Folder& folder,
-           int at_once)
-      : prelude_(prelude),
-        p_(p),
-        grid_(parse_numbers("--sigma-grid", prior.grid, positive)),
-        epochs_(prior.grid_epochs),
-        folder_(folder),
-        at_once_(size_t(at_once)) {
-    kept_ = {{"identity", identity}, {"points", json::object()}};
-    if (const json before = left_by_earlier_run(kept_path(), identity); !before.is_null()) kept_ = before;
-  }
-
-  std::vector<GridPoint> find_points(const Method& method, int parts, uint64_t seed,
-                                     const std::shared_ptr<const Pretrained>& pretrained) {
-    const std::string which = method.name + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);
-    json& found = kept_["points"][which];  // [sd, accuracy, NLL]
-    if (found.is_null()) found = json::array();
-    const std::vector<int32_t> part = split_parts(prelude_.new_set.train.count, parts, seed)[0];
-    while (found.size() < grid_.size()) {
-      const size_t first = found.size(), end = std::min(grid_.size(), first + at_once_);
-      search(which, {grid_.begin() + long(first), grid_.begin() + long(end)}, method, seed, pretrained, part, found);
-      write_file_atomically(kept_path(), kept_.dump());
-      fs::remove(running_path());
-    }
-    std::vector<GridPoint> points;
-    for (const json& f : found) points.push_back({f[0], f[1], f[2].is_null() ? NAN : double(f[2])});
-    return points;
-  }
-
- private:
-  fs::path kept_path() const { return folder_.path / "sd_search.json"; }
-  fs::path running_path() const { return folder_.path / "sd_search.safetensors"; }
-
-  void search(const std::string& which, const std::vector<double>& sds, const Method& method, uint64_t seed,
-              const std::shared_ptr<const Pretrained>& pretrained, const std::vector<int32_t>& part, json& found) {
-    const size_t held = std::max<size_t>(1, part.size() / 10);
-    const std::vector<int32_t> rest(part.begin(), part.end() - long(held)),
-        hold_out(part.end() - long(held), part.end());
-    const Images judged = subset(prelude_.new_set.train, hold_out);
-    Device device;
-    Arena arena;
+// The search for sigma trains the first part with every value of the grid, as many at once as shall be, a replica each,
+// on nine tenths of it, and judges the rest. `kept` is what checkpoint/sd_search.json holds, so that a resumed run does
+// not search again: {"identity": of the search, "points": {which: [[sd, accuracy, NLL], ...]}}. Returns the points.
+json find_points(const PaperProgram& program, const Prelude& prelude, const Method& method, int parts, uint64_t seed,
+                 const FromOldClasses& pretrained, size_t at_once, json& kept) {
+  const std::string which = method.name + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);
+  const std::vector<double> grid = parse_numbers("--sigma-grid", prelude.grid, positive);
+  const Images& images = prelude.new_set.train;
+  const fs::path running = checkpoint_folder(program) / "sd_search.safetensors";
+  std::vector<int32_t> rest = split_parts(images.count, parts, seed)[0], hold_out;
+  const size_t held = std::max<size_t>(1, rest.size() / 10);
+  hold_out.assign(rest.end() - long(held), rest.end());
+  rest.resize(rest.size() - held);
+  json& found = kept["points"][which];
+  if (found.is_null()) found = json::array();
+  while (found.size() < grid.size()) {
+    const size_t first = found.size();
+    const std::vector<double> sds(grid.begin() + long(first),
+                                  grid.begin() + long(std::min(grid.size(), first + at_once)));
     TrainingSettings training;
-    training.kind = method.kind;
-    training.batch = p_.batch;
-    training.epochs = epochs_;
+    training.kind = method.kind, training.epochs = prelude.grid_epochs;
     training.replicas.clear();
     for (double sd : sds) training.replicas.push_back({seed, method.settings, pretrained, sd});
     Stages stages = tasks_in_turn({rest});
     stages.order.assign(sds.size(), rest);
-    stages.augment = {p_.augment};
-    const DeviceImages train = upload_images(device, arena, prelude_.new_set.train, prelude_.normalisation);
-    Trainer trainer(device, arena, prelude_.make, train, stages, training);
-    Predictor predictor(device, arena, prelude_.make, upload_images(device, arena, judged, prelude_.normalisation));
-    const json extra{{"identity", kept_["identity"]}, {"search", which}, {"sds", sds}};
-    Checkpoints checkpoints(running_path(), folder_.seconds, [&] { return extra; });
-    if (left_by_earlier_run(running_path(), kept_["identity"]) == extra) trainer.restore(running_path());
-    else trainer.begin_stage(0);  // there is none, or it is of a search that has ended since
-    finish_stage(trainer, checkpoints);
-    json points = json::array();
-    checkpoints.keep_through(trainer, [&] {
-      for (size_t r = 0; r < sds.size(); r++) {
-        const Predictions predicted = predictor.predict(trainer.posterior(), int(r), p_.samples, seed);
-        const Metrics m =
-            evaluate(predicted.probability, judged.labels, 5, predicted.entropy, predicted.mutual_information);
-        points.push_back({sds[r], m.accuracy, m.nll});
-      }
-    });
-    for (const json& point : points) found.push_back(point);
+    stages.augment = {program.preset.augment};
+    const json extra{{"identity", kept["identity"]}, {"search", which}, {"sds", sds}};
+    const std::vector<Metrics> metrics = train_and_judge(program, prelude, images, subset(images, hold_out), stages,
+                                                         training, program.preset.samples, running, extra, nullptr);
+    for (size_t r = 0; r < sds.size(); r++) found.push_back({sds[r], metrics[r].accuracy, metrics[r].nll});
+    write_file_atomically(checkpoint_folder(program) / "sd_search.json", kept.dump());
+    fs::remove(running);
   }
-
-  const Prelude& prelude_;
-  const Preset& p_;
-  std::vector<double> grid_;
-  double epochs_;
-  const Folder& folder_;
-  size_t at_once_;
-  json kept_;  // as the file holds it
-};
+  return found;
+}
 
 std::string sentence_about(const json& result, const std::vector<Method>& methods, int parts) {
-  std::string sentence;
   const double none = final_accuracy(result, "ffg", parts), ft = final_accuracy(result, "ft_pretrained", parts);
+  std::string sentence;
   char text[300];
   for (const Method& method : methods) {
-    const std::string& m = method.name;
-    if (m.find('_') == std::string::npos || m == "ft_pretrained") continue;
-    const double value = final_accuracy(result, m, parts);
-    if (std::isfinite(value) && std::isfinite(none)) {
-      const double gap = 100 * (value - none);
-      snprintf(text, sizeof text, "%s ends at %.2f %%, %.2f points %s FFG without pretraining (%.2f %%)", m.c_str(),
-               100 * value, std::abs(gap), gap >= 0 ? "ahead of" : "behind", 100 * none);
+    const double value = final_accuracy(result, method.name, parts);
+    if (method.name.find('_') == std::string::npos || method.name == "ft_pretrained" || !std::isfinite(value) ||
+        !std::isfinite(none))
+      continue;
+    const auto compare = [&](const char* words, const char* other_name, double other) {
+      const double gap = 100 * (value - other);
+      snprintf(text, sizeof text, "%s %.2f points %s %s (%.2f %%)", words, std::abs(gap),
+               gap >= 0 ? "ahead of" : "behind", other_name, 100 * other);
       sentence += text;
-      if (std::isfinite(ft)) {
-        const double other = 100 * (value - ft);
-        snprintf(text, sizeof text, " and %.2f points %s pretrained FT (%.2f %%)", std::abs(other),
-                 other >= 0 ? "ahead of" : "behind", 100 * ft);
-        sentence += text;
-      }
-      sentence += ". ";
-    }
+    };
+    snprintf(text, sizeof text, "%s ends at %.2f %%", method.name.c_str(), 100 * value);
+    sentence += text;
+    compare(",", "FFG without pretraining", none);
+    if (std::isfinite(ft)) compare(" and", "pretrained FT", ft);
+    sentence += ". ";
   }
   return sentence;
 }
@@ -288,51 +231,47 @@ int run(int argc, char** argv) {
       "Laplace\n"
       "approximation at the pretrained w*. Writes result.json, log.jsonl, the pretrained networks and a plot to --out.",
       argc, argv, make_preset);
-  Prior prior;
-  if (program.preset_name == "quick") prior = {10000, 10, "0.003,0.01,0.03,0.1", 10};
+  Prelude prelude;
+  if (program.preset_name == "quick") {
+    prelude.old_limit = 10000;
+    prelude.epochs = prelude.grid_epochs = 10;
+    prelude.grid = "0.003,0.01,0.03,0.1";
+  }
   program.methods = "ft,ft_pretrained,ffg,ffg_grid,ffg_laplace";
   program.parts = "10";
   program.out_prefix = "results/cifar5p5_";
   program.add_options("quick (subsets) or paper (all): what the other options start from");
-  auto* pretraining = program.app.add_option_group("Pretraining and priors");
-  std::string transfer = "conv", curvature = "ggn";
-  int class_seed = 0;
-  LaplaceSettings laplace;
-  pretraining->add_option("--class-seed", class_seed, "of the draw of the five old classes")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  pretraining->add_option("--pretrain-epochs", prior.pretrain_epochs, "on the old classes")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  pretraining->add_option("--old-limit", prior.old_limit, "use the first N images of the old classes (0: all)")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  pretraining->add_option("--transfer", transfer, "conv, all-but-last or all: the rest is fresh")
-      ->capture_default_str();
-  pretraining->add_option("--sigma-grid", prior.grid, "standard deviations")->capture_default_str();
-  pretraining->add_option("--curvature", curvature, "of the Laplace prior: ggn or empirical")->capture_default_str();
-  pretraining->add_option("--tau", laplace.tau, "the Laplace prior's own precision")->capture_default_str();
-  pretraining->add_option("--laplace-temperature", laplace.temperature, "divides the data's precision")
-      ->capture_default_str();
+  LaplaceSettings& laplace = prelude.laplace;
+  auto* options = program.app.add_option_group("Pretraining and priors");
+  options->option_defaults()->always_capture_default();
+  options->add_option("--class-seed", prelude.class_seed, "of the draw of the five old classes")
+      ->check(CLI::NonNegativeNumber);
+  options->add_option("--pretrain-epochs", prelude.epochs, "on the old classes")->check(CLI::PositiveNumber);
+  options->add_option("--old-limit", prelude.old_limit, "use the first N images of the old classes (0: all)")
+      ->check(CLI::NonNegativeNumber);
+  options->add_option("--transfer", prelude.transfer, "conv, all-but-last or all: the rest is fresh");
+  options->add_option("--sigma-grid", prelude.grid, "standard deviations");
+  options->add_option("--curvature", prelude.curvature, "of the Laplace prior: ggn or empirical");
+  options->add_option("--tau", laplace.tau, "the Laplace prior's own precision");
+  options->add_option("--laplace-temperature", laplace.temperature, "divides the data's precision");
   if (!program.parse()) return 0;
   const Preset& p = program.preset;
-  if (program.given("--epochs")) prior.grid_epochs = p.epochs;  // of every stage, the grid's too
-  parse_numbers("--sigma-grid", prior.grid, positive);
-  const Curvature kind = parse_curvature(curvature);
-  Prelude prelude;
-  const std::set<std::string> names = choose_transferred(transfer, prelude.make()->layout());
+  if (program.given("--epochs")) prelude.grid_epochs = p.epochs;  // of every stage, the grid's too
+  const size_t grid_size = parse_numbers("--sigma-grid", prelude.grid, positive).size();
+  const Curvature kind = parse_curvature(prelude.curvature);
+  const std::set<std::string> names = choose_transferred(prelude.transfer, prelude.make()->layout());
   const std::vector<Method> methods = program.chosen_methods();
   const std::vector<uint64_t> seeds = program.seed_numbers();
 
   // The old classes' set and the new ones', from one reading of all.
   const Dataset all = find_cifar10(program.data_folder());
-  const std::vector<std::vector<int32_t>> drawn = split_parts(10, 1, uint64_t(class_seed) + 1000);
+  const std::vector<std::vector<int32_t>> drawn = split_parts(10, 1, uint64_t(prelude.class_seed) + 1000);
   const std::vector<int> classes(drawn[0].begin(), drawn[0].end());
   prelude.old_classes.assign(classes.begin(), classes.begin() + 5);
   prelude.new_classes.assign(classes.begin() + 5, classes.end());
   std::sort(prelude.old_classes.begin(), prelude.old_classes.end());
   std::sort(prelude.new_classes.begin(), prelude.new_classes.end());
-  for (const auto& [set, chosen, train_limit] : {std::tuple{&prelude.old_set, &prelude.old_classes, prior.old_limit},
+  for (const auto& [set, chosen, train_limit] : {std::tuple{&prelude.old_set, &prelude.old_classes, prelude.old_limit},
                                                  std::tuple{&prelude.new_set, &prelude.new_classes, p.train_limit}}) {
     *set = {all.name,
             all.source + ", classes " + joined(*chosen),
@@ -346,7 +285,11 @@ int run(int argc, char** argv) {
   prelude.normalisation = standardise(prelude.old_set.train);  // what the pretrained network saw
   const std::vector<int> parts = program.part_numbers(prelude.new_set.train.count);
   const fs::path out = program.out_folder();
-  const Folder folder(out, program.resume, program.checkpoint_seconds);
+  make_directories(checkpoint_folder(program));
+  if (!program.resume)  // a fresh run's checkpoints are none of an earlier one's
+    for (const fs::directory_entry& entry : fs::directory_iterator(checkpoint_folder(program)))
+      if (const std::string name = entry.path().filename(); name.starts_with("pretraining_") || name.starts_with("sd_"))
+        fs::remove(entry.path());
   printf("bil_cifar5p5: %s, old classes %s (%d images), new classes %s (%d training and %d test images)%s, preset %s\n",
          all.generated ? "GENERATED images (no CIFAR-10 was found)" : "CIFAR-10", joined(prelude.old_classes).c_str(),
          prelude.old_set.train.count, joined(prelude.new_classes).c_str(), prelude.new_set.train.count,
@@ -354,24 +297,22 @@ int run(int argc, char** argv) {
          program.preset_name.c_str());
   fflush(stdout);
 
-  bool any_pretrained = false, any_laplace = false;
-  for (const Method& m : methods) {
-    any_pretrained |= !prior_name(m).empty();
-    any_laplace |= prior_name(m) == "laplace";
-  }
-  std::map<uint64_t, std::shared_ptr<const Pretrained>> flat, curved;  // by seed
+  const auto wanted = [&](const char* prior) {
+    return std::any_of(methods.begin(), methods.end(),
+                       [&](const Method& m) { return prior ? prior_name(m) == prior : !prior_name(m).empty(); });
+  };
+  std::map<uint64_t, FromOldClasses> flat, curved;  // by seed
   for (uint64_t seed : seeds) {
-    if (!any_pretrained) break;
-    const fs::path path = out / ("pretrained_seed" + std::to_string(seed) + ".safetensors");
-    const NamedWeights weights = pretrain(prelude, p, prior, seed, path, folder);
+    if (!wanted(nullptr)) break;
+    const NamedWeights weights = pretrain(program, prelude, seed);
     Pretrained from;
     for (const std::string& name : names) from.weights[name] = weights.at(name);
-    char epochs[40];
-    snprintf(epochs, sizeof epochs, " for %g epochs", prior.pretrain_epochs);
+    char text[120];
+    snprintf(text, sizeof text, " for %g epochs", prelude.epochs);
     from.description = "pretrained on " + std::to_string(prelude.old_set.train.count) + " images of classes " +
-                       joined(prelude.old_classes) + epochs + ", transfer " + transfer;
+                       joined(prelude.old_classes) + text + ", transfer " + prelude.transfer;
     flat[seed] = std::make_shared<Pretrained>(from);
-    if (!any_laplace) continue;
+    if (!wanted("laplace")) continue;
     Device device;
     NamedWeights squares;
     try {
@@ -385,7 +326,6 @@ int run(int argc, char** argv) {
       from.prior_log_std[name] = log_std.at(name);
       for (float x : log_std.at(name)) sum += x, count++;
     }
-    char text[120];
     snprintf(text, sizeof text, ", Laplace %s, tau %g, temperature %g", name(kind), laplace.tau, laplace.temperature);
     from.description += text;
     curved[seed] = std::make_shared<Pretrained>(from);
@@ -395,18 +335,19 @@ int run(int argc, char** argv) {
   }
 
 #if defined(BATON_CUDA)
-  const int at_once = program.at_once ? program.at_once : int(seeds.size() + split_list(prior.grid).size());
+  const size_t at_once = program.at_once ? program.at_once : seeds.size() + grid_size;
 #else
-  const int at_once = program.at_once ? program.at_once : 1;
+  const size_t at_once = program.at_once ? program.at_once : 1;
 #endif
-  json of_search{{"pretraining", describe_pretraining(prelude, p, prior, 0)},
+  json of_search{{"pretraining", describe_pretraining(prelude, p, 0)},
                  {"set", {prelude.new_set.source, prelude.new_set.train.count}},
-                 {"transfer", transfer},
-                 {"grid", prior.grid},
-                 {"grid_epochs", prior.grid_epochs}};
+                 {"transfer", prelude.transfer},
+                 {"grid", prelude.grid},
+                 {"grid_epochs", prelude.grid_epochs}};
   for (const Method& m : methods)
     if (prior_name(m) == "grid") of_search["settings"][m.name] = m.settings;
-  SdSearch search(prelude, p, prior, of_search, folder, at_once);
+  json kept = left_by_earlier_run(checkpoint_folder(program) / "sd_search.json", of_search);
+  if (kept.is_null()) kept = {{"identity", of_search}, {"points", json::object()}};
   json searches = json::array();
   std::vector<ExperimentRun> runs;
   for (const Method& m : methods)
@@ -419,18 +360,18 @@ int run(int argc, char** argv) {
           if (from == "pretrained" || from == "grid") replica.pretrained = flat.at(replica.seed);
           if (from == "laplace") replica.pretrained = curved.at(replica.seed);
           if (from != "grid") continue;
-          const std::vector<GridPoint> points = search.find_points(m, t, replica.seed, replica.pretrained);
-          const GridPoint best = *std::min_element(points.begin(), points.end(),
-                                                   [](const auto& a, const auto& b) { return a.nll < b.nll; });
-          replica.pretrained_sd = best.sd;
-          json said{{"method", m.name}, {"parts", t}, {"seed", replica.seed}, {"chosen_sd", best.sd}};
+          const json points = find_points(program, prelude, m, t, replica.seed, replica.pretrained, at_once, kept);
+          const auto nll = [](const json& point) { return point[2].is_null() ? NAN : double(point[2]); };
+          replica.pretrained_sd = (*std::min_element(points.begin(), points.end(),
+                                                     [&](const json& a, const json& b) { return nll(a) < nll(b); }))[0];
+          json said{{"method", m.name}, {"parts", t}, {"seed", replica.seed}, {"chosen_sd", replica.pretrained_sd}};
           printf("%s T=%d seed %llu, sigma on the hold-out of the first part:", m.name.c_str(), t,
                  static_cast<unsigned long long>(replica.seed));
-          for (const GridPoint& g : points) {
-            said["points"].push_back({{"sd", g.sd}, {"holdout_accuracy", g.accuracy}, {"holdout_nll", g.nll}});
-            printf(" %g: NLL %.3f (%.3f)", g.sd, g.nll, g.accuracy);
+          for (const json& g : points) {
+            said["points"].push_back({{"sd", g[0]}, {"holdout_accuracy", g[1]}, {"holdout_nll", nll(g)}});
+            printf(" %g: NLL %.3f (%.3f)", double(g[0]), nll(g), double(g[1]));
           }
-          printf("; chosen %g\n", best.sd);
+          printf("; chosen %g\n", replica.pretrained_sd);
           fflush(stdout);
           searches.push_back(said);
         }
@@ -442,8 +383,8 @@ int run(int argc, char** argv) {
   experiment.extra = {{"old_classes", prelude.old_classes},
                       {"new_classes", prelude.new_classes},
                       {"old_images", prelude.old_set.train.count},
-                      {"pretrain_epochs", prior.pretrain_epochs},
-                      {"transfer", transfer},
+                      {"pretrain_epochs", prelude.epochs},
+                      {"transfer", prelude.transfer},
                       {"sigma_search", searches}};
   ExperimentData data{prelude.new_set, {prelude.new_set.test}};
   const json result = run_experiment(experiment, data, runs);

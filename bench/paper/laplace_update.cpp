@@ -27,16 +27,15 @@ struct Options {
   std::string features, labels, test_features, test_labels;
   int extractor_images = 20000, extractor_epochs = 10, pool = 20000, test = 10000, fourier_dim = 768;
   double fourier_length = 10;
-  // Updates. `study` has what these words and lists mean.
-  std::string seeds = "0,1,2,3,4,5,6,7,8,9", taus = "1,0.1", bases = "10,100,1000", news = "1,2,5,10,20,50",
-              link = "mean_field";
+  // Updates.
+  std::string taus = "1,0.1", link = "mean_field";
   int adam_seeds = -1;
   UpdateStudyOptions study;
   // Active learning.
   std::string acquisitions = "random,margin,entropy,bald,badge,bait,look_ahead", rule = "implicit";
-  std::string active_seeds = "0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29";
-  int active_pool = 1000, initial = 20, batch = 10, cycles = 20, trials = 300;
-  double active_tau = 1;
+  std::vector<uint64_t> active_seeds = std::vector<uint64_t>(30);  // 0 to 29
+  int active_pool = 1000;
+  ActiveLearningOptions active;
 
   bool by_evidence() const { return taus == "evidence"; }
   int most_base() const { return *std::max_element(study.bases.begin(), study.bases.end()); }
@@ -45,26 +44,18 @@ struct Options {
 Options preset_options(const std::string& name) {
   Options o;
   o.preset = name;
-  o.study.adam_seeds = 10;
+  o.study.seeds = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, o.study.adam_seeds = 10, o.active.cycles = 20;
   if (name == "quick") {
     o.sets = "pixels,lenet5";
-    o.taus = "1", o.bases = "100,1000", o.news = "1,10,50", o.seeds = "0,1,2,3,4";
-    o.acquisitions = "random,margin,badge,look_ahead", o.active_seeds = "0,1,2,3,4,5,6,7,8,9";
+    o.taus = "1", o.study.bases = {100, 1000}, o.study.news = {1, 10, 50}, o.study.seeds = {0, 1, 2, 3, 4};
+    o.acquisitions = "random,margin,badge,look_ahead", o.active_seeds.resize(10);
     o.extractor_images = 2000, o.extractor_epochs = 2, o.pool = 5000, o.test = 1000;
-    o.study.adam_seeds = 5, o.active_pool = 600, o.cycles = 8;
+    o.study.adam_seeds = 5, o.active_pool = 600, o.active.cycles = 8;
   } else if (name != "paper") {
     refuse_preset(name);
   }
+  std::iota(o.active_seeds.begin(), o.active_seeds.end(), 0);
   return o;
-}
-
-std::vector<int> parse_counts(const std::string& option, const std::string& text) {
-  std::vector<int> list;
-  for (uint64_t n : parse_wholes(option, text)) {
-    if (n < 1 || n > 1000000) throw InputError(option + ": 1 to 1,000,000, not " + std::to_string(n));
-    list.push_back(int(n));
-  }
-  return list;
 }
 
 // Empty: help was asked for and printed.
@@ -76,73 +67,76 @@ std::optional<Options> read_options(int argc, char** argv) {
       "steps, re-weighted draws and retraining; then active learning with and without updates between the picks of a\n"
       "batch. Writes result.json, log.jsonl and a plot to --out. The defaults shown are those of the preset."};
   app.option_defaults()->always_capture_default();
-  auto* what = app.add_option_group("What to run");
-  what->add_option("--preset", o.preset, "quick (minutes on two cores) or paper: the defaults of what is not given");
-  what->add_option("--sets", o.sets, "features: of pixels, lenet5 (MNIST), conv3fc3 (CIFAR-10), fourier, file");
-  what->add_option("--parts", o.parts, "of updates,active");
-  what->add_option("--methods", o.methods,
-                   "of base,first_order,monte_carlo,gaussian,implicit,one_by_one,lbfgs_warm,newton_warm,retrained,adam "
-                   "(default: all)");
-  what->add_option("--seeds", o.seeds, "of the choice of samples (updates)");
-  what->add_option("--data", o.data, "folder with the set's files (else $BATON_DATA, ./data, generated)");
-  what->add_option("--out", o.out, "folder of the results (default: results/laplace_update_PRESET)");
-  what->add_flag("--resume", o.resume, "go on where a killed run in --out stopped");
-  what->add_option("--precision", o.precision, "of the last layer: double or float");
-  auto* features = app.add_option_group("Features");
-  features->add_option("--features", o.features, "matrix of the set 'file': FILE.npy or FILE.safetensors[:NAME]");
-  features->add_option("--labels", o.labels, "its labels");
-  features->add_option("--test-features", o.test_features, "the same of test samples");
-  features->add_option("--test-labels", o.test_labels, "their labels");
-  features->add_option("--extractor-images", o.extractor_images, "training images that the network learns");
-  features->add_option("--extractor-epochs", o.extractor_epochs, "of its training");
-  features->add_option("--pool", o.pool, "further training images, for the last layer");
-  features->add_option("--test", o.test, "test images");
-  features->add_option("--fourier-dim", o.fourier_dim, "of the set 'fourier'");
-  features->add_option("--fourier-length", o.fourier_length, "its length scale");
-  auto* updates = app.add_option_group("Updates");
-  updates->add_option("--bases", o.bases, "samples before the update");
-  updates->add_option("--new", o.news, "new samples");
-  updates->add_option("--taus", o.taus,
-                      "prior precisions; 'evidence': for each set, the one of highest evidence for the largest base");
-  updates->add_option("--gamma", study.gamma, "of the authors' rule");
-  updates->add_option("--gamma-first-order", study.gamma_first_order, "step size");
-  updates->add_option("--gamma-monte-carlo", study.gamma_monte_carlo, "power of the likelihood");
-  updates->add_option("--draws", study.draws, "of Monte Carlo re-weighting");
-  updates->add_option("--repeats", study.repeats, "of a timed update");
-  updates->add_option("--adam-epochs", study.adam_epochs, "of retraining by Adam");
-  updates->add_option("--adam-seeds", o.adam_seeds, "seeds for which Adam runs (-1: all of the preset's)");
-  updates->add_option("--link", o.link, "of NLL and ECE: map, mean_field, probit, monte_carlo, bridge, bridge_norm");
-  auto* active = app.add_option_group("Active learning");
-  active->add_option("--acquisitions", o.acquisitions, "of random,margin,entropy,bald,badge,bait,look_ahead");
-  active->add_option("--active-seeds", o.active_seeds, "of the pool, the first samples and the choices");
-  active->add_option("--active-pool", o.active_pool, "samples to choose from");
-  active->add_option("--active-tau", o.active_tau, "prior precision");
-  active->add_option("--active-rule", o.rule, "of the updates between picks: implicit, gaussian or categorical");
-  active->add_option("--initial", o.initial, "labelled samples at the start");
-  active->add_option("--batch", o.batch, "samples chosen at a time");
-  active->add_option("--cycles", o.cycles, "batches");
-  active->add_option("--trials", o.trials, "batches that look-ahead tries");
+  CLI::App* group = nullptr;
+  const auto begin_group = [&](const char* title) { group = app.add_option_group(title); };
+  const auto add = [&](const char* name, auto& variable, const char* help) {
+    return group->add_option(name, variable, help);
+  };
+  const auto add_positive = [&](const char* name, auto& number, const char* help) {
+    add(name, number, help)->check(CLI::PositiveNumber);
+  };
+  const auto add_list = [&](const char* name, auto& list, const char* help) {
+    return add(name, list, help)->delimiter(',');
+  };
+  begin_group("What to run");
+  add("--preset", o.preset, "quick (minutes on two cores) or paper: the defaults of what is not given");
+  add("--sets", o.sets, "features: of pixels, lenet5 (MNIST), conv3fc3 (CIFAR-10), fourier, file");
+  add("--parts", o.parts, "of updates,active");
+  add("--methods", o.methods,
+      "of base,first_order,monte_carlo,gaussian,implicit,one_by_one,lbfgs_warm,newton_warm,retrained,adam "
+      "(default: all)");
+  add_list("--seeds", study.seeds, "of the choice of samples (updates)");
+  add("--data", o.data, "folder with the set's files (else $BATON_DATA, ./data, generated)");
+  add("--out", o.out, "folder of the results (default: results/laplace_update_PRESET)");
+  group->add_flag("--resume", o.resume, "go on where a killed run in --out stopped");
+  add("--precision", o.precision, "of the last layer: double or float")->check(CLI::IsMember({"double", "float"}));
+  begin_group("Features");
+  add("--features", o.features, "matrix of the set 'file': FILE.npy or FILE.safetensors[:NAME]");
+  add("--labels", o.labels, "its labels");
+  add("--test-features", o.test_features, "the same of test samples");
+  add("--test-labels", o.test_labels, "their labels");
+  add_positive("--extractor-images", o.extractor_images, "training images that the network learns");
+  add_positive("--extractor-epochs", o.extractor_epochs, "of its training");
+  add_positive("--pool", o.pool, "further training images, for the last layer");
+  add_positive("--test", o.test, "test images");
+  add("--fourier-dim", o.fourier_dim, "of the set 'fourier'");
+  add("--fourier-length", o.fourier_length, "its length scale");
+  begin_group("Updates");
+  add_list("--bases", study.bases, "samples before the update")->check(CLI::Range(1, 1000000));
+  add_list("--new", study.news, "new samples")->check(CLI::Range(1, 1000000));
+  add("--taus", o.taus, "prior precisions; 'evidence': for each set, the one of highest evidence for the largest base");
+  add_positive("--gamma", study.gamma, "of the authors' rule");
+  add_positive("--gamma-first-order", study.gamma_first_order, "step size");
+  add_positive("--gamma-monte-carlo", study.gamma_monte_carlo, "power of the likelihood");
+  add_positive("--draws", study.draws, "of Monte Carlo re-weighting");
+  add("--repeats", study.repeats, "of a timed update");
+  add_positive("--adam-epochs", study.adam_epochs, "of retraining by Adam");
+  add("--adam-seeds", o.adam_seeds, "seeds for which Adam runs (-1: all of the preset's)");
+  add("--link", o.link, "of NLL and ECE: map, mean_field, probit, monte_carlo, bridge, bridge_norm");
+  begin_group("Active learning");
+  add("--acquisitions", o.acquisitions, "of random,margin,entropy,bald,badge,bait,look_ahead");
+  add_list("--active-seeds", o.active_seeds, "of the pool, the first samples and the choices");
+  add_positive("--active-pool", o.active_pool, "samples to choose from");
+  add_positive("--active-tau", o.active.layer.tau, "prior precision");
+  add("--active-rule", o.rule, "of the updates between picks: implicit, gaussian or categorical");
+  add_positive("--initial", o.active.initial, "labelled samples at the start");
+  add_positive("--batch", o.active.batch, "samples chosen at a time");
+  add_positive("--cycles", o.active.cycles, "batches");
+  add_positive("--trials", o.active.trials, "batches that look-ahead tries");
   if (!parse_options(app, argc, argv)) return std::nullopt;
 
   study.taus.clear();
   if (!o.by_evidence()) study.taus = parse_numbers("--taus", o.taus, positive);
-  study.bases = parse_counts("--bases", o.bases), study.news = parse_counts("--new", o.news);
-  study.seeds = parse_wholes("--seeds", o.seeds);
   if (o.adam_seeds >= 0) study.adam_seeds = o.adam_seeds;
-  study.link.link = parse_link(o.link);
+  study.link.link = parse_name<Link>(o.link);
   if (!o.methods.empty()) {
     study.methods.clear();
-    for (const std::string& m : split_list(o.methods)) study.methods.push_back(parse_update_method(m));
+    for (const std::string& m : split_list(o.methods)) study.methods.push_back(parse_name<UpdateMethod>(m));
   }
-  if (!(study.gamma > 0) || !(study.gamma_first_order > 0) || !(study.gamma_monte_carlo > 0) || !(o.active_tau > 0))
-    throw InputError("--gamma, --gamma-first-order, --gamma-monte-carlo and --active-tau must be positive");
-  if (std::min({study.draws, study.adam_epochs, o.initial, o.batch, o.trials, o.cycles, o.active_pool, o.pool, o.test,
-                o.extractor_images, o.extractor_epochs}) < 1)
-    throw InputError(
-        "--draws, --adam-epochs, --initial, --batch, --trials, --cycles, --active-pool, --pool, --test, "
-        "--extractor-images and --extractor-epochs must be at least 1");
-  if (o.precision != "double" && o.precision != "float")
-    throw InputError("unknown --precision '" + o.precision + "': double or float");
+  LastLayerUpdateOptions& update = o.active.selection.update;
+  update.rule = parse_name<UpdateRule>(o.rule), update.gamma = study.gamma;
+  if (update.rule == UpdateRule::gaussian) o.active.layer.weight = SampleWeight::gaussian;
+  o.active.selection.link.draws = 200;
   for (const std::string& part : split_list(o.parts))
     if (part != "updates" && part != "active") throw InputError("unknown part '" + part + "': updates or active");
   if (o.out.empty()) o.out = "results/laplace_update_" + o.preset;
@@ -168,9 +162,8 @@ NamedWeights train_extractor(Device& device, const NetworkFactory& make, const I
                              const Normalisation& normalisation, int epochs) {
   Arena arena;
   TrainingSettings training;
-  training.kind = "ft";
+  training.kind = "ft", training.epochs = epochs;
   training.replicas = {{0, {{"lr", 1e-3}, {"schedule", "linear"}}}};
-  training.epochs = epochs;
   Trainer trainer(device, arena, make, upload_images(device, arena, images, normalisation),
                   split_into_parts(images.count, 1, {0}), training);
   trainer.begin_stage(0);
@@ -181,20 +174,18 @@ NamedWeights train_extractor(Device& device, const NetworkFactory& make, const I
   return weights;
 }
 
-FeaturePair load_matrices(const Options& o) {
-  if (o.features.empty() || o.labels.empty() || o.test_features.empty() || o.test_labels.empty())
-    throw InputError("the set 'file' needs --features, --labels, --test-features and --test-labels");
-  FeaturePair pair{"file", "features from files", false, load_features(o.features, o.labels),
-                   load_features(o.test_features, o.test_labels)};
-  if (pair.pool.dim != pair.test.dim)
-    throw InputError("--features have " + std::to_string(pair.pool.dim) + " columns, --test-features " +
-                     std::to_string(pair.test.dim));
-  pair.test = first_rows(pair.test, o.test);
-  return pair;
-}
-
 FeaturePair make_features(Device& device, const std::string& name, const Options& o) {
-  if (name == "file") return load_matrices(o);
+  FeaturePair pair{name, "features from files", false, {}, {}};
+  if (name == "file") {
+    if (o.features.empty() || o.labels.empty() || o.test_features.empty() || o.test_labels.empty())
+      throw InputError("the set 'file' needs --features, --labels, --test-features and --test-labels");
+    pair.pool = load_features(o.features, o.labels);
+    pair.test = first_rows(load_features(o.test_features, o.test_labels), o.test);
+    if (pair.pool.dim != pair.test.dim)
+      throw InputError("--features have " + std::to_string(pair.pool.dim) + " columns, --test-features " +
+                       std::to_string(pair.test.dim));
+    return pair;
+  }
   const bool cifar = name == "conv3fc3", network = cifar || name == "lenet5", fourier = name == "fourier";
   if (!network && !fourier && name != "pixels")
     throw InputError("unknown set '" + name + "': of pixels, lenet5, conv3fc3, fourier, file");
@@ -207,8 +198,7 @@ FeaturePair make_features(Device& device, const std::string& name, const Options
   if (rest.empty()) throw InputError("no training images are left beside the extractor's");
   const Images learned = subset(set.train, first), pool = subset(set.train, rest);
   const Normalisation normalisation = cifar ? standardise(learned) : unit_range;
-  FeaturePair pair;
-  pair.name = name, pair.generated = set.generated;
+  pair.title = "MNIST, pixels", pair.generated = set.generated;
   if (network) {
     pair.title = cifar ? "CIFAR-10, 3Conv3FC features" : "MNIST, LeNet-5 features";
     const NetworkFactory make = network_factory(network_spec(cifar ? "3conv3fc" : "lenet5"));
@@ -218,7 +208,6 @@ FeaturePair make_features(Device& device, const std::string& name, const Options
     return pair;
   }
   pair.pool = pixel_features(pool, normalisation), pair.test = pixel_features(set.test, normalisation);
-  pair.title = "MNIST, pixels";
   if (fourier) {
     pair.title = "MNIST, " + std::to_string(o.fourier_dim) + " random Fourier features";
     for (FeatureSet* s : {&pair.pool, &pair.test}) *s = fourier_features(*s, o.fourier_dim, o.fourier_length, 0, 3);
@@ -227,37 +216,30 @@ FeaturePair make_features(Device& device, const std::string& name, const Options
 }
 
 // ------------------------------------------------------------------------------------------------------- earlier runs
-// The finished units that a killed run has left in its log: a (set, tau, base, seed) of updates, or a (set,
-// acquisition, mode, seed) of active learning. Their lines stay; others are dropped and run again.
-class Earlier {
- public:
-  // Throws InputError unless the first line has the same settings.
-  Earlier(const std::filesystem::path& log, const json& settings) {
-    std::ifstream file(log);
-    std::vector<json> lines;
-    for (std::string text; std::getline(file, text);) {
-      const json line = json::parse(text, nullptr, false);
-      if (!line.is_object()) break;  // torn by the kill
-      if (line.contains("unit")) units_[line["unit"]];
-      lines.push_back(line);
-    }
-    found_ = !lines.empty();
-    if (found_ && (lines[0].value("part", "") != "settings" || lines[0]["settings"] != settings))
-      throw InputError("--resume: " + log.string() + " is of a run with other settings");
-    for (const json& line : lines)
-      if (line.contains("of") && done(line["of"])) units_[line["of"]].push_back(line);
-  }
-  bool found() const { return found_; }
-  bool done(const std::string& unit) const { return units_.count(unit) != 0; }
-  bool keeps(const json& line) const {
-    return line.value("part", "") == "settings" || line.contains("unit") || (line.contains("of") && done(line["of"]));
-  }
-  const std::vector<json>& lines(const std::string& unit) const { return units_.at(unit); }  // of a finished unit
+// The lines of the finished units that a killed run has left in its log, and under "settings" the line of its settings.
+// A unit is a (set, tau, base, seed) of updates, or a (set, acquisition, mode, seed) of active learning. The lines of
+// other units are dropped, and these run again.
+using Earlier = std::map<std::string, std::vector<json>>;
 
- private:
-  bool found_ = false;
-  std::map<std::string, std::vector<json>> units_;
-};
+// Empty where there is no log. Throws InputError unless the first line has the same settings.
+Earlier read_earlier(const std::filesystem::path& log, const json& settings) {
+  std::ifstream file(log);
+  std::vector<json> lines;
+  Earlier units;
+  for (std::string text; std::getline(file, text);) {
+    const json line = json::parse(text, nullptr, false);
+    if (!line.is_object()) break;  // torn by the kill
+    if (line.contains("unit")) units[line["unit"]];
+    lines.push_back(line);
+  }
+  if (lines.empty()) return units;
+  if (lines[0].value("part", "") != "settings" || lines[0]["settings"] != settings)
+    throw InputError("--resume: " + log.string() + " is of a run with other settings");
+  units["settings"] = {lines[0]};
+  for (const json& line : lines)
+    if (line.contains("of") && units.count(line["of"])) units[line["of"]].push_back(line);
+  return units;
+}
 
 // ------------------------------------------------------------------------------------------------------------ updates
 // Runs the study on one set and adds its summaries to the result.
@@ -279,9 +261,9 @@ void run_updates(Device& device, const FeaturePair& pair, Options& o, RunLog& lo
   };
   std::vector<json> lines;
   study.skip = [&](double tau, int base, uint64_t seed) {
-    if (!earlier.done(unit(tau, base, seed))) return false;
-    for (const json& line : earlier.lines(unit(tau, base, seed))) lines.push_back(line);
-    return true;
+    const auto found = earlier.find(unit(tau, base, seed));
+    if (found != earlier.end()) lines.insert(lines.end(), found->second.begin(), found->second.end());
+    return found != earlier.end();
   };
   study.finished = [&](double tau, int base, uint64_t seed) { log.epoch({{"unit", unit(tau, base, seed)}}); };
   run_update_study<Real>(device, pair.pool, pair.test, study, [&](const json& row) {
@@ -306,7 +288,7 @@ std::vector<Strategy> parse_strategies(const std::string& text) {
     if (name == "random" || name == "look_ahead") {
       list.push_back({name, name, name == "random" ? name : "look-ahead (knows the test labels)"});
     } else {
-      parse_acquisition(name);
+      parse_name<Acquisition>(name);
       list.push_back({name, "top", name + ", top of the batch"});
       list.push_back({name, "sequential", name + ", update between picks"});
     }
@@ -316,42 +298,36 @@ std::vector<Strategy> parse_strategies(const std::string& text) {
 
 // The curves of one strategy for all seeds.
 template <class Real>
-json run_active(Device& device, const FeaturePair& pair, const Strategy& strategy, const std::vector<uint64_t>& seeds,
-                const Options& o, RunLog& log, const Earlier& earlier) {
-  json row{{"set", pair.name},          {"acquisition", strategy.acquisition},
-           {"mode", strategy.mode},     {"label", strategy.label},
-           {"labelled", json::array()}, {"seeds", json::array()},
-           {"accuracy", json::array()}, {"nll", json::array()},
-           {"selection_seconds", 0.}};
+json run_active(Device& device, const FeaturePair& pair, const Strategy& strategy, const Options& o, RunLog& log,
+                const Earlier& earlier) {
+  const json head{{"set", pair.name}, {"acquisition", strategy.acquisition}, {"mode", strategy.mode}};
+  json row = head;
+  row["label"] = strategy.label;
   double seconds = 0;
   Arena test_arena;
   const FeatureRows<Real> test = upload_features<Real>(device, test_arena, pair.test);
-  for (uint64_t seed : seeds) {
+  for (uint64_t seed : o.active_seeds) {
     const std::string unit = json{"active", pair.name, strategy.acquisition, strategy.mode, seed}.dump();
-    json line;
-    if (earlier.done(unit)) {
-      line = earlier.lines(unit).at(0);
+    json line{{"part", "active"}, {"of", unit}};
+    if (const auto found = earlier.find(unit); found != earlier.end()) {
+      line = found->second.at(0);
     } else {
       std::vector<int> index = draw_order(pair.pool.count, seed, 22);
       index.resize(std::min(o.active_pool, pair.pool.count));
       Arena arena;
       const FeatureRows<Real> pool = upload_features<Real>(device, arena, rows_of(pair.pool, index));
-      ActiveLearningOptions a;
+      ActiveLearningOptions a = o.active;
       a.look_ahead = strategy.mode == "look_ahead";
-      a.trials = o.trials, a.initial = o.initial, a.batch = o.batch, a.cycles = o.cycles;
       a.seed = a.selection.seed = seed;
-      a.layer.tau = o.active_tau;
-      if (!a.look_ahead) a.selection.acquisition = parse_acquisition(strategy.acquisition);
+      if (!a.look_ahead) a.selection.acquisition = parse_name<Acquisition>(strategy.acquisition);
       a.selection.sequential = strategy.mode == "sequential";
-      a.selection.update.rule = parse_update_rule(o.rule), a.selection.update.gamma = o.study.gamma;
-      a.selection.link.draws = 200;
-      if (a.selection.update.rule == UpdateRule::gaussian) a.layer.weight = SampleWeight::gaussian;
       const ActiveLearningCurve curve = run_active_learning(device, pool, test, pair.classes(), a);
-      line = {{"part", "active"},           {"of", unit},
-              {"set", pair.name},           {"acquisition", strategy.acquisition},
-              {"mode", strategy.mode},      {"seed", seed},
-              {"labelled", curve.labelled}, {"accuracy", curve.accuracy},
-              {"nll", curve.nll},           {"selection_seconds", curve.selection_seconds}};
+      line.update(head);
+      line.update({{"seed", seed},
+                   {"labelled", curve.labelled},
+                   {"accuracy", curve.accuracy},
+                   {"nll", curve.nll},
+                   {"selection_seconds", curve.selection_seconds}});
       log.epoch(line);
       log.epoch({{"unit", unit}});
     }
@@ -360,7 +336,7 @@ json run_active(Device& device, const FeaturePair& pair, const Strategy& strateg
     for (const char* key : {"accuracy", "nll"}) row[key].push_back(line[key]);
     seconds += double(line["selection_seconds"]);
   }
-  row["selection_seconds"] = seconds / double(seeds.size());
+  row["selection_seconds"] = seconds / double(o.active_seeds.size());
   return row;
 }
 
@@ -384,21 +360,18 @@ json describe_settings(const Options& o) {
           {"extractor_epochs", o.extractor_epochs},
           {"active",
            {{"rule", o.rule},
-            {"tau", o.active_tau},
+            {"tau", o.active.layer.tau},
             {"pool", o.active_pool},
-            {"initial", o.initial},
-            {"batch", o.batch},
-            {"cycles", o.cycles},
-            {"trials", o.trials}}}};
+            {"initial", o.active.initial},
+            {"batch", o.active.batch},
+            {"cycles", o.active.cycles},
+            {"trials", o.active.trials}}}};
 }
 
 template <class Real>
 void run(Options o) {
-  const std::vector<std::string> parts = split_list(o.parts);
-  const auto wanted = [&](const char* part) { return std::count(parts.begin(), parts.end(), part) != 0; };
+  const auto wanted = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
   const std::vector<Strategy> strategies = parse_strategies(o.acquisitions);
-  const std::vector<uint64_t> active_seeds = parse_wholes("--active-seeds", o.active_seeds);
-  parse_update_rule(o.rule);
   Device device;
   const std::filesystem::path folder = o.out;
   const json settings = describe_settings(o);
@@ -406,10 +379,11 @@ void run(Options o) {
   identity["images"] = {o.pool, o.test, o.fourier_dim, o.fourier_length, o.adam_seeds};
   identity["features"] = {o.features, o.labels, o.test_features, o.test_labels};
   identity["methods"] = o.methods;
-  const Earlier earlier(o.resume ? folder / "log.jsonl" : std::filesystem::path(), identity);
-  RunLog log(folder, earlier.found());
-  if (earlier.found()) log.truncate_after([&](const json& line) { return earlier.keeps(line); });
-  else log.epoch({{"part", "settings"}, {"settings", identity}});
+  const Earlier earlier = o.resume ? read_earlier(folder / "log.jsonl", identity) : Earlier();
+  RunLog log(folder, !earlier.empty());
+  log.truncate_after(
+      [&](const json& line) { return line.contains("unit") || earlier.count(line.value("of", "settings")); });
+  if (earlier.empty()) log.epoch({{"part", "settings"}, {"settings", identity}});
   json result{{"experiment", "laplace_update"}, {"preset", o.preset},    {"settings", settings},
               {"device", device.description()}, {"sets", json::array()}, {"updates", json::array()},
               {"active", json::array()}};
@@ -439,7 +413,7 @@ void run(Options o) {
     }
     if (!wanted("active")) continue;
     for (const Strategy& strategy : strategies) {
-      const json row = run_active<Real>(device, pair, strategy, active_seeds, o, log, earlier);
+      const json row = run_active<Real>(device, pair, strategy, o, log, earlier);
       result["active"].push_back(row);
       double last = 0;
       for (const json& curve : row["accuracy"]) last += double(curve.back()) / double(row["accuracy"].size());

@@ -9,9 +9,8 @@
 // by damped Newton: with h the residual, (I + G A)^-1 h = h - T T'A h at u = f + A a, which descends the strictly
 // convex lse(u) - u_y + a'A a / 2. Its first iteration is the Newton step.
 //
-// All C x C algebra is on the host: it costs C^3 beside the (CD)^2 C of the products, it is a chain of small dependent
-// steps, and a sample needs one transfer of C^2 + C numbers each way. Every update works on copies, which replace the
-// state at the end, so that an error changes nothing.
+// All C x C algebra is on the host: it is a chain of small dependent steps, which costs C^3 beside the (CD)^2 C of the
+// products. Every update works on copies, which replace the state at the end, so that an error changes nothing.
 #include "trainers/last_layer/exact.h"
 
 #include <algorithm>
@@ -154,15 +153,12 @@ Doubles implicit_step(const Doubles& a_matrix, const Doubles& f, int label) {
 }  // namespace
 
 struct ExactLastLayer::State {
-  State(Device& d, int dimension, int class_count)
-      : device(d), dim(dimension), classes(class_count), order(dim * classes), factorizer(d, arena, order) {
-    const size_t all = size_t(order) * order, small = size_t(classes) * classes + classes;
-    for (double** m : {&p, &sigma, &next_p, &next_sigma, &h}) *m = arena.take<double>(all);
+  State(Device& d, int dimension, int class_count) : device(d), dim(dimension), classes(class_count) {
+    for (double** m : {&p, &sigma, &next_p, &next_sigma, &h}) *m = arena.take<double>(size_t(order) * order);
     for (double** v : {&w, &next_w, &diagonal}) *v = arena.take<double>(order);
     for (double** m : {&b, &q}) *m = arena.take<double>(size_t(order) * classes);
-    for (double** m : {&logit_moments, &gains}) *m = arena.take<double>(small);
-    one = arena.take<double>(1);
-    upload(device, one, {1.0});
+    for (double** m : {&logit_moments, &gains}) *m = arena.take<double>(size_t(classes) * classes + classes);
+    one = place(device, arena, Doubles{1});
   }
 
   size_t bytes() const { return sizeof(double) * order * order; }
@@ -284,9 +280,9 @@ struct ExactLastLayer::State {
   }
 
   Device& device;
-  const int dim, classes, order;
+  const int dim, classes, order = dim * classes;
   Arena arena;
-  Factorizer<double> factorizer;
+  Factorizer<double> factorizer{device, arena, order};
   double *p, *sigma, *next_p, *next_sigma, *h;  // [CD][CD], whole
   double *w, *next_w, *diagonal;                // [CD]
   double *b, *q;                                // [CD][C]

@@ -45,11 +45,10 @@ Tensor load_tensor(const std::string& where, size_t rank) {
 std::vector<float> floats_of(const std::string& where, const Tensor& t) {
   if (t.dtype == "F64") {
     const std::vector<double> v = t.as<double>();
-    return std::vector<float>(v.begin(), v.end());
+    return {v.begin(), v.end()};
   }
-  if (t.dtype != "F32" && t.dtype != "F16" && t.dtype != "BF16")
-    throw InputError(where + ": features of dtype " + t.dtype + ", expected F64, F32, F16 or BF16");
-  return t.as<float>();
+  if (t.dtype == "F32" || t.dtype == "F16" || t.dtype == "BF16") return t.as<float>();
+  throw InputError(where + ": features of dtype " + t.dtype + ", expected F64, F32, F16 or BF16");
 }
 
 std::vector<int64_t> integers_of(const std::string& where, const Tensor& t) {
@@ -61,12 +60,18 @@ std::vector<int64_t> integers_of(const std::string& where, const Tensor& t) {
   throw InputError(where + ": labels of dtype " + t.dtype + ", expected I64, I32, U32 or U8");
 }
 
+// The labels of images; the features and their source are still to come.
+FeatureSet start_features(const Images& images) {
+  if (images.count < 1) throw InputError("features of no images");
+  return {images.count, 0, images.classes, {}, {images.labels.begin(), images.labels.end()}, ""};
+}
+
 }  // namespace
 
 FeatureSet extract_features(Device& device, const NetworkFactory& make, const NamedWeights& weights,
                             const Images& images, const Normalisation& normalisation, int head) {
   constexpr int batch = 128;
-  if (images.count < 1) throw InputError("features of no images");
+  FeatureSet result = start_features(images);
   Arena arena;
   const std::unique_ptr<Network> network = make();
   network->use_head(head);
@@ -86,16 +91,13 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
   }
   const std::vector<NamedActivation> layers = network->activations();
   if (layers.size() < 2) throw InputError(std::string(network->architecture()) + " has no hidden layer");
-  const Activation hidden = layers[layers.size() - 2].activation;
+  const auto& [layer, hidden] = layers[layers.size() - 2];
+  result.dim = int(hidden.size), result.source = std::string(network->architecture()) + ", " + layer;
   const int batches = (images.count + batch - 1) / batch;
   std::vector<int32_t> index(size_t(batches) * batch);
   for (int i = 0; i < int(index.size()); i++) index[i] = std::min(i, images.count - 1);
   int32_t *indices = arena.take<int32_t>(index.size()), *labels = arena.take<int32_t>(batch);
   upload(device, indices, index);
-  FeatureSet result;
-  result.count = images.count, result.dim = int(hidden.size), result.classes = images.classes;
-  result.source = std::string(network->architecture()) + ", " + layers[layers.size() - 2].layer;
-  result.labels.assign(images.labels.begin(), images.labels.end());
   for (int b = 0; b < batches; b++) {
     stop_if_asked();
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
@@ -109,11 +111,8 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
 }
 
 FeatureSet pixel_features(const Images& images, const Normalisation& normalisation) {
-  if (images.count < 1) throw InputError("features of no images");
-  FeatureSet result;
-  result.count = images.count, result.dim = int(images.image_bytes()), result.classes = images.classes;
-  result.source = "pixels";
-  result.labels.assign(images.labels.begin(), images.labels.end());
+  FeatureSet result = start_features(images);
+  result.dim = int(images.image_bytes()), result.source = "pixels";
   result.x.resize(images.pixels.size());
   const size_t plane = size_t(images.height) * images.width;
   for (size_t i = 0; i < images.pixels.size(); i++) {
@@ -127,12 +126,9 @@ FeatureSet fourier_features(const FeatureSet& from, int dim, double length, uint
   if (dim < 1 || dim > most_features) throw InputError("1 to 32,768 Fourier features, not " + std::to_string(dim));
   if (!(length > 0) || !(amplitude > 0))
     throw InputError("the length scale and the amplitude of Fourier features must be positive");
-  FeatureSet result;
-  result.count = from.count, result.dim = dim, result.classes = from.classes;
-  result.labels = from.labels;
   char text[64];
   snprintf(text, sizeof text, ", %d Fourier features of length %g", dim, length);
-  result.source = from.source + text;
+  FeatureSet result{from.count, dim, from.classes, {}, from.labels, from.source + text};
   const int wide = (from.dim + 3) / 4 * 4;  // row d: the frequencies of feature d, to whole draws of four
   const Key key = key_of(seed, 15);
   std::vector<float> frequency(size_t(dim) * wide);
@@ -167,10 +163,7 @@ FeatureSet load_features(const std::string& features, const std::string& labels)
   if (t.shape.size() != 2 || t.shape[0] < 1 || t.shape[1] < 1 || t.shape[1] > most_features || t.shape[0] > INT32_MAX)
     throw InputError(features + ": features of shape " + shape_text(t.shape) +
                      ", expected [samples, features] with at most 32,768 features");
-  FeatureSet result;
-  result.count = int(t.shape[0]), result.dim = int(t.shape[1]);
-  result.source = "file";
-  result.x = floats_of(features, t);
+  FeatureSet result{int(t.shape[0]), int(t.shape[1]), 0, floats_of(features, t), {}, "file"};
   for (size_t i = 0; i < result.x.size(); i++)
     if (!std::isfinite(result.x[i]))
       throw InputError(features + ": row " + std::to_string(i / result.dim) + ", column " +
@@ -200,9 +193,7 @@ void append_bias(FeatureSet& set) {
 }
 
 FeatureSet rows_of(const FeatureSet& set, const std::vector<int>& index) {
-  FeatureSet result;
-  result.count = int(index.size()), result.dim = set.dim, result.classes = set.classes;
-  result.source = set.source;
+  FeatureSet result{int(index.size()), set.dim, set.classes, {}, {}, set.source};
   for (int i : index) {
     if (i < 0 || i >= set.count)
       throw InputError("row " + std::to_string(i) + " of " + std::to_string(set.count) + " features");
@@ -214,14 +205,8 @@ FeatureSet rows_of(const FeatureSet& set, const std::vector<int>& index) {
 
 template <class Real>
 FeatureRows<Real> upload_features(Device& device, Arena& arena, const FeatureSet& set) {
-  Real* x = arena.take<Real>(set.x.size());
-  upload(device, x, std::vector<Real>(set.x.begin(), set.x.end()));
-  int32_t* labels = nullptr;
-  if (!set.labels.empty()) {
-    labels = arena.take<int32_t>(set.labels.size());
-    upload(device, labels, set.labels);
-  }
-  return {x, labels, set.count, set.dim};
+  const Real* x = place(device, arena, std::vector<Real>(set.x.begin(), set.x.end()));
+  return {x, set.labels.empty() ? nullptr : place(device, arena, set.labels), set.count, set.dim};
 }
 template FeatureRows<float> upload_features(Device&, Arena&, const FeatureSet&);
 template FeatureRows<double> upload_features(Device&, Arena&, const FeatureSet&);

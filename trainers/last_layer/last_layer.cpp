@@ -6,20 +6,8 @@
 #include "engine/io/runlog.h"
 #include "engine/io/safetensors.h"
 #include "trainers/last_layer/evidence.h"
-#include "trainers/last_layer/names.h"
 
 namespace baton {
-
-constexpr const char *weight_names[] = {"gaussian", "categorical"},
-                     *rule_names[] = {"implicit", "gaussian", "categorical", "categorical_published"};
-const char* to_string(SampleWeight weight) { return weight_names[int(weight)]; }
-const char* to_string(UpdateRule rule) { return rule_names[int(rule)]; }
-SampleWeight parse_sample_weight(const std::string& name) {
-  return parse_name<SampleWeight>("sample weight", weight_names, name);
-}
-UpdateRule parse_update_rule(const std::string& name) {
-  return parse_name<UpdateRule>("update rule", rule_names, name);
-}
 
 // Returns the options if they make sense: no memory is taken for others.
 template <class Real>
@@ -87,18 +75,11 @@ void LastLayer<Real>::add_waiting(const Real* x, int n, const Real* rows, int co
 
 // ------------------------------------------------------------------------------------------------------ predictions
 template <class Real>
-void LastLayer<Real>::logits(const Real* x, int n, Real* out) {
-  multiply(device_, false, true, n, classes_, dim_, Real(1), x, dim_, now_.w, dim_, Real(0), out, classes_);
-}
-
-template <class Real>
 void LastLayer<Real>::covariance_products(const Real* x, int n, Real* out) {
   multiply(device_, false, false, n, dim_, dim_, Real(1), x, dim_, now_.s, dim_, Real(0), out, dim_);
-  const int waiting = counts_.waiting_q;
-  for (int first = 0; waiting && first < n; first += chunk_rows) {
-    const int count = std::min(chunk_rows, n - first);
-    add_waiting(x + size_t(first) * dim_, count, now_.q, waiting, Real(-1), out + size_t(first) * dim_);
-  }
+  for (int first = 0; counts_.waiting_q && first < n; first += chunk_rows)
+    add_waiting(x + size_t(first) * dim_, std::min(chunk_rows, n - first), now_.q, counts_.waiting_q, Real(-1),
+                out + size_t(first) * dim_);
 }
 
 template <class Real>
@@ -142,10 +123,6 @@ LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptio
 }
 
 template <class Real>
-std::vector<double> LastLayer<Real>::weights() const {
-  return download_doubles(device_, now_.w, size_t(classes_) * dim_);
-}
-template <class Real>
 void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
   const std::vector<Real> w(weights.begin(), weights.end());
   check_weights(w, classes_, dim_, "a last layer");
@@ -153,20 +130,11 @@ void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
 }
 
 template <class Real>
-std::vector<double> LastLayer<Real>::covariance() const {
-  return download_doubles(device_, fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q), size_t(dim_) * dim_);
-}
-template <class Real>
-std::vector<double> LastLayer<Real>::precision() const {
-  return download_doubles(device_, fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x), size_t(dim_) * dim_);
-}
-
-template <class Real>
 double LastLayer<Real>::log_evidence(double log_likelihood) {
   fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x);
   if (factorizer_.cholesky(scratch_, dim_)) throw RunError("the precision of the last layer is not positive definite");
-  const double determinant = factorizer_.log_determinant(scratch_, dim_);
-  return compute_evidence(log_likelihood, classes_ * determinant, 0, weights(), options_.tau).value;
+  const double log_determinant = classes_ * factorizer_.log_determinant(scratch_, dim_);
+  return compute_evidence(log_likelihood, log_determinant, 0, weights(), options_.tau).value;
 }
 
 // ----------------------------------------------------------------------------------------------- fold, drift, factor
@@ -315,6 +283,134 @@ void LastLayer<Real>::copy_from(const LastLayer& from) {
   seen_ = from.seen_;
 }
 
+// ----------------------------------------------------------------------------------------------------------- updates
+template <class Real>
+std::vector<uint64_t> LastLayer<Real>::check_update(const FeatureRows<Real>& data, const LastLayerUpdateOptions& o) {
+  const std::vector<uint64_t> hashes = check_features(device_, data, dim_);
+  if (data.count < 1) throw InputError("an update with no samples");
+  if (o.passes < 1 || o.passes > block_rows)
+    throw InputError("1 to " + std::to_string(block_rows) + " passes, not " + std::to_string(o.passes));
+  if (o.rule != UpdateRule::implicit) check_gamma(o.gamma, 1e6);  // far beyond use; keeps a step finite
+  download_labels(device_, data, classes_);
+  std::unordered_set<uint64_t> here;
+  for (int i = 0; i < data.count && !o.duplicates; i++) {
+    const bool before = seen_.count(hashes[i]) != 0;
+    if (before || !here.insert(hashes[i]).second)
+      throw InputError("sample " + std::to_string(i) + " is a duplicate: its features " +
+                       (before ? "were absorbed before" : "are there twice in this update") +
+                       " and would count twice (allow duplicates if that is meant)");
+  }
+  return hashes;
+}
+
+// Throws where the steps of the samples from `first` on have failed.
+template <class Real>
+static void check_steps(Device& device, const UpdateSteps<Real>& steps, int first) {
+  const int32_t failure = download(device, steps.failure, 1)[0];
+  if (!failure) return;
+  const std::string sample = "sample " + std::to_string(first + failure / 4);
+  if (failure % 4 == 2)
+    throw RunError(sample + ": its variance phi'S phi is negative, the covariance has lost its positive definiteness");
+  if (failure % 4 == 3)
+    throw InputError(sample +
+                     ": its features are so large that the posterior would keep nothing of the earlier data in this "
+                     "precision; scale them as those of the fit");
+  throw InputError(sample + ": its logits or variance are not finite; its features are badly scaled");
+}
+
+// All steps are computed in the samples' own space first, so that a block which cannot be absorbed changes nothing.
+template <class Real>
+void LastLayer<Real>::update_block(const FeatureRows<Real>& data, const LastLayerUpdateOptions& o, int first) {
+  const Real* x = data.x;
+  const int samples = data.count, rows = samples * o.passes;
+  steps_.labels = data.labels;
+  covariance_products(x, samples, u_);
+  multiply(device_, false, true, samples, samples, dim_, Real(1), u_, dim_, x, dim_, Real(0), steps_.gram, samples);
+  logits(x, samples, steps_.logits);
+  sequential_steps(steps_, o.rule, o.gamma, o.passes, samples, classes_, 1, device_.stream());
+  check_steps(device_, steps_, first);
+
+  multiply(device_, true, false, classes_, dim_, samples, Real(1), steps_.step, classes_, u_, dim_, Real(1), now_.w,
+           dim_);
+  multiply(device_, false, false, rows, dim_, samples, Real(1), steps_.downdate, samples, u_, dim_, Real(0),
+           now_.q + size_t(counts_.waiting_q) * dim_, dim_);
+  for (int pass = 0; pass < o.passes; pass++)
+    scale_rows(now_.x + size_t(counts_.waiting_x + pass * samples) * dim_, x, steps_.weight + pass * samples, samples,
+               dim_, device_.stream());
+  counts_.waiting_q += rows, counts_.waiting_x += rows, counts_.downdates += rows;
+  settle();
+}
+
+template <class Real>
+void LastLayer<Real>::update(const FeatureRows<Real>& data, const LastLayerUpdateOptions& o) {
+  BATON_RANGE("last_layer_update");
+  const std::vector<uint64_t> hashes = check_update(data, o);
+  // A pass of the authors' rule goes over all of the new samples, so with several passes all must be one block.
+  const int block = block_rows / o.passes;
+  if (o.passes > 1 && data.count > block)
+    throw InputError("an update of " + std::to_string(o.passes) + " passes takes at most " + std::to_string(block) +
+                     " samples, not " + std::to_string(data.count));
+  const auto update_all = [&] {
+    for (int first = 0; first < data.count; first += block)
+      update_block(data.part(first, std::min(block, data.count - first)), o, first);
+  };
+  // A block that throws has changed nothing, so only blocks after the first need the way back.
+  if (data.count > block) all_or_nothing(update_all);
+  else update_all();
+  seen_.insert(hashes.begin(), hashes.end());
+  counts_.absorbed += data.count;
+}
+
+template <class Real>
+void LastLayer<Real>::update_one_by_one(const FeatureRows<Real>& data, const LastLayerUpdateOptions& o) {
+  BATON_RANGE("last_layer_update_one_by_one");
+  const std::vector<uint64_t> hashes = check_update(data, o);
+  const Stream stream = device_.stream();
+  all_or_nothing([&] {
+    fold();
+    for (int i = 0; i < data.count * o.passes; i++) {
+      const int sample = i % data.count;
+      const Real* x = data.x + size_t(sample) * dim_;
+      steps_.labels = data.labels + sample;
+      Real *product = u_, *downdate = products_;
+      row_dots(product, Real(1), now_.s, dim_, x, 0, Real(0), dim_, dim_, stream);
+      row_dots(steps_.gram, Real(1), product, 0, x, 0, Real(0), 1, dim_, stream);
+      row_dots(steps_.logits, Real(1), now_.w, dim_, x, 0, Real(0), classes_, dim_, stream);
+      sequential_steps(steps_, o.rule, o.gamma, 1, 1, classes_, 1, stream);
+      check_steps(device_, steps_, sample);
+      multiply(device_, false, false, 1, dim_, 1, Real(1), steps_.downdate, 1, product, dim_, Real(0), downdate, dim_);
+      add_outer(now_.s, Real(-1), downdate, downdate, dim_, dim_, stream);
+      add_outer(now_.w, Real(1), steps_.step, product, classes_, dim_, stream);
+      scale_rows(now_.x + size_t(counts_.waiting_x) * dim_, x, steps_.weight, 1, dim_, stream);
+      counts_.waiting_x++, counts_.downdates++;
+      settle();
+    }
+  });
+  seen_.insert(hashes.begin(), hashes.end());
+  counts_.absorbed += data.count;
+}
+
+template <class Real>
+void LastLayer<Real>::update_first_order(const FeatureRows<Real>& data, double gamma) {
+  BATON_RANGE("last_layer_update_first_order");
+  check_gamma(gamma);
+  check_update(data, {.duplicates = true});  // no sample is counted
+  const size_t bytes = sizeof(Real) * classes_ * dim_;
+  copy_on_device(device_, kept_.w, now_.w, bytes);
+  Real* r = steps_.logits;
+  for (int i = 0; i < data.count; i++) {
+    const Real* x = data.x + size_t(i) * dim_;
+    logits(x, 1, r);
+    softmax_residual<Real>(nullptr, r, nullptr, nullptr, r, data.labels + i, 1, classes_, device_.stream());
+    add_outer(now_.w, Real(gamma), r, x, classes_, dim_, device_.stream());
+  }
+  for (double w : weights())
+    if (!std::isfinite(w)) {
+      copy_on_device(device_, now_.w, kept_.w, bytes);
+      throw InputError("a first-order update with gamma = " + format_number(gamma) + " diverged: lower gamma");
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------- files
 template <class Real>
 void LastLayer<Real>::save(const std::filesystem::path& path) {
@@ -356,7 +452,7 @@ std::unique_ptr<LastLayer<Real>> LastLayer<Real>::load(Device& device, const std
   Counts counts;
   try {
     options.tau = settings.at("tau");
-    options.weight = parse_sample_weight(settings.at("weight"));
+    options.weight = parse_name<SampleWeight>(settings.at("weight"));
     options.refactor_after = settings.at("refactor_after");
     counts.downdates = settings.at("downdates");
     counts.refactored = settings.at("refactored");

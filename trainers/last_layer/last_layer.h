@@ -6,10 +6,10 @@
 // rules.
 //
 // The precision P is the stored truth. Both matrices are kept in two parts, S = S_0 - Q'Q and P = P_0 + X'X, where Q
-// and X hold the rows that updates have appended since the last fold, so that an update reads S_0 once and writes
-// neither S_0 nor P_0. When more than 32 rows wait, they are folded in; S is then held against P on random vectors, and
-// made anew from P's Cholesky factor when it has drifted, or after many downdates. Nothing is lost between calls: many
-// calls with one sample have the effect of one call with many samples.
+// and X hold the rows appended since the last fold, so that an update reads S_0 once and writes neither S_0 nor P_0.
+// When more than 32 rows wait, they are folded in; S is then held against P on random vectors, and made anew from P's
+// Cholesky factor when it has drifted, or after many downdates. Many calls with one sample have the effect of one call
+// with many samples.
 #pragma once
 #include <filesystem>
 #include <unordered_set>
@@ -21,11 +21,15 @@ namespace baton {
 
 // The weight of a sample in P.
 enum class SampleWeight { gaussian, categorical };
-const char* to_string(SampleWeight);
-const char* to_string(UpdateRule);
-// Throw InputError for an unknown name, listing the known ones.
-SampleWeight parse_sample_weight(const std::string& name);
-UpdateRule parse_update_rule(const std::string& name);
+template <>
+struct NamesOf<SampleWeight> {
+  static constexpr const char *what = "sample weight", *names[] = {"gaussian", "categorical"};
+};
+template <>
+struct NamesOf<UpdateRule> {
+  static constexpr const char *what = "update rule",
+                              *names[] = {"implicit", "gaussian", "categorical", "categorical_published"};
+};
 
 struct LastLayerOptions {
   double tau = 1;                                   // prior precision
@@ -72,7 +76,9 @@ class LastLayer {
   void update_first_order(const FeatureRows<Real>&, double gamma);
 
   // On the device: logits [n][C] = Phi W', products [n][D] = Phi S (rows S phi), variances [n] = phi'S phi.
-  void logits(const Real* x, int n, Real* out);
+  void logits(const Real* x, int n, Real* out) {
+    multiply(device_, false, true, n, classes_, dim_, Real(1), x, dim_, now_.w, dim_, Real(0), out, classes_);
+  }
   void covariance_products(const Real* x, int n, Real* out);
   void variances(const Real* x, int n, Real* out);
   // out [D][D] += scale sum_n w_n phi_n phi_n', with the weights of the samples at the posterior's mean. out is
@@ -81,9 +87,15 @@ class LastLayer {
   LinkedPredictions predict(const Real* x, int n, const LinkOptions& = {});
 
   // On the host, what the posterior is now: W [C][D], S [D][D], P [D][D].
-  std::vector<double> weights() const;
-  std::vector<double> covariance() const;
-  std::vector<double> precision() const;
+  std::vector<double> weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
+  std::vector<double> covariance() const {
+    return download_doubles(device_, fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q),
+                            size_t(dim_) * dim_);
+  }
+  std::vector<double> precision() const {
+    return download_doubles(device_, fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x),
+                            size_t(dim_) * dim_);
+  }
   void set_weights(const std::vector<double>&);
 
   // The evidence ln p(D | W) - 1/2 [C ln det P - C D ln tau + tau |W|^2], given the log-likelihood of the fitted data.

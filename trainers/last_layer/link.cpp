@@ -3,14 +3,9 @@
 #include <algorithm>
 
 #include "engine/linalg.h"
-#include "trainers/last_layer/names.h"
 #include "trainers/last_layer/rows.h"
 
 namespace baton {
-
-constexpr const char* link_names[] = {"map", "mean_field", "probit", "monte_carlo", "bridge", "bridge_norm"};
-const char* to_string(Link link) { return link_names[int(link)]; }
-Link parse_link(const std::string& name) { return parse_name<Link>("link", link_names, name); }
 
 template <class Real>
 LinkedPredictions predict_rows(Device& device, const Real* x, int n, int dim, int classes, int step, bool full,

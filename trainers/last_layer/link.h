@@ -1,15 +1,18 @@
 // Class probabilities from a Gaussian over the logits, by the links of kernels/last_layer.h.
 #pragma once
 #include <functional>
-#include <string>
 #include <vector>
 
 #include "kernels/last_layer.h"
+#include "trainers/last_layer/names.h"
 
 namespace baton {
 
-Link parse_link(const std::string& name);  // throws InputError for an unknown name, listing the known ones
-const char* to_string(Link);
+template <>
+struct NamesOf<Link> {
+  static constexpr const char *what = "link",
+                              *names[] = {"map", "mean_field", "probit", "monte_carlo", "bridge", "bridge_norm"};
+};
 
 struct LinkOptions {
   Link link = Link::mean_field;

@@ -81,9 +81,11 @@ class Objective {
 
   void evaluate(Point& at) {
     evaluations_++;
-    send(at.w);
-    multiply_by_rows();
-    gradient(p_);
+    multiply_by_rows(at.w);
+    // The samples' part of the gradient and their losses lie in one piece, so that one copy fetches both.
+    softmax_residual(p_, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
+                     device_.stream());
+    multiply_by_residual(Real(-1));
     copy_to_host(device_, down_.data(), out_, down_.size() * sizeof(Real));
     double loss = 0, square = 0;
     for (size_t i = size(); i < down_.size(); i++) loss += double(down_[i]);
@@ -98,23 +100,11 @@ class Objective {
     at.top = largest(at.g);
     at.finite = std::isfinite(at.j) && std::isfinite(dot(at.g, at.g));
   }
-  // The largest |dJ/dW| at W = 0.
-  double gradient_at_zero() {
-    evaluations_++;
-    fill_zero(device_, logits_, size_t(rows_.count) * classes_ * sizeof(Real));
-    gradient(nullptr);
-    copy_to_host(device_, down_.data(), out_, size() * sizeof(Real));
-    double top = 0;
-    for (size_t i = 0; i < size(); i++) top = std::max(top, std::abs(double(down_[i]) - tau_ * mean_[i]));
-    return top;
-  }
   // out = H v at the point that was evaluated last.
   void curvature_product(Vector& out, const Vector& v) {
-    send(v);
-    multiply_by_rows();
+    multiply_by_rows(v);
     softmax_curvature_product(r_, p_, logits_, rows_.count, classes_, device_.stream());
-    multiply<Real>(device_, true, false, classes_, rows_.dim, rows_.count, Real(1), r_, classes_, rows_.x, rows_.dim,
-                   Real(0), out_, rows_.dim);
+    multiply_by_residual(Real(1));
     copy_to_host(device_, down_.data(), out_, size() * sizeof(Real));
     for (size_t i = 0; i < size(); i++) out[i] = double(down_[i]) + tau_ * v[i];
   }
@@ -124,19 +114,16 @@ class Objective {
   }
 
  private:
-  void send(const Vector& w) {
+  // logits = Phi W'
+  void multiply_by_rows(const Vector& w) {
     for (size_t i = 0; i < size(); i++) up_[i] = Real(w[i]);
     upload(device_, w_, up_);
-  }
-  void multiply_by_rows() {
     multiply<Real>(device_, false, true, rows_.count, classes_, rows_.dim, Real(1), rows_.x, rows_.dim, w_, rows_.dim,
                    Real(0), logits_, classes_);
   }
-  // Writes the samples' part of the gradient and their losses into out_, in one piece so that one copy fetches both.
-  void gradient(Real* p) {
-    softmax_residual(p, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
-                     device_.stream());
-    multiply<Real>(device_, true, false, classes_, rows_.dim, rows_.count, Real(-1), r_, classes_, rows_.x, rows_.dim,
+  // out = sign r' Phi
+  void multiply_by_residual(Real sign) {
+    multiply<Real>(device_, true, false, classes_, rows_.dim, rows_.count, sign, r_, classes_, rows_.x, rows_.dim,
                    Real(0), out_, rows_.dim);
   }
 
@@ -306,10 +293,12 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
 
   Point at, next;
   at.w = o.start.empty() ? mean : or_zeros(o.start, "fit_map: the start", classes, rows.dim);
-  objective.evaluate(at);
+  next.w.assign(at.w.size(), 0.);
+  objective.evaluate(next);
+  const double limit = o.tolerance * (1 + next.top);
+  if (largest(at.w) == 0) at = next;
+  else objective.evaluate(at);
   if (!at.finite) throw RunError("fit_map: the objective is not finite at the start");
-  const double scale = largest(at.w) == 0 ? at.top : objective.gradient_at_zero();
-  const double limit = o.tolerance * (1 + scale);
 
   NewtonDirection conjugate;
   LbfgsDirection secant(o.memory);

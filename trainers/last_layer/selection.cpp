@@ -2,19 +2,17 @@
 //   margin, entropy, bald   logits n C D, links n C (times the draws), variances by v_i -= kappa (phi_i . s)^2: n D
 //   badge                   the same; all at once, without new logits, n (D + C) for the distances to the last pick
 //   bait                    n D: see kernels/acquisition.cu
-// kappa is taken from the variance of the chosen row itself, v' = v - kappa v^2, which holds for every rule and number
-// of passes.
+// kappa follows from the chosen row's own variance, v' = v - kappa v^2, for every rule and number of passes.
 //
 // BAIT: with x_i = sqrt(w_i) phi_i and F the mean over the pool of x x', tr(S F) falls by x'S F S x / (1 + x'S x) when
 // x joins, and rises by x'S F S x / (1 - x'S x) when it leaves. All at once, S itself stays, and S_t = S - A'A + R'R
-// where the rows A = sqrt(kappa) s joined and the rows R left. One after the other, F is that of the weights before the
-// first choice, since a new F would cost n D^2 a choice; w_i and S follow the posterior.
+// where the rows A = sqrt(kappa) s joined and the rows R left. One after the other, w_i and S follow the posterior, but
+// F stays that of the weights before the first choice, since a new F would cost n D^2.
 #include "trainers/last_layer/selection.h"
 
 #include <limits>
 
 #include "trainers/last_layer/candidates.h"
-#include "trainers/last_layer/names.h"
 
 namespace baton {
 namespace {
@@ -299,12 +297,6 @@ class Selection {
 };
 
 }  // namespace
-
-constexpr const char* acquisition_names[] = {"random", "margin", "entropy", "bald", "badge", "bait"};
-const char* to_string(Acquisition a) { return acquisition_names[int(a)]; }
-Acquisition parse_acquisition(const std::string& name) {
-  return parse_name<Acquisition>("acquisition function", acquisition_names, name);
-}
 
 template <class Real>
 std::vector<int> draw_plus_plus(Device& device, const Embeddings<Real>& e, int first, int count, SplitMix64& random) {

@@ -17,9 +17,11 @@ enum class Acquisition {
   bait,   // greedily the least tr(P^-1 F), with F the pool's mean Fisher matrix [D x D] and P the posterior's
           // precision; all at once, forward over 2 b samples and back to b (Ash et al. 2021)
 };
-const char* to_string(Acquisition);
-// Throws InputError for an unknown name, listing the known ones.
-Acquisition parse_acquisition(const std::string& name);
+template <>
+struct NamesOf<Acquisition> {
+  static constexpr const char *what = "acquisition function",
+                              *names[] = {"random", "margin", "entropy", "bald", "badge", "bait"};
+};
 
 struct SelectionOptions {
   Acquisition acquisition = Acquisition::margin;
@@ -30,11 +32,10 @@ struct SelectionOptions {
 };
 
 // Chooses `batch` different rows of the pool among `candidates` (indices into it), in the order of choice. Sequential
-// selection learns what it chose, with the pool's labels; otherwise the layer does not change. One after the other, the
-// update takes the place of BADGE's diversity term: with D^2 sampling against the picks so far as well, little was left
-// of the gain on LeNet-5's features (bench/results/laplace_update_cpu).
-// Throws InputError for a batch larger than the candidates, an index outside the pool and a pool of another dim.
-// A sequential choice costs O(D^2 + n C D) with n candidates.
+// selection teaches the layer every choice by the pool's labels, at O(D^2 + n C D) a choice with n candidates;
+// otherwise the layer does not change. BADGE has no D^2 sampling in sequential selection: with it, little was left of
+// the gain of the updates (bench/results/laplace_update_cpu). Throws InputError for a batch larger than the candidates,
+// an index outside the pool and a pool of another dim.
 template <class Real>
 std::vector<int> select_batch(Device&, LastLayer<Real>&, const FeatureRows<Real>& pool,
                               const std::vector<int>& candidates, int batch, const SelectionOptions&);

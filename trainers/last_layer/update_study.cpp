@@ -1,32 +1,26 @@
 #include "trainers/last_layer/update_study.h"
 
 #include <algorithm>
-#include <chrono>
 #include <map>
 #include <numeric>
 
-#include "engine/io/stop.h"
-#include "trainers/last_layer/names.h"
+#include "trainers/checkpoints.h"
 #include "trainers/last_layer/reweighting.h"
 #include "trainers/metrics.h"
 
 namespace baton {
 
-constexpr const char *method_names[] = {"base",       "first_order", "monte_carlo", "gaussian",  "implicit",
-                                        "one_by_one", "lbfgs_warm",  "newton_warm", "retrained", "adam"},
-                     *method_labels[] = {"base model",      "first order",   "Monte Carlo re-weighting",
-                                         "authors' rule",   "implicit step", "authors' rule, one by one",
-                                         "L-BFGS, warm",    "Newton, warm",  "retrained (Newton)",
-                                         "retrained (Adam)"};
-const char* to_string(UpdateMethod method) { return method_names[int(method)]; }
-const char* label(UpdateMethod method) { return method_labels[int(method)]; }
-UpdateMethod parse_update_method(const std::string& name) {
-  return parse_name<UpdateMethod>("method", method_names, name);
+const char* label(UpdateMethod method) {
+  constexpr const char* labels[] = {"base model",      "first order",   "Monte Carlo re-weighting",
+                                    "authors' rule",   "implicit step", "authors' rule, one by one",
+                                    "L-BFGS, warm",    "Newton, warm",  "retrained (Newton)",
+                                    "retrained (Adam)"};
+  return labels[int(method)];
 }
 const std::vector<UpdateMethod>& all_update_methods() {
   static const std::vector<UpdateMethod> all = [] {
     std::vector<UpdateMethod> methods;
-    for (const char* name : method_names) methods.push_back(parse_update_method(name));
+    for (size_t i = 0; i < std::size(NamesOf<UpdateMethod>::names); i++) methods.push_back(UpdateMethod(i));
     return methods;
   }();
   return all;
@@ -41,8 +35,6 @@ std::vector<int> draw_order(int count, uint64_t seed, uint64_t stream) {
 }
 
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
@@ -76,13 +68,14 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
   if (pool.dim != test.dim)
     throw InputError("the pool has " + std::to_string(pool.dim) + " features, the test set " +
                      std::to_string(test.dim));
-  if (*std::min_element(o.bases.begin(), o.bases.end()) < 1) throw InputError("a base set needs at least one sample");
-  if (*std::min_element(o.news.begin(), o.news.end()) < 1) throw InputError("an update needs at least one sample");
-  const int most_base = *std::max_element(o.bases.begin(), o.bases.end()),
-            most_new = *std::max_element(o.news.begin(), o.news.end()), most = most_base + most_new;
+  const auto [least_base, most_base] = std::minmax_element(o.bases.begin(), o.bases.end());
+  const auto [least_new, most_new] = std::minmax_element(o.news.begin(), o.news.end());
+  if (*least_base < 1) throw InputError("a base set needs at least one sample");
+  if (*least_new < 1) throw InputError("an update needs at least one sample");
+  const int most = *most_base + *most_new;
   if (most > pool.count)
-    throw InputError("the pool has " + std::to_string(pool.count) + " samples, " + std::to_string(most_base) + " + " +
-                     std::to_string(most_new) + " are asked for");
+    throw InputError("the pool has " + std::to_string(pool.count) + " samples, " + std::to_string(*most_base) + " + " +
+                     std::to_string(*most_new) + " are asked for");
   if (o.repeats < 1) throw InputError("a timing needs at least one repetition");
   const int classes = std::max(pool.classes, test.classes), dim = pool.dim;
   const std::vector<uint8_t> test_labels(test.labels.begin(), test.labels.end());
@@ -104,7 +97,7 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
         if (o.skip && o.skip(tau, n, seed)) continue;
         const std::vector<int> order = draw_order(pool.count, seed, 21);
         std::vector<int> chosen(order.begin(), order.begin() + most), labels;
-        std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());  // the same new ones for every base
+        std::rotate(chosen.begin() + n, chosen.begin() + *most_base, chosen.end());  // the same new ones for every base
         for (int i : chosen) labels.push_back(pool.labels[i]);
         Arena unit;
         const Real* x = place_rows(device, unit, pooled.x, chosen, dim);
@@ -132,29 +125,27 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
               if (!seconds.empty()) row["seconds"] = median(seconds);
               line(row);
             };
-            // Every repetition updates the same posterior.
-            const auto time_update = [&](const LastLayer<Real>& from, const std::function<void()>& update) {
+            // Every repetition starts from the same posterior, and leaves its work in `layer`.
+            const auto time = [&](int repeats, const LastLayer<Real>& from, const std::function<void()>& work) {
               std::vector<double> seconds;
-              for (int k = 0; k < o.repeats; k++) {
+              for (int k = 0; k < repeats; k++) {
                 stop_if_asked();
                 layer.copy_from(from);
                 device.synchronize();
-                const double start = now();
-                update();
+                const double start = seconds_now();
+                work();
                 device.synchronize();
-                seconds.push_back(now() - start);
+                seconds.push_back(seconds_now() - start);
               }
+              return seconds;
+            };
+            const auto time_update = [&](const LastLayer<Real>& from, const std::function<void()>& update) {
+              const std::vector<double> seconds = time(o.repeats, from, update);
               report(judge_layer(layer), seconds);
             };
             const auto time_fit = [&](int repeats, const std::function<MapResult()>& fit) {
               MapResult result;
-              std::vector<double> seconds;
-              for (int k = 0; k < repeats; k++) {
-                const double start = now();
-                result = fit();
-                seconds.push_back(now() - start);
-              }
-              layer.copy_from(base);
+              const std::vector<double> seconds = time(repeats, base, [&] { result = fit(); });
               layer.fit_covariance(all, result.weights);
               report(judge_layer(layer), seconds);
             };
@@ -165,44 +156,26 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
             LastLayerUpdateOptions update{.gamma = o.gamma, .duplicates = true};  // a set may hold equal samples
             if (method != UpdateMethod::implicit) update.rule = UpdateRule::gaussian;
             stop_if_asked();
-            switch (method) {
-              case UpdateMethod::base:
-                report(before, {});
-                break;
-              case UpdateMethod::first_order:
-                time_update(base, [&] { layer.update_first_order(fresh, o.gamma_first_order); });
-                break;
-              case UpdateMethod::monte_carlo: {
-                Reweighting<Real> draws(device, base, o.draws, seed);
-                const double start = now();
-                draws.update(fresh, o.gamma_monte_carlo);
-                const double seconds = now() - start;
-                report(judge(draws.predict(tested.x, tested.count), test_labels, classes), {seconds});
-                break;
-              }
-              case UpdateMethod::gaussian:
-                time_update(gaussian_base, [&] { layer.update(fresh, update); });
-                break;
-              case UpdateMethod::one_by_one:
-                time_update(gaussian_base, [&] { layer.update_one_by_one(fresh, update); });
-                break;
-              case UpdateMethod::implicit:
-                time_update(base, [&] { layer.update(fresh, update); });
-                break;
-              case UpdateMethod::lbfgs_warm:  // stops where SciPy's L-BFGS-B does
-                time_map({.method = MapMethod::lbfgs, .start = fitted, .tolerance = 1e-5, .least_decrease = 2.2e-9});
-                break;
-              case UpdateMethod::newton_warm:
-                time_map({.start = fitted, .tolerance = 1e-6});
-                break;
-              case UpdateMethod::retrained:
-                time_map({.tolerance = 1e-6});
-                break;
-              case UpdateMethod::adam:
-                if (int(s) < o.adam_seeds)
-                  time_fit(1, [&] {
-                    return fit_adam(device, all, classes, {.tau = tau, .epochs = o.adam_epochs, .seed = seed});
-                  });
+            using M = UpdateMethod;
+            if (method == M::base) report(before, {});
+            else if (method == M::first_order)
+              time_update(base, [&] { layer.update_first_order(fresh, o.gamma_first_order); });
+            else if (method == M::gaussian) time_update(gaussian_base, [&] { layer.update(fresh, update); });
+            else if (method == M::one_by_one)
+              time_update(gaussian_base, [&] { layer.update_one_by_one(fresh, update); });
+            else if (method == M::implicit) time_update(base, [&] { layer.update(fresh, update); });
+            else if (method == M::lbfgs_warm)  // stops where SciPy's L-BFGS-B does
+              time_map({.method = MapMethod::lbfgs, .start = fitted, .tolerance = 1e-5, .least_decrease = 2.2e-9});
+            else if (method == M::newton_warm) time_map({.start = fitted, .tolerance = 1e-6});
+            else if (method == M::retrained) time_map({.tolerance = 1e-6});
+            else if (method == M::monte_carlo) {
+              Reweighting<Real> draws(device, base, o.draws, seed);
+              const std::vector<double> seconds = time(1, base, [&] { draws.update(fresh, o.gamma_monte_carlo); });
+              report(judge(draws.predict(tested.x, tested.count), test_labels, classes), seconds);
+            } else if (method == M::adam && int(s) < o.adam_seeds) {
+              time_fit(1, [&] {
+                return fit_adam(device, all, classes, {.tau = tau, .epochs = o.adam_epochs, .seed = seed});
+              });
             }
           }
         if (o.finished) o.finished(tau, n, seed);

@@ -383,16 +383,16 @@ TYPED_TEST(LastLayerOf, OptionsThatAreRefused) {
 
 TEST(LastLayer, Names) {
   for (SampleWeight w : {SampleWeight::gaussian, SampleWeight::categorical})
-    EXPECT_EQ(parse_sample_weight(to_string(w)), w);
-  for (UpdateRule r : all_rules) EXPECT_EQ(parse_update_rule(to_string(r)), r);
+    EXPECT_EQ(parse_name<SampleWeight>(to_string(w)), w);
+  for (UpdateRule r : all_rules) EXPECT_EQ(parse_name<UpdateRule>(to_string(r)), r);
   for (Link l : {Link::map, Link::mean_field, Link::probit, Link::monte_carlo, Link::bridge, Link::bridge_norm})
-    EXPECT_EQ(parse_link(to_string(l)), l);
-  EXPECT_EQ(parse_link("mean_field"), Link::mean_field);
-  expect_error<InputError>([] { parse_sample_weight("poisson"); },
+    EXPECT_EQ(parse_name<Link>(to_string(l)), l);
+  EXPECT_EQ(parse_name<Link>("mean_field"), Link::mean_field);
+  expect_error<InputError>([] { parse_name<SampleWeight>("poisson"); },
                            "unknown sample weight 'poisson': one of gaussian, categorical");
-  expect_error<InputError>([] { parse_update_rule(""); },
+  expect_error<InputError>([] { parse_name<UpdateRule>(""); },
                            "one of implicit, gaussian, categorical, categorical_published");
-  expect_error<InputError>([] { parse_link("logit"); },
+  expect_error<InputError>([] { parse_name<Link>("logit"); },
                            "one of map, mean_field, probit, monte_carlo, bridge, bridge_norm");
 }
 

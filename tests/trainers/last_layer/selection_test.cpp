@@ -660,8 +660,8 @@ TEST(ActiveLearning, Refuses) {
 
   for (Acquisition a : {Acquisition::random, Acquisition::margin, Acquisition::entropy, Acquisition::bald,
                         Acquisition::badge, Acquisition::bait})
-    EXPECT_EQ(parse_acquisition(to_string(a)), a);
-  EXPECT_THROW(parse_acquisition("margins"), InputError);
+    EXPECT_EQ(parse_name<Acquisition>(to_string(a)), a);
+  EXPECT_THROW(parse_name<Acquisition>("margins"), InputError);
 }
 
 }  // namespace
