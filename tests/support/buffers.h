@@ -6,8 +6,8 @@
 //   relu_forward(y, x, 3, memory.stream());
 //   EXPECT_TRUE(test::exact(y.host(), ...));
 //
-// Every buffer lies between two guards, and reading it back checks that no kernel has written there. Under
-// AddressSanitizer there are none: the allocation's own red zones see reads too.
+// Every buffer lies between two guards, and reading it back checks that no kernel has written there. Where the kernels
+// are under AddressSanitizer there are none: the allocation's own red zones see reads too.
 #pragma once
 #include <gtest/gtest.h>
 
@@ -16,6 +16,10 @@
 #include "engine/runtime.h"
 
 namespace baton::test {
+
+// Bytes before and behind every buffer. Each variant of the kernels has its own buffers.cpp; the tests are compiled
+// once.
+size_t buffer_guard();
 
 class Memory {
  public:
@@ -35,11 +39,11 @@ template <class T>
 class Buffer {
  public:
   Buffer(Memory& memory, const std::vector<T>& values) : memory_(memory), count_(values.size()) {
-    base_ = memory.arena().template take<unsigned char>(2 * guard + bytes());
-    if constexpr (guard != 0) {
-      const std::vector<unsigned char> pattern(guard, guard_byte);
+    base_ = memory.arena().template take<unsigned char>(2 * guard_ + bytes());
+    if (guard_ != 0) {
+      const std::vector<unsigned char> pattern(guard_, guard_byte);
       upload(memory.device(), base_, pattern);
-      upload(memory.device(), base_ + guard + bytes(), pattern);
+      upload(memory.device(), base_ + guard_ + bytes(), pattern);
     }
     set(values);
   }
@@ -47,7 +51,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  T* data() { return reinterpret_cast<T*>(base_ + guard); }
+  T* data() { return reinterpret_cast<T*>(base_ + guard_); }
   operator T*() { return data(); }
   size_t size() const { return count_; }
   void set(const std::vector<T>& values) {
@@ -58,24 +62,19 @@ class Buffer {
   }
 
   std::vector<T> host() {
-    if constexpr (guard != 0) {
+    if (guard_ != 0) {
       check_guard("before", 0);
-      check_guard("after", guard + bytes());
+      check_guard("after", guard_ + bytes());
     }
     return count_ ? download(memory_.device(), data(), count_) : std::vector<T>{};
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t guard = 0;
-#else
-  static constexpr size_t guard = 256;  // the arena's alignment
-#endif
   static constexpr unsigned char guard_byte = 0xA5;
 
   size_t bytes() const { return count_ * sizeof(T); }
   void check_guard(const char* where, size_t offset) {
-    for (unsigned char byte : download(memory_.device(), base_ + offset, guard))
+    for (unsigned char byte : download(memory_.device(), base_ + offset, guard_))
       if (byte != guard_byte) {
         ADD_FAILURE() << "a kernel wrote " << where << " a buffer of " << count_ << " elements";
         return;
@@ -83,7 +82,7 @@ class Buffer {
   }
 
   Memory& memory_;
-  size_t count_;
+  size_t count_, guard_ = buffer_guard();
   unsigned char* base_;
 };
 

@@ -208,7 +208,7 @@ def test_files(root):
         return [tuple(entry) for entry in json.loads(listed.read_text())]
     files = []
     for room in ("engine", "kernels", "layers", "trainers"):
-        for path in sorted((root / "tests" / room).glob("*_test.c*")):
+        for path in sorted((root / "tests" / room).rglob("*_test.c*")):
             suites = re.findall(r"^ *(?:TYPED_TEST(?:_P)?|TEST(?:_F|_P)?)\( *(\w+)", path.read_text(), re.MULTILINE)
             patterns = [p for suite in dict.fromkeys(suites) for p in (f"{suite}.*", f"*/{suite}.*", f"{suite}/*.*")]
             if patterns:
