@@ -10,11 +10,8 @@
 
 #include "engine/io/program.h"
 #include "engine/io/synthetic.h"
-#include "layers/conv3fc3.h"
-#include "layers/lenet5.h"
-#include "layers/mlp.h"
-#include "trainers/incremental.h"
-#include "trainers/tasks.h"
+#include "trainers/predictor.h"
+#include "trainers/trainer.h"
 
 using namespace baton;
 
@@ -29,40 +26,6 @@ constexpr bool on_gpu = false;
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
-}
-
-// "mnf_step": a training step under that posterior. A prediction is by draws of an FFG posterior.
-Family family_of_case(const std::string& which) {
-  for (Family f : {Family::point, Family::channel, Family::multiplicative})
-    if (which == std::string(name_of(f)) + "_step") return f;
-  return Family::gaussian;
-}
-
-// A step of the perceptron on generated digits: BGD with K draws, `at_once` of them side by side, or SGD.
-std::unique_ptr<TaskTrainer> perceptron(Device& device, Arena& arena, bool bgd, int batch, int draws, int at_once) {
-  const Images images = generate_digits(std::max(2000, batch), 1);
-  TaskSequence sequence;
-  sequence.examples.emplace_back(images.count);
-  for (int i = 0; i < images.count; i++) sequence.examples[0][i] = i;
-  TaskPlan plan;
-  plan.batch = batch;
-  plan.epochs = 1000;
-  plan.lr = bgd ? 1 : 0.01;
-  const NetworkFactory make = [] { return std::make_unique<Mlp>(784, std::vector<int>{1200, 1200}, 10); };
-  const LearnerFactory learner = [=](Device& d, Arena& a, const ParameterLayout& layout) -> std::unique_ptr<Learner> {
-    BgdSettings settings;
-    settings.draws = draws;
-    settings.at_once = at_once;
-    settings.sigma = 0.04;
-    PointSetup point;
-    point.rule.momentum = 0.9f;
-    if (bgd) return std::make_unique<BgdLearner>(d, a, layout, settings);
-    return std::make_unique<PointLearner>(d, a, layout, point);
-  };
-  auto trainer = std::make_unique<TaskTrainer>(device, arena, make, upload_images(device, arena, images, unit_range),
-                                               sequence, plan, learner);
-  trainer->begin_stage(0);
-  return trainer;
 }
 
 int run(int argc, char** argv) {
@@ -88,47 +51,40 @@ int run(int argc, char** argv) {
   app.add_flag("--path-gradient", path_gradient, "mnf_step as bil_mnist trains it: ln q(z) through the flow's inverse");
   CLI11_PARSE(app, argc, argv);
 
-  const bool tasks = network == "mlp1200";
-  if (tasks != (which == "bgd_step" || which == "sgd_step"))
+  const bool perceptron = network == "mlp1200";
+  if (perceptron != (which == "bgd_step" || which == "sgd_step"))
     throw InputError("--network " + network + " has no case " + which);
   Device device;
   Arena arena;
-  std::function<void(int)> advance;  // by so many steps
-  std::unique_ptr<TaskTrainer> perceptron_trainer;
-  std::optional<IncrementalTrainer> trainer;
+  const bool digits = network != "3conv3fc";
+  const int count = std::max(2000, batch);
+  const Images images = digits ? generate_digits(count, 1) : generate_textures(count, 1);
+  const Normalisation normalisation = digits ? unit_range : standardise(images);
+  const NetworkFactory make =
+      network_factory(perceptron ? network_spec("mlp", 10, {{"hidden", {1200, 1200}}}) : network_spec(network));
+  TrainingSettings training;
+  training.kind = which == "predict_weight" ? "ffg" : which.substr(0, which.find('_'));
+  training.batch = batch;
+  training.epochs = 1000;
+  training.replicas.clear();
+  json settings = json::object();
+  if (training.kind == "mnf") settings["path_gradient"] = path_gradient;
+  if (training.kind == "bgd") settings = {{"draws", draws}, {"draws_at_once", at_once}, {"sigma", 0.04}};
+  if (training.kind == "sgd") settings["momentum"] = 0.9;
+  for (int r = 0; r < replicas; r++) training.replicas.push_back({uint64_t(r), settings});
+  Stages stages = whole_set(count);
+  stages.order.assign(size_t(replicas), stages.order[0]);
+  if (!perceptron) stages.sizes = {count / 2, count - count / 2}, stages.augment.clear();
+  Trainer trainer(device, arena, make, upload_images(device, arena, images, normalisation), stages, training);
+  for (int stage = 0; stage < stages.count(); stage++) trainer.begin_stage(stage);
+  std::function<void(int)> advance = [&](int steps_now) { trainer.run(steps_now); };
   std::optional<Predictor> predictor;
-  if (tasks) {
-    perceptron_trainer = perceptron(device, arena, which == "bgd_step", batch, draws, at_once);
-    advance = [&](int count) { perceptron_trainer->run(count); };
-  } else {
-    const bool digits = network == "lenet5";
-    const int count = std::max(2000, batch);
-    const Images images = digits ? generate_digits(count, 1) : generate_textures(count, 1);
-    const Normalisation normalisation = digits ? unit_range : standardise(images);
-    const DeviceImages set = upload_images(device, arena, images, normalisation);
-    const NetworkFactory make = [digits]() -> std::unique_ptr<Network> {
-      if (digits) return std::make_unique<LeNet5>();
-      return std::make_unique<Conv3Fc3>();
-    };
-    TrainingPlan plan;
-    plan.posterior.family = family_of_case(which);
-    plan.posterior.path_gradient = path_gradient;
-    plan.batch = batch;
-    plan.epochs = 1000;
-    std::vector<int32_t> order(images.count);
-    for (int i = 0; i < images.count; i++) order[i] = i;
-    for (int r = 0; r < replicas; r++) plan.seeds.push_back(r), plan.settings.emplace_back();
-    trainer.emplace(device, arena, make, set, plan, std::vector<std::vector<int32_t>>(replicas, order),
-                    std::vector<int>{count / 2, count - count / 2});
-    for (int stage : {0, 1}) trainer->begin_stage(stage);
-    advance = [&](int count) { trainer->run(count); };
-    if (which == "predict_weight") {
-      Images some = images;
-      limit(some, batch);
-      predictor.emplace(device, arena, make, upload_images(device, arena, some, normalisation), 0, batch);
-      advance = [&](int) { predictor->predict(trainer->posterior(), 0, samples, 1); };
-      together = 1;
-    }
+  if (which == "predict_weight") {
+    Images some = images;
+    limit(some, batch);
+    predictor.emplace(device, arena, make, upload_images(device, arena, some, normalisation), 0, batch);
+    advance = [&](int) { predictor->predict(trainer.posterior(), 0, samples, 1); };
+    together = 1;
   }
   if (together < 1) together = on_gpu ? std::clamp(steps, 1, 10) : 1;
   std::vector<double> ms;

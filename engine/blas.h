@@ -1,9 +1,9 @@
-// The one seam with libraries: matrix products and plain convolutions, float32, for all replicas of a layer.
+// The interface to the libraries for matrix products and plain convolutions in float32, for all replicas of a layer.
 // Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS and cuDNN, a call for each replica.
-// A replica's result is the same bits on every call with the same shapes, whatever the number of threads and of
-// replicas beside it. On a GPU that holds for one model of GPU and one version of the libraries, and where the
-// replicas' matrices are aligned alike: a library may choose its kernel by the alignment of its arguments. Strides of a
-// whole number of 16 bytes are enough, and activations have them where the batch is a multiple of 4.
+// A replica's result has the same bits in every call with the same shapes, for any number of threads and of other
+// replicas. On a GPU that holds for one model of GPU and one version of the libraries, and only where the replicas'
+// matrices are aligned alike, as a library may choose its kernel by the alignment of its arguments. Strides that are a
+// multiple of 16 bytes are enough, and activations have them where the batch is a multiple of 4.
 #pragma once
 #include <memory>
 #include <string>
@@ -13,7 +13,7 @@
 
 namespace baton {
 
-// One matrix of a batch: where it starts and how far the next replica's lies (0: all replicas share it).
+// A matrix for each replica: where the first starts, and how far apart they lie (0: all replicas share one).
 struct Matrices {
   const float* data;
   size_t stride;
@@ -40,30 +40,30 @@ struct ConvShape {
 // The products of a convolution: y = x * w, then dL/dx from dL/dy and w, then dL/dw from x and dL/dy.
 enum class ConvDirection { forward, data, weights };
 
-// What a library offers for one of them, in the library's own words.
+// An algorithm that a library offers for one of them, in the library's own words.
 struct OfferedAlgorithm {
   std::string name;         // "CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM"
-  std::string status;       // "CUDNN_STATUS_SUCCESS", or why it cannot run; also what a trial run answered
+  std::string status;       // "CUDNN_STATUS_SUCCESS", or why it cannot run, or did not in a trial run
   std::string determinism;  // "CUDNN_DETERMINISTIC"
   std::string math;         // "CUDNN_FMA_MATH"
   size_t workspace = 0;     // bytes
-  bool chosen = false;      // what a Convolution of this shape takes; at most one
+  bool chosen = false;      // whether a Convolution of this shape uses it; at most one is chosen
 };
 
-// A convolution whose shapes are fixed: algorithms chosen and workspace taken before step 0. On a GPU, for each
-// direction: the first that cuDNN offers of those which repeat bit for bit, sum products of float32 (no Winograd, no
-// FFT: their errors are relative to the largest element, and make variances negative), and run; for a gradient, where
-// none of those runs, a transform that repeats.
+// A convolution whose shapes are fixed: algorithms are chosen and workspace is taken before step 0. On a GPU, for each
+// direction, the choice is the first algorithm of cuDNN's list that repeats bit for bit, sums products of float32, and
+// runs. Winograd and FFT do not sum products: their errors are relative to the largest element, and make variances
+// negative. For a gradient they are allowed where no other algorithm runs.
 class Convolution {
  public:
-  // Throws InputError for shapes that have no output, RunError when no algorithm is fit.
+  // Throws InputError for shapes that have no output, RunError when no algorithm is suitable.
   Convolution(Device&, Arena&, const ConvShape&, int replicas);
   ~Convolution();
   Convolution(Convolution&&) noexcept;
 
-  // All that cuDNN offers for this shape and direction, in the order of its preference; empty on the host, where there
-  // is nothing to choose. Makes the constructor's choice, trial runs included, but does not throw when none is fit.
-  // Throws InputError for shapes that have no output.
+  // All algorithms that cuDNN offers for this shape and direction, in the order of its preference; empty on the host,
+  // which has none to choose from. It makes the same choice as the constructor, with trial runs, but does not throw
+  // when none is suitable. Throws InputError for shapes that have no output.
   static std::vector<OfferedAlgorithm> offered_algorithms(Device&, const ConvShape&, ConvDirection);
 
   const ConvShape& shape() const { return shape_; }

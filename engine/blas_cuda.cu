@@ -1,5 +1,5 @@
-// Matrix products by cuBLAS and convolutions by cuDNN, float32 on the ordinary cores (no tf32). All of it can be
-// captured in a graph, and repeats bit for bit on one model of GPU with one version of the libraries.
+// Matrix products by cuBLAS and convolutions by cuDNN, in float32 without tensor cores (no tf32). All calls can be
+// captured in a graph, and repeat bit for bit on one model of GPU with one version of the libraries.
 #include <algorithm>
 #include <array>
 
@@ -8,12 +8,12 @@
 
 namespace baton {
 
-// cuBLAS counts columns first. A packed row-major matrix is, read so, its transpose: we ask for C' = op(B)' op(A)'.
+// cuBLAS is column-major, and to it a packed row-major matrix is its transpose: so we ask for C' = op(B)' op(A)'.
 //
-// One call for each replica. The order in which a product is summed is chosen by its shape, and nothing that cuBLAS
-// documents keeps that choice from depending on the number of matrices in a batch; but a seed's result must not depend
-// on how many seeds train beside it. The cost: R replicas are R nodes of a graph in place of one, and small products do
-// not fill the chip together.
+// There is one call for each replica. cuBLAS chooses the order of a sum by the shape, and its documentation does not
+// rule out that the number of matrices in a batch has a part in the choice; but a seed's result must not depend on how
+// many seeds train beside it. The cost is that R replicas are R nodes of a graph instead of one, and that small
+// products cannot fill the chip together.
 void gemm(Device& device, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {
   if (m == 0 || n == 0) return;
@@ -49,8 +49,9 @@ std::vector<Candidate> candidates_of(const std::vector<Performance>& offered, in
   return candidates;
 }
 
-// Whether it is a matrix product, which sums products of float32. Winograd's and Fourier's transforms are not: what
-// should be 0 beside a large element comes out as small numbers of both signs, and the root of a variance is a NaN.
+// Whether it is a matrix product, which sums products of float32. The Winograd and Fourier transforms are not: where a
+// result should be 0 beside a large element they give small numbers of both signs, and the root of such a variance is
+// NaN.
 bool sums_products(ConvDirection direction, int algorithm) {
   switch (direction) {
     case ConvDirection::forward:
@@ -65,8 +66,8 @@ bool sums_products(ConvDirection direction, int algorithm) {
   return false;
 }
 
-// Whether it is offered, repeats and is float32. The descriptor asks for FMA; CUDNN_DEFAULT_MATH then says no more than
-// that the algorithm has no other way.
+// Whether it is offered, repeats bit for bit and is float32. The descriptor asks for FMA; CUDNN_DEFAULT_MATH then only
+// means that the algorithm has no other kind of arithmetic.
 bool can_be_trusted(const Candidate& c) {
   return c.status == CUDNN_STATUS_SUCCESS && c.determinism == CUDNN_DETERMINISTIC &&
          (c.math == CUDNN_FMA_MATH || c.math == CUDNN_DEFAULT_MATH) && c.workspace <= most_workspace;
@@ -136,13 +137,13 @@ constexpr const char* call_of[] = {"cudnnConvolutionForward", "cudnnConvolutionB
 
 }  // namespace
 
-// Descriptors, and what was chosen for each direction.
+// Descriptors, and the algorithm that was chosen for each direction.
 struct Convolution::Plan {
   cudnnTensorDescriptor_t x = nullptr, y = nullptr;
   cudnnFilterDescriptor_t w = nullptr;
   cudnnConvolutionDescriptor_t convolution = nullptr;
   std::array<int, 3> algorithms{};
-  void* workspace = nullptr;  // one for the three: they follow one another on the stream
+  void* workspace = nullptr;  // one for all three, as they follow one another on the stream
   size_t workspace_bytes = 0;
 
   Plan() = default;
@@ -174,7 +175,7 @@ struct Convolution::Plan {
     BATON_CALL(cudnnSetConvolutionMathType, convolution, CUDNN_FMA_MATH);
   }
 
-  // By cuDNN's own reckoning, the fastest first. Not by timing: that could choose another one in the next run.
+  // In the order of cuDNN's own estimates, the fastest first. Measured times could choose another one in the next run.
   std::vector<Candidate> candidates(cudnnHandle_t dnn, ConvDirection direction) const {
     int count = 0;
     if (direction == ConvDirection::forward) {
@@ -209,10 +210,10 @@ struct Convolution::Plan {
                                           result);
   }
 
-  // The first candidate that can be trusted, sums products and runs, on zeros; -1: none. Gradients may come from a
-  // transform where no product runs, for nothing takes their root. What a candidate answers when it is refused becomes
-  // its status. So each has run before it is captured: cuDNN may compile, load and allocate at a first call, which a
-  // capture would not survive.
+  // The first candidate that is acceptable, sums products, and runs on zeros; -1 if there is none. Gradients may come
+  // from a transform where no product runs, for nothing takes their root. The answer to a trial run that fails becomes
+  // the candidate's status. The trial also makes sure that the algorithm has run before it is captured: in a first call
+  // cuDNN may compile, load and allocate, which is not possible in a capture.
   int choose(Device& device, Arena& scratch, const ConvShape& s, ConvDirection direction,
              std::vector<Candidate>& of) const {
     const auto zeros = [&](size_t n) { return scratch.take<float>(n); };
@@ -231,7 +232,7 @@ struct Convolution::Plan {
             run(device.libraries().dnn, direction, of[i].algorithm, space, of[i].workspace, first, second, result);
         device.synchronize();
         if (of[i].status == CUDNN_STATUS_SUCCESS) return int(i);
-        cudaGetLastError();  // a refusal breaks nothing else: do not let the next launch report it
+        cudaGetLastError();  // clears the error, which has no other effect, or the next launch would report it
       }
     }
     return -1;

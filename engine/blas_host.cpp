@@ -1,5 +1,5 @@
-// Matrix products on the host: OpenBLAS, one thread a call, inside our own loop over fixed tiles, so that a result does
-// not depend on the number of threads or replicas and no second thread pool competes with OpenMP's.
+// Matrix products on the host: OpenBLAS with one thread a call, in our own parallel loop over fixed tiles. So a result
+// does not depend on the number of threads or replicas, and no second thread pool competes with OpenMP's.
 #include <cblas.h>
 
 #include <algorithm>
@@ -11,11 +11,11 @@ namespace baton {
 
 namespace {
 
-// How many pieces the rows or columns of one product are cut into: from the shape alone.
+// How many pieces the rows or columns of one product are cut into. It depends on the shape alone.
 constexpr double flops_per_tile = 4e6;
 constexpr int most_tiles = 8;
 
-constexpr size_t floats_a_tile = 64 * 1024;  // of what consumes a product by tiles: a tile and two more fit in L2
+constexpr size_t floats_a_tile = 64 * 1024;  // of for_product_tiles: a tile and two arrays of its size fit in L2
 
 }  // namespace
 

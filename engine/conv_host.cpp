@@ -4,22 +4,23 @@
 //   backward_weights  dw[n,c,i,j] = sum_b,p dy[b,n,p] x[b,c,p+(i,j)]
 //   backward_data     dx[c,p+(i,j)] += sum_n w[n,c,i,j] dy[n,p]
 //
-// There are three ways, for each of which some shapes are best:
+// There are three ways, each of which is the best for some shapes:
 //
-// By rows. The vector runs along an output row, whose inputs for a fixed kernel element are contiguous in memory, so
-// the inner loop is the inner loop of a matrix product with its right-hand operand read in place: per kernel element,
-// `positions` vector loads, `filters` broadcasts, filters x positions fused multiply-adds into registers. Padding is a
-// copy into rows with a zero border; rows are rounded up to whole vectors where the width asks for it. Kernels of 3x3
-// and 5x5 (what the networks have) are unrolled; any other size takes the same code with a loop.
+// By rows (this file). The vector runs along an output row, whose inputs for a given kernel element are contiguous in
+// memory. So the inner loop is that of a matrix product with its right-hand operand read in place: for each kernel
+// element, `positions` vector loads, `filters` broadcasts, and filters x positions fused multiply-adds into registers.
+// Padding is a copy into rows with a zero border; rows are rounded up to whole vectors where the width needs it.
+// Kernels of 3x3 and 5x5, which the networks have, are unrolled; any other size takes the same code with a loop.
 //
-// By filters (forward, and backward_data as the convolution of dy with the mirrored kernel). The vector runs over 16
-// filters, the tile is one place of 6 images, and what multiplies padding is left out: rows of 7 or 15 cost nothing
-// extra.
+// By filters (conv_filters_host.cpp): forward, and backward_data as the convolution of dy with the mirrored kernel. The
+// vector runs over 16 filters, and a tile is one place of 6 images. Products with padding are left out, so rows of 7 or
+// 15 cost nothing extra.
 //
-// Sparse (both backward passes). Behind a max pooling most of dy is zero. Its non-zeros are put in lists, and each adds
-// its k rows of k times `channels` contiguous floats, with the channels innermost: to dw from x, or to dx from w. A
-// list is as long as can be while the sum stays in registers: all the non-zeros of a filter in some images for dw, all
-// those of a place for dx. Chosen by the density that a sample of dy's planes has; both ways are right for any dy.
+// Sparse (conv_sparse_host.cpp): both backward passes. Behind a max pooling most of dy is zero. Its non-zeros are put
+// into lists. Each of them adds its k rows of k times `channels` contiguous floats, with the channels innermost: from x
+// to dw, or from w to dx. A list is as long as it can be while the sum stays in registers: all non-zeros of a filter in
+// some images for dw, all those of a place for dx. This way is taken where a sample of dy's planes has few non-zeros;
+// it is right for any dy, as the others are.
 //
 // Each output is computed by one thread in one order, so results do not depend on the number of threads.
 #include "engine/conv_host.h"
@@ -34,9 +35,9 @@ namespace {
 
 using namespace conv;
 
-// Where the vectors of an output plane lie: `in` in a padded input plane, `out` in the output plane. When a row is not
-// a whole number of vectors its last one overlaps the one before (same values twice); a row shorter than a vector is
-// stored in part.
+// Where a vector of an output plane lies: `in` in a padded input plane, `out` in the output plane. Where a row is not a
+// whole number of vectors, its last one overlaps the one before, and the same values are stored twice. Of a row that is
+// shorter than a vector only a part is stored.
 struct Position {
   int in, out;
 };
@@ -44,7 +45,7 @@ struct Position {
 struct Geometry {
   ConvShape s;
   int k, oh, ow, ow8;  // output size; width rounded up to whole vectors
-  int xh, xw;          // padded input size; xw has slack for whole vectors of the last kernel column
+  int xh, xw;          // padded input size; xw has room for whole vectors of the last kernel column
   bool pad_input;      // the input must be copied into padded rows
   bool pad_output;     // dy must be copied into rows of ow8
   std::vector<Position> forward_positions;  // overlapping tails
@@ -124,7 +125,7 @@ void forward_group(const Geometry& g, const float* x, const float* w, float* y) 
   for (; p + N <= at.size(); p += N) forward_tile<K, M, N>(g, x, w, &at[p], y);
   for (; p < at.size(); p++) forward_tile<K, M, 1>(g, x, w, &at[p], y);
 }
-// Filters a group: 12 accumulators or fewer, so that they, the vectors and a broadcast stay in 16 registers.
+// Filters of a group: at most 12 accumulators, so that they, the vectors and a broadcast stay in 16 registers.
 int group_of(int filters) { return filters % 4 == 0 ? 4 : filters % 6 == 0 ? 6 : 5; }
 template <int K>
 void forward_image(const Geometry& g, const float* x, const float* packed, float* y) {
@@ -165,7 +166,7 @@ inline __attribute__((always_inline)) void weights_row(const Geometry& g, const 
   for (int b = 0; b < images; b++) {
     const float* xb = x + b * x_image;
     const float* db = dy + b * dy_image;
-    for (int p = 0; p < positions; p++, db += lanes) {  // one flat loop: short rows would drown in loop overhead
+    for (int p = 0; p < positions; p++, db += lanes) {  // one flat loop, as short rows would be mostly loop overhead
       const float* xp = xb + at[p].in;
       Vec d[M];
 #pragma GCC unroll 4
@@ -248,133 +249,12 @@ void pack_data(const Geometry& g, const float* w, float* packed) {
           packed[((size_t(c) * k + i) * filters + n) * k + j] = w[((size_t(n) * channels + c) * k + i) * k + j];
 }
 
-// ---- forward by filters. Weights packed [group][c][i][j][16]; P images side by side.
-constexpr int filters_wide = 2 * lanes, images_wide = 6;
-bool by_filters(const ConvShape& s) {
-  return s.out_channels % filters_wide == 0 && s.in_channels >= 8 && s.pad < s.kernel &&
-         (s.pad > 0 || s.out_width() % lanes);
-}
 // The convolution of dy that gives dx.
 ConvShape mirrored(const ConvShape& s) {
   return {s.batch, s.out_channels, s.out_height(), s.out_width(), s.in_channels, s.kernel, s.kernel - 1 - s.pad};
 }
-// The kernel elements that meet the input, not its padding.
-Span inside(int output, int pad, int kernel, int side) {
-  return {std::max(0, pad - output), std::min(kernel, side + pad - output)};
-}
-template <int P>
-inline __attribute__((always_inline)) void filters_tile(const ConvShape& s, const float* const (&x)[P], const float* w,
-                                                        Span c_all, Span i_all, Span j_all, int at, float* sums) {
-  Vec sum[P][2];
-  for (int p = 0; p < P; p++)
-    for (int n = 0; n < 2; n++) sum[p][n] = c_all.first ? load(sums + p * filters_wide + n * lanes) : Vec{};
-  const int k = s.kernel;
-  for (int c = c_all.first; c < c_all.last; c++)
-    for (int i = i_all.first; i < i_all.last; i++) {
-      const float* wp = w + (size_t(c * k + i) * k + j_all.first) * filters_wide;
-      const int row = (c * s.height + i) * s.width + at;
-      for (int j = j_all.first; j < j_all.last; j++, wp += filters_wide) {
-        const Vec w0 = load(wp), w1 = load(wp + lanes);
-#pragma GCC unroll 6
-        for (int p = 0; p < P; p++) {
-          const Vec a = broadcast(x[p][row + j]);
-          sum[p][0] = fused(a, w0, sum[p][0]);
-          sum[p][1] = fused(a, w1, sum[p][1]);
-        }
-      }
-    }
-  for (int p = 0; p < P; p++)
-    for (int n = 0; n < 2; n++) store(sums + p * filters_wide + n * lanes, sum[p][n]);
-}
-template <int P>
-void filters_images(const ConvShape& s, const float* x, const float* packed, float* y, std::vector<float>& sums) {
-  const int k = s.kernel, oh = s.out_height(), ow = s.out_width(), in = s.in_channels;
-  const size_t in_image = size_t(in) * s.height * s.width, out_plane = size_t(oh) * ow;
-  const int chunk = std::max(1, 256 / (k * k));  // channels whose weights, 16 KB, stay in the first-level cache
-  const float* images[P];
-  for (int p = 0; p < P; p++) images[p] = x + p * in_image;
-  sums.resize(size_t(ow) * P * filters_wide);
-  for (int n = 0; n < s.out_channels; n += filters_wide) {
-    const float* w = packed + size_t(n) * in * k * k;
-    for (int oy = 0; oy < oh; oy++) {
-      const Span i_all = inside(oy, s.pad, k, s.height);
-      for (int c = 0; c < in; c += chunk)
-        for (int ox = 0; ox < ow; ox++)
-          filters_tile<P>(s, images, w, {c, std::min(in, c + chunk)}, i_all, inside(ox, s.pad, k, s.width),
-                          (oy - s.pad) * s.width + ox - s.pad, &sums[size_t(ox) * P * filters_wide]);
-      for (int p = 0; p < P; p++)
-        transpose(&sums[p * filters_wide], P * filters_wide, ow, filters_wide,
-                  y + (size_t(p) * s.out_channels + n) * out_plane + size_t(oy) * ow, out_plane);
-    }
-  }
-}
-template <int P>
-void filters_some(int images, const ConvShape& s, const float* x, const float* packed, float* y,
-                  std::vector<float>& sums) {
-  if (images == P) filters_images<P>(s, x, packed, y, sums);
-  else if constexpr (P > 1) filters_some<P - 1>(images, s, x, packed, y, sums);
-}
-// mirror: w is that of the plain convolution whose mirrored one this is.
-void pack_filters(const ConvShape& s, const float* w, bool mirror, float* packed) {
-  const int k = s.kernel, in = s.in_channels;
-  for (int n = 0; n < s.out_channels; n++)
-    for (int c = 0; c < in; c++)
-      for (int e = 0; e < k * k; e++)
-        packed[((size_t(n / filters_wide) * in + c) * k * k + e) * filters_wide + n % filters_wide] =
-            mirror ? w[(size_t(c) * s.out_channels + n) * k * k + (k * k - 1 - e)]
-                   : w[(size_t(n) * in + c) * k * k + e];
-}
-// All replicas; called by every thread of a team.
-void run_filters(const ConvShape& s, int replicas, Matrices x, Matrices w, bool mirror, MutableMatrices y,
-                 float* packed) {
-  const size_t in_image = size_t(s.in_channels) * s.height * s.width;
-  const size_t out_image = size_t(s.out_channels) * s.out_height() * s.out_width();
-  std::vector<float> sums;
-#pragma omp for schedule(static)
-  for (int r = 0; r < replicas; r++) pack_filters(s, w.data + w.stride * r, mirror, packed + r * s.weight_size());
-  const int blocks = (s.batch + images_wide - 1) / images_wide;
-#pragma omp for schedule(dynamic)
-  for (int task = 0; task < replicas * blocks; task++) {
-    const int r = task / blocks, b = task % blocks * images_wide;
-    const float *from = x.data + x.stride * r + b * in_image, *weights = packed + r * s.weight_size();
-    float* to = y.data + y.stride * r + b * out_image;
-    filters_some<images_wide>(std::min(images_wide, s.batch - b), s, from, weights, to, sums);
-  }
-}
 
 }  // namespace
-
-// to[c][r] = from[r][c], for r < rows, c < columns.
-void conv::transpose(const float* from, size_t from_stride, int rows, int columns, float* to, size_t to_stride) {
-  int r = 0;
-#if defined(__AVX__)
-  for (; r + lanes <= rows; r += lanes) {
-    int c = 0;
-    for (; c + lanes <= columns; c += lanes) {
-      __m256 a[lanes], b[lanes];
-      for (int i = 0; i < 4; i++) {  // halves of rows i and i + 4
-        const float *high = from + (r + i) * from_stride + c, *low = high + 4 * from_stride;
-        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(high)), _mm_loadu_ps(low), 1);
-        a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(high + 4)), _mm_loadu_ps(low + 4), 1);
-      }
-      for (int i = 0; i < lanes; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-      }
-      for (int i = 0; i < lanes; i += 4)
-        for (int k = 0; k < 2; k++) {
-          float* out = to + (c + i + 2 * k) * to_stride + r;
-          _mm256_storeu_ps(out, _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44));
-          _mm256_storeu_ps(out + to_stride, _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee));
-        }
-    }
-    for (; c < columns; c++)
-      for (int i = r; i < r + lanes; i++) to[c * to_stride + i] = from[i * from_stride + c];
-  }
-#endif
-  for (; r < rows; r++)
-    for (int c = 0; c < columns; c++) to[c * to_stride + r] = from[r * from_stride + c];
-}
 
 struct Convolution::Plan {
   explicit Plan(const ConvShape& s) : geometry(s), sparse(s) {}
@@ -395,7 +275,7 @@ void check_shape(const ConvShape& s) {
 }
 }  // namespace
 
-// The ways above are chosen by the shape, and by the density of a gradient.
+// There is nothing to offer: the shape chooses among the ways above, and the density of a gradient.
 std::vector<OfferedAlgorithm> Convolution::offered_algorithms(Device&, const ConvShape& s, ConvDirection) {
   check_shape(s);
   return {};
@@ -465,8 +345,8 @@ void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) co
   }
 }
 
-// The backward passes take one replica after the other, so that which way it goes, and so its last bits, does not
-// depend on its company.
+// The backward passes take one replica after the other: which way one takes, and so its last bits, must not depend on
+// the others.
 void Convolution::backward_weights(Device&, Matrices xs, Matrices dys, MutableMatrices dws) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
@@ -512,7 +392,7 @@ void Convolution::backward_data(Device&, Matrices dys, Matrices ws, MutableMatri
   for (int r = 0; r < replicas_; r++) {
     const float *dy = dys.data + dys.stride * r, *w = ws.data + ws.stride * r;
     float* dx = dxs.data + dxs.stride * r;
-    if (s.in_channels > 1 && plan_->sparse.worthwhile(dy)) {  // one channel: vectors half empty
+    if (s.in_channels > 1 && plan_->sparse.worthwhile(dy)) {  // with one channel, vectors would be half empty
       plan_->sparse.data(dy, w, dx, plan_->padded_x, plan_->packed);
       continue;
     }

@@ -1,4 +1,5 @@
-// What the host's convolutions share: vectors of eight floats, a transpose, and the sparse backward passes.
+// What the host's convolutions share: vectors of eight floats, a transpose, and the ways of computing a convolution
+// that have files of their own. The head note of conv_host.cpp describes them all.
 #pragma once
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -30,7 +31,13 @@ struct Span {
   int first, last;
 };
 
-// Backward passes that list the non-zeros of dy (conv_host.cpp's head note), of one replica.
+// ---- by filters (conv_filters_host.cpp)
+bool by_filters(const ConvShape&);  // whether this way is the best for the shape
+// y = x convolved with w, for all replicas; to be called by every thread of an OpenMP team. mirror: w is that of the
+// convolution whose mirrored one this is. packed: scratch, [replicas][weight_size()].
+void run_filters(const ConvShape&, int replicas, Matrices x, Matrices w, bool mirror, MutableMatrices y, float* packed);
+
+// ---- sparse (conv_sparse_host.cpp): backward passes of one replica that list the non-zeros of dy.
 class Sparse {
  public:
   explicit Sparse(const ConvShape&);

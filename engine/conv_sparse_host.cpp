@@ -1,4 +1,4 @@
-// The sparse backward passes of engine/conv_host.cpp: what they do and when they are chosen is said there.
+// The sparse backward passes. The head note of conv_host.cpp says what they do and when they are chosen.
 #include "engine/conv_host.h"
 
 #include <algorithm>
@@ -7,21 +7,22 @@
 
 namespace baton::conv {
 
-// Images are [block][y][x][c], padded with zeros, `channels` of a block innermost: the inputs
-// that a place's kernel row meets are k * channels contiguous floats, `vectors` of them. Where they are few, a place's
-// k rows are taken at once.
+// Images are [block][y][x][c], padded with zeros, with the `channels` of a block innermost. So the inputs that meet a
+// kernel row at one place are k * channels contiguous floats, or `vectors` vectors. Where these are few, a place's k
+// rows are taken at once.
 struct Sparse::Geometry {
   int channels = 0, blocks, vectors, rows;
   int xh, xw;
   size_t row, plane, image;  // floats: of a row, a block's plane, an image (with slack for the last row's vectors)
   int line;                  // floats of a kernel row: whole vectors
   std::vector<int> offsets;  // [oh * ow] of a place in a block's plane
-  std::vector<int> splits;   // output rows at which the set of kernel rows that meet the input changes; 0 and oh too
+  // The output rows at which the set of kernel rows that meet the input changes, and 0 and oh.
+  std::vector<int> splits;
 
   explicit Geometry(const ConvShape& s) {
     const int k = s.kernel, oh = s.out_height(), ow = s.out_width();
-    if (k != 3 && k != 5) return;  // channels == 0: not made for it
-    constexpr int most = 20;       // channels a block: 13 vectors of a row of 5 fit the registers
+    if (k != 3 && k != 5) return;  // channels stays 0: this way does not support the size
+    constexpr int most = 20;       // channels of a block: the 13 vectors of a row of 5 fit the registers
     blocks = s.in_channels % 16 == 0 ? s.in_channels / 16 : (s.in_channels + most - 1) / most;
     channels = (s.in_channels + blocks - 1) / blocks;
     vectors = (k * channels + lanes - 1) / lanes;
@@ -40,7 +41,7 @@ struct Sparse::Geometry {
     splits.erase(std::unique(splits.begin(), splits.end()), splits.end());
   }
   size_t packed(const ConvShape& s) const { return size_t(blocks) * s.kernel * s.out_channels * line; }
-  // Which of the splits kernel row i meets the input between.
+  // The splits between which kernel row i meets the input.
   Span meets(const ConvShape& s, int i) const {
     const int oh = s.out_height(), first = std::clamp(s.pad - i, 0, oh), last = std::clamp(s.height + s.pad - i, 0, oh);
     auto find = [&](int y) { return int(std::lower_bound(splits.begin(), splits.end(), y) - splits.begin()); };
@@ -50,10 +51,10 @@ struct Sparse::Geometry {
 
 namespace {
 
-constexpr double most_density = 0.3;  // of dy, up to which its non-zeros are listed: before the two ways cross
+// Of the non-zeros in dy, up to which they are listed; a little below the density at which both ways take as long.
+constexpr double most_density = 0.3;
 
-// Appends the non-zeros among values[0 .. count) and their places `at` + shift; returns how many. Writes a vector more.
-struct CompressTable {
+struct CompressTable {  // lane[mask] lists the bits that are set in mask
   unsigned char lane[256][8];
   constexpr CompressTable() : lane{} {
     for (int mask = 0; mask < 256; mask++)
@@ -62,6 +63,8 @@ struct CompressTable {
   }
 };
 alignas(64) constexpr CompressTable compress_table;
+// Appends the non-zeros among values[0 .. count) and their places `at` + shift, and returns how many they are. May
+// write up to a vector beyond them.
 int list_nonzeros(const float* values, const int* at, int count, int shift, int* to_at, float* to_value) {
   int n = 0, i = 0;
 #if defined(__AVX2__)
@@ -101,7 +104,7 @@ void from_channels_last(const Sparse::Geometry& g, const ConvShape& s, const flo
                 std::min(g.channels, s.in_channels - c), to + c * to_plane + size_t(y) * s.width, to_plane);
 }
 
-// sum[r][v] += value[e] * from[at[e]][r][v] over a list: the one inner loop of both passes.
+// sum[r][v] += value[e] * from[at[e]][r][v] over a list: the inner loop of both passes.
 template <int R, int V>
 inline __attribute__((always_inline)) void add_list(Vec (&sum)[R][V], const float* from, size_t stride, const int* at,
                                                     const float* value, int count) {
@@ -203,12 +206,12 @@ void pack_sparse_data(const Sparse::Geometry& g, const ConvShape& s, const float
 void sparse_data_image(const Sparse::Geometry& g, const ConvShape& s, const float* dy, const float* packed, float* dx,
                        Scratch& to) {
   const int k = s.kernel, oh = s.out_height(), ow = s.out_width(), places = oh * ow, filters = s.out_channels;
-  // The filters that have a gradient at each place: a plane's non-zeros, dealt out.
+  // The filters that have a gradient at each place: the non-zeros of all planes, sorted by place.
   to.start.resize(places);
   for (int p = 0; p < places; p++) to.start[p] = p;
   to.count.assign(places, 0);
   to.at.resize(size_t(places) * filters + places + lanes), to.value.resize(to.at.size());
-  int* at_plane = &to.at[size_t(places) * filters];  // one plane's list, before it is dealt out
+  int* at_plane = &to.at[size_t(places) * filters];  // one plane's list, before it is sorted
   to.sums.resize(places + lanes);
   for (int n = 0; n < filters; n++) {
     const int found = list_nonzeros(dy + size_t(n) * places, to.start.data(), places, 0, at_plane, to.sums.data());

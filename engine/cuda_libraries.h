@@ -1,5 +1,5 @@
-// What runtime_cuda.cu, blas_cuda.cu, linalg_cuda.cu and select_cuda.cu share: checked calls, and the handles of cuBLAS
-// and cuDNN, bound to the device's stream. Nothing outside these four files includes this.
+// Shared by runtime_cuda.cu, blas_cuda.cu, linalg_cuda.cu and select_cuda.cu, and by no other file: checked calls, and
+// the handles of cuBLAS and cuDNN, bound to the device's stream.
 #pragma once
 #include <cublas_v2.h>
 #include <cudnn.h>
@@ -9,7 +9,7 @@
 
 namespace baton {
 
-// Throw RunError with the failing call and the library's words.
+// Throw RunError with the failing call and the library's message.
 void check(cublasStatus_t status, const char* call);
 void check(cudnnStatus_t status, const char* call);
 void check(cusolverStatus_t status, const char* call);
@@ -28,7 +28,7 @@ struct LibraryHandles {
   cudnnHandle_t dnn = nullptr;
 
  private:
-  Arena workspace_;  // cuBLAS's own: with a fixed one its calls are capturable and repeat bit for bit
+  Arena workspace_;  // for cuBLAS: with a fixed workspace its calls can be captured and repeat bit for bit
 };
 
 }  // namespace baton

@@ -1,4 +1,4 @@
-// The two ways in which Baton gives up. A program prints what() as one line and exits with exit_code().
+// The two kinds of errors that Baton throws. A program prints what() as one line and exits with exit_code().
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -14,14 +14,13 @@ class Error : public std::runtime_error {
   int exit_code_;
 };
 
-// The caller's input is at fault: a file, an option, a shape. The message names it, what was found and what was
-// expected.
+// The caller's input is wrong: a file, an option, a shape. The message names it, what was found and what was expected.
 class InputError : public Error {
  public:
   explicit InputError(const std::string& message) : Error(message, 2) {}
 };
 
-// The input was fine and the work could not be done: a full disk, a device error, a NaN in training.
+// The input was right, but the work could not be done: a full disk, a device error, a NaN in training.
 class RunError : public Error {
  public:
   explicit RunError(const std::string& message) : Error(message, 1) {}

@@ -1,4 +1,4 @@
-// The symmetric matrix of which only the lower triangle was computed.
+// Completes a symmetric matrix of which only the lower triangle was computed.
 #include "engine/linalg.h"
 #include "engine/linalg_checks.h"
 
@@ -6,12 +6,12 @@ namespace baton {
 
 namespace {
 
-constexpr int tile_size = 32, pitch = tile_size + 1;  // odd: columns of a tile lie in different banks
+constexpr int tile_size = 32, pitch = tile_size + 1;  // odd, so that a tile's column lies in different banks
 constexpr int threads = 256;
 
-// Tile (i, j), j <= i, is read by its rows, turned around in shared memory and written to (j, i) by its rows. Block b
-// of the T (T + 1) / 2 finds its tile in the triangle folded into rows of T: the T - r tiles of tile row T - 1 - r,
-// then the r of tile row r - 1; r = T / 2 of an even T has the first alone.
+// Tile (i, j), j <= i, is read by rows, transposed in shared memory and written to (j, i) by rows. For the numbers of
+// the T (T + 1) / 2 blocks, the triangle of tiles is folded into rows of T: folded row r has the T - r tiles of tile
+// row T - 1 - r, then the r tiles of tile row r - 1. With an even T, the last one, r = T / 2, has only the former.
 template <class Real>
 __device__ __forceinline__ void mirror_tile(Real* tile, Real* a, int n, int lda, int tiles) {
   const int folded = blockIdx.x / tiles, at = blockIdx.x % tiles;
@@ -26,7 +26,7 @@ __device__ __forceinline__ void mirror_tile(Real* tile, Real* a, int n, int lda,
   for (int r = first; r < rows; r += step)
     for (int c = lane; c < columns; c += simt::warp_size) tile[r * pitch + c] = from[size_t(r) * lda + c];
   __syncthreads();
-  for (int c = first; c < columns; c += step)  // of a tile on the diagonal, what lies above it
+  for (int c = first; c < columns; c += step)  // of a tile on the diagonal only what lies above the diagonal
     for (int r = lane + (i == j ? c + 1 : 0); r < rows; r += simt::warp_size)
       to[size_t(c) * lda + r] = tile[r * pitch + c];
 }

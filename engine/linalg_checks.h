@@ -1,4 +1,4 @@
-// What linalg_host.cpp, linalg_cuda.cu and linalg.cu demand of their arguments.
+// The checks of arguments in linalg_host.cpp, linalg_cuda.cu and linalg.cu. They throw InputError.
 #pragma once
 #include <string>
 

@@ -1,9 +1,9 @@
-// Dense linear algebra on the GPU: products by cuBLAS, factorisations by cuSOLVER in its deterministic mode; both
+// Dense linear algebra on the GPU: products by cuBLAS, factorisations by cuSOLVER in its deterministic mode. Both
 // repeat bit for bit on one model of GPU with one version of the libraries.
 //
-// Both count columns first. A row-major matrix is, read so, its transpose: C = op(A) op(B) is asked for as C' = op(B)'
-// op(A)'; our lower triangle is their upper one, A = L L' their U' U with U = L'; eigenvectors, columns there, are rows
-// here; and L X = B is X' U = B' with the triangle on the right.
+// Both are column-major, and to them a row-major matrix is its transpose. So C = op(A) op(B) is called as
+// C' = op(B)' op(A)'. Our lower triangle is their upper one, and our A = L L' their U' U with U = L'. Eigenvectors,
+// which are columns there, are rows here. L X = B becomes X' U = B', with the triangle on the right.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -46,10 +46,10 @@ struct Library<double> {
   static constexpr auto syevd_size = cusolverDnDsyevd_bufferSize;
 };
 
-constexpr cublasFillMode_t lower = CUBLAS_FILL_MODE_UPPER;  // ours, read by columns
+constexpr cublasFillMode_t lower = CUBLAS_FILL_MODE_UPPER;  // our lower triangle to a column-major library
 constexpr cusolverEigMode_t vectors = CUSOLVER_EIG_MODE_VECTOR;
 
-// *last = n minus the first row whose part of the lower triangle has an element that is not finite, if there is one.
+// *last = n - i, where i is the first row whose part of the lower triangle has an element that is not finite, if any.
 template <class Real>
 __global__ void find_not_finite_kernel(int* __restrict__ last, const Real* __restrict__ a, int n) {
   const int row = simt::warp_item();
@@ -60,7 +60,7 @@ __global__ void find_not_finite_kernel(int* __restrict__ last, const Real* __res
 }
 
 cublasOperation_t op(bool transpose) { return transpose ? CUBLAS_OP_T : CUBLAS_OP_N; }
-int leading(int ld) { return std::max(1, ld); }  // BLAS wants 1 of a matrix without columns too
+int leading(int ld) { return std::max(1, ld); }  // BLAS demands at least 1, also of a matrix without columns
 
 }  // namespace
 
@@ -85,7 +85,7 @@ void rank_update(Device& device, bool transpose, int n, int k, Real alpha, const
 template <class Real>
 struct Factorizer<Real>::Workspace {
   cusolverDnHandle_t solver = nullptr;
-  Real* work = nullptr;  // one for all: they follow one another on the stream
+  Real* work = nullptr;  // one for all calls, as they follow one another on the stream
   Real* diagonal = nullptr;
   int* info = nullptr;
   int work_size = 0;
@@ -104,7 +104,7 @@ struct Factorizer<Real>::Workspace {
     diagonal = arena.take<Real>(largest);
     info = arena.take<int>(1);
     if (largest == 0) return;
-    // Nobody promises that a smaller matrix needs no more. (The pointers are not followed.)
+    // A smaller matrix may need more; cuSOLVER does not rule it out. (These calls do not read the matrix.)
     for (int n = 1; n <= largest; n++) {
       int potrf = 0, potri = 0, syevd = 0;
       BATON_CALL(Library<Real>::potrf_size, solver, lower, n, diagonal, n, &potrf);
@@ -115,7 +115,7 @@ struct Factorizer<Real>::Workspace {
     work = arena.take<Real>(work_size);
   }
 
-  // What a factorisation has said of itself, once it is done.
+  // The status of a factorisation. Waits until it is done.
   int report(Device& device, const char* what) const {
     int said = 0;
     copy_to_host(device, &said, info, sizeof said);
@@ -148,8 +148,8 @@ int Factorizer<Real>::cholesky(Real* a, int n) {
   const Workspace& w = *workspace_;
   BATON_CALL(Library<Real>::potrf, w.solver, lower, n, a, n, w.work, w.work_size, w.info);
   const int info = w.report(device_, "potrf");
-  // It does not say what it makes of a NaN. That and whatever follows from it stay in their rows, so that the first
-  // one is right.
+  // cuSOLVER does not document what it does with a NaN. A NaN spreads only to later rows, so the first of them is the
+  // right answer.
   const std::vector<Real> diagonal = w.diagonal_of(device_, a, n);
   const int factorised = info > 0 ? info - 1 : n;
   for (int i = 0; i < factorised; i++)
@@ -191,7 +191,7 @@ int Factorizer<Real>::eigen(Real* a, Real* values, int n) {
   linalg::check_order("eigen", n, largest_);
   if (n == 0) return 0;
   const Workspace& w = *workspace_;
-  // cuSOLVER promises nothing for those, not even to stay within its arrays.
+  // With an element that is not finite, cuSOLVER may even write outside its arrays.
   fill_zero(device_, w.info, sizeof *w.info);
   simt::launch<find_not_finite_kernel<Real>>(simt::warps(n), device_.stream(), w.info, static_cast<const Real*>(a), n);
   if (const int last = w.report(device_, "eigen"); last > 0) return n - last + 1;

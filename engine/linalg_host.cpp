@@ -1,8 +1,8 @@
-// Dense linear algebra on the host: OpenBLAS and its LAPACK, one thread a call, inside our own loops over fixed tiles,
-// so that a result does not depend on the number of threads and no second thread pool competes with OpenMP's.
+// Dense linear algebra on the host: OpenBLAS and its LAPACK with one thread a call, in our own parallel loops over
+// fixed tiles. So a result does not depend on the number of threads, and no second thread pool competes with OpenMP's.
 //
-// LAPACK counts columns first. A row-major matrix is, read so, its transpose: our lower triangle is its upper one, and
-// A = L L' its A = U' U with U = L'; its eigenvectors, columns there, are rows here.
+// LAPACK is column-major, and to it a row-major matrix is its transpose. Our lower triangle is its upper one, our
+// A = L L' its A = U' U with U = L', and its eigenvectors, which are columns there, are rows here.
 #include <cblas.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #include "engine/linalg_checks.h"
 #include "engine/openblas_host.h"
 
-// Fortran passes the lengths of strings behind the arguments.
+// Fortran passes the lengths of strings after the arguments.
 extern "C" {
 void spotrf_(const char* triangle, const int* n, float* a, const int* lda, int* info, size_t);
 void dpotrf_(const char* triangle, const int* n, double* a, const int* lda, int* info, size_t);
@@ -31,8 +31,8 @@ namespace baton {
 
 namespace {
 
-// How many pieces a product is cut into: from the shape alone. Few, for every piece costs a copy of the operand that is
-// not cut: 8 of [64 x 768][768 x 768] are 15 % slower on one thread than the whole.
+// How many pieces a product is cut into. It depends on the shape alone. There are few, because each costs a copy of the
+// operand that is not cut: 8 pieces of [64 x 768][768 x 768] are 15 % slower on one thread than the whole.
 constexpr double flops_per_tile = 16e6;
 constexpr int most_tiles = 4;
 constexpr double worth_threads = 4e6;  // flops
@@ -61,9 +61,9 @@ struct Library<double> {
 };
 
 CBLAS_TRANSPOSE op(bool transpose) { return transpose ? CblasTrans : CblasNoTrans; }
-int leading(int ld) { return std::max(1, ld); }  // BLAS wants 1 of a matrix without columns too
+int leading(int ld) { return std::max(1, ld); }  // BLAS demands at least 1, also of a matrix without columns
 
-// Tiles of an extent, whole register tiles of at least `least`.
+// The length of an extent's tiles: whole register tiles, at least `least`.
 int tile_step(int extent, double flops, int least) {
   const int wanted = int(std::clamp(flops / flops_per_tile, 1.0, double(most_tiles)));
   return std::max(least, ((extent + wanted - 1) / wanted + 15) / 16 * 16);
@@ -75,10 +75,10 @@ struct Cut {
   int step;
 };
 
-// A C of few rows gains from narrow tiles even on one thread: up to m n k = 10^6, and with B' up to m n = 1200 too,
-// OpenBLAS multiplies in place; above, it first copies B into another layout, which costs more than a few rows of C
-// are worth. Microseconds for [m x 768][768 x 768] as one call, as m products with a vector, and in such tiles (AMD
-// EPYC with AVX-512, one thread, OpenBLAS 0.3.21; reading the matrix of doubles once takes 22):
+// Where C has few rows, narrow tiles are faster even on one thread. Up to m n k = 10^6, and with B' also up to m n =
+// 1200, OpenBLAS multiplies in place; above, it first copies B into another layout, which takes longer than a few rows
+// of C. The table has the microseconds for [m x 768][768 x 768] as one call, as m products with a vector, and in such
+// tiles (AMD EPYC with AVX-512, one thread, OpenBLAS 0.3.21; reading the matrix of doubles once takes 22):
 //
 //                double, B           double, B'          float, B            float, B'
 //   m =  1      58   65   58        61   62   61        37   30   37        30   30   30
@@ -96,7 +96,7 @@ Cut cut_product(bool transpose_b, int m, int n, int k) {
     if (transpose_b && k >= 32) columns = std::min(columns, in_place_area / m);
     if (columns >= narrowest && columns < n) return {false, int(columns) / narrowest * narrowest};
   }
-  if (n <= few_rows && m > few_rows) {  // the same of few columns: logits of many samples
+  if (n <= few_rows && m > few_rows) {  // the same for few columns, as in the logits of many samples
     double rows = in_place_volume / (double(n) * std::max(1, k));
     if (transpose_b && k >= 32) rows = std::min(rows, in_place_area / n);
     if (rows >= narrowest && rows < m) return {true, int(rows) / 8 * 8};
@@ -105,8 +105,8 @@ Cut cut_product(bool transpose_b, int m, int n, int k) {
   return {rows, tile_step(rows ? m : n, 2.0 * m * n * k, 16)};
 }
 
-// The other triangle, by tiles that fit in the nearest cache. Not mirror_lower: the emulated builds keep kernels in a
-// library of their own, which stands on this one.
+// Copies the lower triangle to the upper one, by tiles that fit in the first-level cache. It cannot be mirror_lower():
+// in the emulated builds the kernels are in another library, which depends on this one.
 template <class Real>
 void mirror(Real* a, int n) {
   constexpr int tile = 32;
@@ -124,7 +124,8 @@ void multiply(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, 
   linalg::check_multiply(transpose_a, transpose_b, m, n, k, lda, ldb, ldc);
   if (m == 0 || n == 0) return;
   prepare_openblas();
-  if (m == 1 && transpose_a && lda == 1) transpose_a = false, lda = k;  // the same vector; A' B' takes thrice as long
+  if (m == 1 && transpose_a && lda == 1)
+    transpose_a = false, lda = k;  // the same vector; A' B' takes three times as long
   const Cut cut = cut_product(transpose_b, m, n, k);
   const int extent = cut.rows ? m : n, tiles = (extent + cut.step - 1) / cut.step;
   const auto multiply_tile = [&](int t) {
@@ -136,12 +137,13 @@ void multiply(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, 
     Library<Real>::gemm(CblasRowMajor, op(transpose_a), op(transpose_b), cut.rows ? count : m, cut.rows ? n : count, k,
                         alpha, from_a, leading(lda), from_b, leading(ldb), beta, to, ldc);
   };
-  if (tiles == 1) return multiply_tile(0);  // small ones take no longer than OpenMP's way in
+  if (tiles == 1) return multiply_tile(0);  // a small product is faster than the start of a parallel region
 #pragma omp parallel for schedule(static) if (2.0 * m * n * k > worth_threads)
   for (int t = 0; t < tiles; t++) multiply_tile(t);
 }
 
-// A tile is a run of rows up to and with its piece of the diagonal. The longest first, for they take the longest.
+// A tile is a run of rows up to and including its piece of the diagonal. The longest rows come first, as they take the
+// most time.
 template <class Real>
 void rank_update(Device&, bool transpose, int n, int k, Real alpha, const Real* a, int lda, Real beta, Real* c,
                  int ldc) {
@@ -182,7 +184,7 @@ Factorizer<Real>::Factorizer(Device& device, Arena& arena, int largest) : device
   Real size = 0, none = 0;
   Library<Real>::syevd("V", "U", &largest, &none, &lda, &none, &size, &ask, &w.integers_size, &ask, &info, 1, 1);
   if (info != 0) throw RunError("syevd: its workspace for order " + std::to_string(largest) + " is not known");
-  // A float may have rounded the size: at least what LAPACK's documentation demands.
+  // The size came as a float and may be rounded, so it is at least what LAPACK's documentation demands.
   const double least = 1 + 6.0 * largest + 2.0 * largest * largest;
   const double wanted = std::max(double(size), least);
   if (wanted > 2147483647.)
@@ -204,8 +206,8 @@ int Factorizer<Real>::cholesky(Real* a, int n) {
   int info = 0;
   Library<Real>::potrf("U", &n, a, &n, &info, 1);
   if (info < 0) throw RunError("potrf refuses its argument " + std::to_string(-info));
-  // OpenBLAS asks for pivots <= 0, which a NaN is not. It and whatever follows from it stay in their rows, so that the
-  // first one is right.
+  // OpenBLAS stops at pivots <= 0, which a NaN is not. A NaN spreads only to later rows, so the first of them is the
+  // right answer.
   const int factorised = info > 0 ? info - 1 : n;
   for (int i = 0; i < factorised; i++)
     if (!std::isfinite(a[size_t(i) * n + i])) return i + 1;
@@ -222,8 +224,9 @@ void Factorizer<Real>::invert(Real* l, int n) {
   mirror(l, n);
 }
 
-// OpenBLAS prepares blocks of L for many right-hand sides: for one of order 768, 228 us against 40 us of a plain
-// substitution, for four 235 (transposed 363) against 174 (185), for ten 378 (512) against 437 (474).
+// For few right-hand sides a substitution for each is faster than OpenBLAS's trsm, which first prepares blocks of L. At
+// order 768 one takes 40 us instead of 228, four 174 instead of 235 (transposed 185, 363), ten 437 instead of 378
+// (transposed 474, 512).
 template <class Real>
 void Factorizer<Real>::solve(bool transpose, const Real* l, int n, Real* b, int columns, int ldb) {
   linalg::check_solve(n, largest_, columns, ldb);
@@ -252,7 +255,7 @@ template <class Real>
 int Factorizer<Real>::eigen(Real* a, Real* values, int n) {
   linalg::check_order("eigen", n, largest_);
   if (n == 0) return 0;
-  for (int i = 0; i < n; i++)  // LAPACK promises nothing for those, not even to return
+  for (int i = 0; i < n; i++)  // with an element that is not finite, LAPACK may not even return
     for (int j = 0; j <= i; j++)
       if (!std::isfinite(a[size_t(i) * n + j])) return i + 1;
   Workspace& w = *workspace_;

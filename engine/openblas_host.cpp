@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// What OpenBLAS has when it holds kernels for several processors (DYNAMIC_ARCH); other builds do not have them.
+// Only builds of OpenBLAS with kernels for several processors (DYNAMIC_ARCH) have these functions.
 extern "C" {
 [[gnu::weak]] void gotoblas_dynamic_init();
 [[gnu::weak]] void gotoblas_dynamic_quit();
@@ -15,9 +15,9 @@ namespace baton {
 
 namespace {
 
-// OpenBLAS finds its kernels by a table of the processors that its authors knew, and takes those of 2004 (Prescott) for
-// an Intel processor that is not in it: a BGD step of 784-1200-1200-10 then takes three times as long. So it is told
-// what the processor can do. A user's own OPENBLAS_CORETYPE stands.
+// OpenBLAS chooses its kernels by a table of processors. For an Intel processor that is not in the table it takes those
+// of 2004 (Prescott), with which a BGD step of 784-1200-1200-10 takes three times as long. So the choice is made here,
+// by what the processor can do, unless the user has set OPENBLAS_CORETYPE.
 void choose_kernels() {
 #if defined(__x86_64__)
   if (!gotoblas_dynamic_init || !gotoblas_dynamic_quit || std::getenv("OPENBLAS_CORETYPE") ||

@@ -1,9 +1,10 @@
-// OpenBLAS as the host build uses it: one thread a call, inside our own loops, and the kernels of this processor.
+// Setup of OpenBLAS for the host build: one thread a call, inside our own parallel loops, and the kernels of this
+// processor.
 #pragma once
 
 namespace baton {
 
-// To be called before any call of OpenBLAS; only the first does something.
+// Must be called before OpenBLAS is. Only the first call does anything.
 void prepare_openblas();
 
 }  // namespace baton

@@ -1,9 +1,9 @@
-// Noise is a function, not a state: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-// 2011) keyed by the seed, counting (element, stream, step, draw). The same numbers whatever the grid, the batch split
-// or the device, so a backward pass can draw them again and a resumed run goes on with the very noise it would have
-// had.
+// Noise by a function without a state: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011), keyed by the seed, with the counter (element, stream, step, draw). The numbers do not depend on the grid, the
+// division into batches or the device. So a backward pass can draw them again, and a resumed run continues with the
+// noise that it would have had.
 //
-// Only + - * fma sqrt and integers: every back end computes the same bits, and g++ vectorises all of it.
+// It uses only + - * fma sqrt and integers, so every target computes the same bits, and g++ vectorises all of it.
 #pragma once
 #include "engine/simt.h"
 
@@ -13,8 +13,8 @@ struct Key {
   uint32_t lo, hi;
 };
 
-// Two forms of the same words. With 64-bit vector products (AVX-512) the words stay in 64-bit lanes, whose upper halves
-// nobody reads: 0.45 ns a word on one core of an EPYC, against 0.8 for the other form and 1.8 for that one in AVX2.
+// Two ways to compute the same words. With 64-bit vector products (AVX-512) the words stay in 64-bit lanes, whose upper
+// halves are not used: 0.45 ns a word on one core of an EPYC, against 0.8 for the other way, and 1.8 for that in AVX2.
 __host__ __device__ __forceinline__ uint4 philox(uint4 c, Key k) {
 #if defined(__AVX512DQ__) && !defined(__CUDACC__)
   uint64_t x = c.x, y = c.y, z = c.z, w = c.w;
@@ -32,7 +32,7 @@ __host__ __device__ __forceinline__ uint4 philox(uint4 c, Key k) {
 #else
   SIMT_UNROLL
   for (int round = 0; round < 10; round++) {
-    // High and low words as products of their own: g++ then moves fewer words between lanes.
+    // High and low words by separate products, so that g++ moves fewer words between lanes.
     const uint32_t high0 = uint32_t(uint64_t(0xD2511F53u) * c.x >> 32), low0 = 0xD2511F53u * c.x;
     const uint32_t high1 = uint32_t(uint64_t(0xCD9E8D57u) * c.z >> 32), low1 = 0xCD9E8D57u * c.z;
     c = make_uint4(high1 ^ c.y ^ k.lo, low1, high0 ^ c.w ^ k.hi, low0);

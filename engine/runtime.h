@@ -1,5 +1,5 @@
-// The device behind one small interface: stream, memory, events, graph capture. runtime_host.cpp implements it for the
-// serial and emulated builds (calls run at once, memory is the host's), runtime_cuda.cu for the GPU.
+// The interface to the device: stream, memory, events, graph capture. runtime_host.cpp implements it for the serial and
+// emulated builds (calls run at once, and memory is the host's), runtime_cuda.cu for the GPU.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -14,7 +14,7 @@ namespace baton {
 struct LibraryHandles;  // cuBLAS and cuDNN on the GPU; nothing on the host
 class Scratch;
 
-// A stream and the libraries bound to it. One per program; kernels and library calls run in order on its stream.
+// A stream and the libraries bound to it. A program has one; kernels and library calls run in order on its stream.
 class Device {
  public:
   Device();  // throws RunError when there is no usable device
@@ -27,7 +27,7 @@ class Device {
   void synchronize();
   // "NVIDIA H200, CUDA 13.0" or "host CPU, 2 threads, serial kernels"
   std::string description() const;
-  size_t peak_bytes() const;   // device memory that arenas have taken so far, at its highest
+  size_t peak_bytes() const;   // the most device memory that arenas have had at any time so far
   size_t allocations() const;  // how often arenas have asked the system for memory so far
   Scratch& scratch() { return *scratch_; }
 
@@ -37,8 +37,8 @@ class Device {
   std::unique_ptr<Scratch> scratch_;
 };
 
-// The only source of device memory. Tensors are laid out before step 0, each zero-filled and 256-byte aligned; freeze()
-// then makes any later request an error, so "no growth after step 0" holds by construction. Freed as a whole.
+// The only source of device memory. Tensors are taken before step 0; each is filled with zeros and 256-byte aligned.
+// After freeze() any request is an error, so memory cannot grow after step 0. It is freed as a whole.
 class Arena {
  public:
   Arena() = default;
@@ -64,10 +64,10 @@ class Arena {
   bool frozen_ = false;
 };
 
-// Memory for calls that come again and again, such as predictions: the tensors of a call lie in a Frame, and those of
-// the next one take their place. Memory stays taken, so it grows only when a call asks for more than any call before.
-// Tensors are 256-byte aligned and hold whatever was there before. Frames may nest, the last one to begin ends first;
-// work on the device's stream keeps their contents apart. Not within a captured step.
+// Memory for repeated calls, such as predictions: the tensors of a call lie in a Frame, and those of the next call use
+// the same memory. It is kept, so it grows only when a call asks for more than any call before. Tensors are 256-byte
+// aligned and not initialised. Frames may nest; the last to begin ends first. A Frame may end before the stream's work
+// is done, for later work in the same memory comes after it on the stream. Not within a captured step.
 class Scratch {
  public:
   class Frame {
@@ -87,8 +87,8 @@ class Scratch {
   };
 
  private:
-  // A slot holds one tensor of a frame. One that is too small is given up for one of twice its size at least, so what
-  // is given up adds up to no more than what is kept.
+  // A slot holds one tensor of a frame. A slot that is too small is replaced by one of at least twice its size, so all
+  // replaced slots together are no larger than those that are kept.
   struct Slot {
     void* data = nullptr;
     size_t bytes = 0;
@@ -140,10 +140,10 @@ class Event {
   double host_time_ = 0;
 };
 
-// A step is a graph: capture() records what `body` puts on the stream, replay() runs it again. On the host, replay()
-// calls the body. What changes from step to step must therefore live in device memory, not in arguments. The body must
-// have run once as it is, with the same shapes: a library may load kernels and take memory at its first call of a kind,
-// which a capture does not survive.
+// A step as a graph: capture() records what `body` puts on the stream, replay() runs it again. On the host, replay()
+// calls the body. So what changes from step to step must be in device memory, and not in arguments. The body must have
+// run once before, with the same shapes: a library may load kernels and take memory at its first call of a kind, and
+// neither is possible in a capture.
 class Graph {
  public:
   Graph() = default;

@@ -1,4 +1,5 @@
-// The runtime on the GPU: one stream that does not wait for the legacy one, arenas of large chunks, captured graphs.
+// The runtime on the GPU: one stream, which does not wait for the legacy default stream; arenas of large chunks;
+// captured graphs.
 #include <algorithm>
 #include <atomic>
 #include <utility>
@@ -10,7 +11,7 @@ namespace baton {
 namespace {
 
 constexpr size_t alignment = 256, smallest_chunk = size_t(64) << 20;
-constexpr size_t blas_workspace = size_t(32) << 20;  // what NVIDIA advises for Hopper; ample for the rest
+constexpr size_t blas_workspace = size_t(32) << 20;  // NVIDIA's advice for Hopper, and more than enough for others
 
 std::atomic<size_t> current_bytes{0}, highest_bytes{0}, allocated_times{0};
 
@@ -37,7 +38,7 @@ void check(cudnnStatus_t status, const char* call) {
   throw RunError(std::string(call) + ": " + cudnnGetErrorString(status) + (*detail ? std::string(", ") + detail : ""));
 }
 
-void check(cusolverStatus_t status, const char* call) {  // cuSOLVER has no words for its codes
+void check(cusolverStatus_t status, const char* call) {  // cuSOLVER has no function that names its codes
   if (status == CUSOLVER_STATUS_SUCCESS) return;
   const char* words = status == CUSOLVER_STATUS_NOT_INITIALIZED    ? " (not initialised)"
                       : status == CUSOLVER_STATUS_ALLOC_FAILED     ? " (out of memory)"
@@ -117,7 +118,7 @@ void* Arena::take_bytes(size_t bytes) {
   if (chunks_.empty() || chunks_.back().size - chunks_.back().used < rounded) {
     Chunk chunk{nullptr, std::max(rounded, smallest_chunk), 0};
     if (const cudaError_t status = cudaMalloc(&chunk.base, chunk.size); status != cudaSuccess) {
-      cudaGetLastError();  // an allocation that fails breaks nothing else: do not let the next launch report it
+      cudaGetLastError();  // clears the error, which has no other effect, or the next launch would report it
       size_t free = 0, total = 0;
       cudaMemGetInfo(&free, &total);
       throw RunError("cudaMalloc of " + std::to_string(chunk.size) + " bytes: " + cudaGetErrorString(status) + " (" +
@@ -125,7 +126,7 @@ void* Arena::take_bytes(size_t bytes) {
     }
     chunks_.push_back(chunk);
     count_allocation(chunk.size);
-    // On the legacy stream, for an arena knows no other; done before anyone gets the memory.
+    // On the legacy stream, for an arena has no other. It is done before the memory is handed out.
     BATON_CALL(cudaMemsetAsync, chunk.base, 0, chunk.size, cudaStreamLegacy);
     BATON_CALL(cudaStreamSynchronize, cudaStreamLegacy);
   }
@@ -208,7 +209,7 @@ void Graph::capture(Device& d, std::function<void()> body) {
   BATON_CALL(cudaStreamBeginCapture, d.stream(), cudaStreamCaptureModeThreadLocal);
   try {
     body();
-  } catch (...) {  // leave the stream usable, and let the body's error be the one that is seen
+  } catch (...) {  // end the capture, so that the stream stays usable, and pass the body's error on
     cudaStreamEndCapture(d.stream(), &recorded.graph);
     cudaGetLastError();
     throw;

@@ -1,4 +1,4 @@
-// The runtime of the serial and emulated builds: the host's memory is the device's, and a call has run when it returns.
+// The runtime of the serial and emulated builds: device memory is the host's, and a call has run when it returns.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -27,7 +27,7 @@ std::string Device::description() const {
 size_t Device::peak_bytes() const { return highest_bytes; }
 size_t Device::allocations() const { return allocated_times; }
 
-// Every tensor is an allocation of its own here, so that AddressSanitizer puts red zones between them.
+// Here every tensor is allocated separately, so that AddressSanitizer has red zones between them.
 void* Arena::take_bytes(size_t bytes) {
   if (frozen_) throw RunError("device memory was asked for after step 0 (" + std::to_string(bytes) + " bytes)");
   const size_t rounded = (bytes + 255) / 256 * 256;

@@ -5,13 +5,13 @@
 namespace baton {
 
 struct Selection {
-  float threshold;  // the greatest of the lowest
+  float threshold;  // the largest score that is marked
   int count;        // how many are marked
 };
 
-// Marks (1, else 0) the `lowest` smallest of scores[count]; of equal scores those that come first. Marks exactly
-// `lowest`. Scores must not be NaN (their order would have no meaning): InputError. lowest > count: InputError.
-// Its workspace lies in the device's Scratch (so not within a captured step).
+// marked[i] = 1 for the `lowest` smallest of scores[count], else 0. Of equal scores the first are marked, so that
+// exactly `lowest` are. Throws InputError where lowest > count, or where a score is NaN, which has no place in an
+// order. Its workspace is the device's Scratch, so it must not be called within a captured step.
 Selection mark_lowest(Device&, uint8_t* marked, const float* scores, int count, int lowest);
 
 }  // namespace baton

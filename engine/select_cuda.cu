@@ -1,5 +1,5 @@
-// Selection on the GPU: a stable radix sort of (score, index) by CUB, so that of equal scores the first come first (-0
-// and 0 are equal), then a mark for each of the first. About 100 bytes a score: four passes that read and write pairs.
+// Selection on the GPU: CUB sorts (score, index) by a stable radix sort, so that equal scores stay in their order (-0
+// and 0 are equal), and then the first are marked. About 100 bytes a score: four passes that read and write pairs.
 #include <cub/device/device_radix_sort.cuh>
 #include <limits>
 

@@ -1,5 +1,5 @@
-// Selection on the host: the threshold by std::nth_element over a copy of the scores, linear on average, then the marks
-// in one pass. No indices: what is below the threshold is marked wherever it is, and of what equals it the first few.
+// Selection on the host: std::nth_element over a copy of the scores finds the threshold, in linear time on average.
+// Then one pass marks all scores below the threshold, and as many of those that equal it as are still wanted.
 #include "engine/select.h"
 
 #include <algorithm>
@@ -20,7 +20,7 @@ Selection mark_lowest(Device&, uint8_t* marked, const float* scores, int count, 
   std::vector<float> ranked(scores, scores + count);
   std::nth_element(ranked.begin(), ranked.begin() + (lowest - 1), ranked.end());
   const float threshold = ranked[size_t(lowest) - 1];
-  int left = lowest;  // of those that equal the threshold
+  int left = lowest;  // how many of the scores that equal the threshold are still to be marked
   for (int i = 0; i < count; i++) left -= scores[i] < threshold;
   for (int i = 0; i < count; i++) {
     const bool equal = scores[i] == threshold && left > 0;

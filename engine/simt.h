@@ -1,22 +1,23 @@
-// simt.h: one kernel source, three targets. This front defines what they share; each target has a header of its own:
+// One kernel source for three targets. This header defines what they share; each target has a header of its own:
 //
-//   simt_cuda.h       nvcc: the GPU. (Its output also runs on a CPU, interpreted: tests/ptx.)
-//   simt_serial.h     g++: every block has one thread and every warp one lane. Barriers vanish, block-stride loops get
-//                     unit stride, and the compiler vectorises what is left. The portable CPU default.
+//   simt_cuda.h       nvcc: the GPU. (tests/ptx interprets its output on a CPU.)
+//   simt_serial.h     g++: every block has one thread and every warp one lane. Barriers are empty, block-stride loops
+//   have
+//                     unit stride, and the compiler vectorises what is left. The default on a CPU.
 //   simt_emulated.h   g++ -DSIMT_EMULATE: every CUDA thread of a block is a fiber, with real barriers and shuffles,
 //                     random schedules, divergence checks, and annotations for ASan and TSan. For tests.
 //
 // A kernel is launched by the shape of its work, which each target turns into its own grid. Every shape takes a number
-// of rows, the second grid dimension: it is where the replica axis lives.
+// of rows, the second dimension of the grid, which is for the replicas.
 //
 //   simt::launch<kernel>(simt::each(n, rows), stream, args...)                  one thread per item and row
 //   simt::launch<kernel>(simt::warps(n, rows), stream, args...)                 one warp per item and row
 //   simt::launch<kernel>(simt::blocks(n, threads, smem, rows), stream, args...) one block per item and row
 //
-// In the GPU build nvcc compiles the .cu files, and g++ the .cpp files: those see the types and the constants, but can
-// neither contain nor launch kernels.
+// In the GPU build nvcc compiles the .cu files and g++ the .cpp files. The latter see the types and the constants, but
+// can neither contain nor launch kernels.
 //
-// Rules for kernels are in engine/README.md.
+// kernels/README.md has the rules for kernels.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -58,7 +59,7 @@ constexpr Blocks blocks(int n, int threads = 256, size_t smem = 0, int rows = 1)
 
 #if defined(__CUDACC__) || !defined(BATON_CUDA)  // this compiler compiles kernels
 namespace baton::simt {
-// Which item is mine. A kernel launched with each(n) or warps(n) must return when its item is >= n.
+// The item of this thread or warp. A kernel launched with each(n) or warps(n) must return when its item is >= n.
 __device__ __forceinline__ int thread_item() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int warp_item() { return (blockIdx.x * blockDim.x + threadIdx.x) / warp_size; }
 __device__ __forceinline__ int lane_id() { return threadIdx.x % warp_size; }
@@ -113,7 +114,7 @@ __device__ __forceinline__ float warp_max(float v) {
   __syncthreads();  // parts may be used again
   return v;
 }
-// Adds to a counter in shared memory, which no other block sees: one thread a block needs no atomic.
+// Adds to a counter in shared memory. Other blocks do not see it, so a block of one thread needs no atomic.
 template <class T>
 __device__ __forceinline__ void add_shared(T* p, T v) {
   if constexpr (warp_size == 1) *p += v;

@@ -1,13 +1,13 @@
-// The emulated back end: runs the CUDA threads of one block at a time as fibers (see README.md here).
+// The emulated target of simt.h: runs the CUDA threads of one block at a time as fibers (engine/README.md).
 //
-// A fiber takes threads that have not started yet, one after the other; it is only left when its thread has to wait. So
-// a kernel without barriers never switches. Whoever comes last to a barrier releases the others and runs on. A shuffle
-// is one meeting of the lanes in its mask, in which the last to come moves the values for all.
+// A fiber runs threads that have not started yet, one after the other, and is left only when its thread has to wait. So
+// a kernel without barriers never switches. The last thread to reach a barrier releases the others and runs on. A
+// shuffle is a meeting of the lanes in its mask, where the last to come moves the values for all.
 //
-// Compiled without sanitizers: this file tells them itself which stack a thread is on, and that only barriers, shuffles
-// and the borders of a launch order the accesses of two threads.
+// This file is compiled without sanitizers. It tells them itself which stack a thread is on, and that only barriers,
+// shuffles and the borders of a launch order the accesses of two threads.
 //
-//   SIMT_SEED=n   run threads and blocks in a random order, n != 0, and switch at atomics (0: in order, the default)
+//   SIMT_SEED=n   n != 0: run threads and blocks in a random order, and switch at atomics; 0, the default: in order
 #include <sys/mman.h>
 
 #include <boost/context/detail/fcontext.hpp>
@@ -29,7 +29,7 @@ __attribute__((weak)) void __tsan_set_fiber_name(void* fiber, const char* name);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);  // 1: no happens-before
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
-// The shared variables of all kernels, between two symbols that the linker makes.
+// The shared variables of all kernels lie between these two symbols of the linker.
 extern unsigned char __start_simt_shared[] __attribute__((weak)), __stop_simt_shared[] __attribute__((weak));
 }
 
@@ -57,9 +57,9 @@ struct Thread {  // a CUDA thread
   Fiber* fiber;
   void* tsan;                           // TSan's view of it
   Site site;                            // where it waits
-  unsigned mask;                        // of a warp exchange: who takes part,
-  int source;                           // the lane whose value it wants
-  alignas(16) unsigned char value[16];  // and what it brings
+  unsigned mask;                        // of a warp exchange: the lanes that take part,
+  int source;                           // the lane whose value this one wants,
+  alignas(16) unsigned char value[16];  // and its own value
 };
 
 struct Machine {
@@ -69,7 +69,7 @@ struct Machine {
   Thread threads[max_threads];
   Thread* current;
   int n, order[max_threads], started, finished, at_barrier;
-  unsigned barriers;                                // met so far by this block
+  unsigned barriers;                                // that this block has passed so far
   unsigned pending[max_warps];                      // per warp, the lanes that wait at an exchange
   int ready[max_threads], ready_head, ready_count;  // a ring,
   unsigned char ready_rank[max_threads];            // with the ranks of their warps
@@ -119,7 +119,7 @@ struct Machine {
     if (memory == MAP_FAILED) fprintf(stderr, "simt_emu: no memory for the stack of a fiber\n"), abort();
     char* base = static_cast<char*>(memory);
     mprotect(base, guard, PROT_NONE);
-    size_t colour = fiber_count % 32 * 128;  // do not let all stacks share the same cache sets
+    size_t colour = fiber_count % 32 * 128;  // else all stacks would share the same cache sets
     f->bottom = base + guard;
     f->size = stack_size - guard - colour;
     f->fake_stack = nullptr;
@@ -139,7 +139,9 @@ struct Machine {
     int fresh = n - started;
     return fresh && (!ready_count || !random || rank_seed % 2 == 0 || draw(fresh + ready_count) < unsigned(fresh));
   }
-  int favourite() {  // Half of the blocks: any thread. The others: warps have random ranks, the best one runs ahead.
+  // In half of the blocks: any thread. In the others: a thread of the warp with the best of random ranks, which so runs
+  // ahead. Its place in the ring.
+  int favourite() {
     if (rank_seed % 2) return int(ready_head + draw(ready_count)) % max_threads;
     int best = 0;
     while (!ready_of_rank[best]) best++;
@@ -156,7 +158,7 @@ struct Machine {
       for (int other = 0; other < warps; other++) rank[w] += drawn(other) < drawn(w);
     }
   }
-  Fiber* choose() {  // what runs next, when the current fiber cannot go on
+  Fiber* choose() {  // the fiber that runs next, when the current one cannot go on
     if (choose_fresh()) return fresh_fiber();
     if (!ready_count) {
       if (finished < n) report_stuck();
@@ -194,7 +196,7 @@ struct Machine {
         release(launch_end);
         current->state = State::done;
         finished++;
-        if (__tsan_create_fiber) break;  // or it would see a race between the locals of two threads on one stack
+        if (__tsan_create_fiber) break;  // else TSan would see races between the locals of two threads on one stack
       }
       if (!__tsan_create_fiber || finished == n) idle[idle_count++] = self;
       Fiber* next = choose();
@@ -310,12 +312,12 @@ struct Machine {
 Machine* machine;
 
 void Machine::entry(ctx::transfer_t from) {
-  Fiber* self = &machine->fibers[machine->fiber_count - 1];  // a fiber is entered as soon as it is made: the newest
+  Fiber* self = &machine->fibers[machine->fiber_count - 1];  // the newest, for a fiber is entered as soon as it is made
   arrive(from, self, machine->os);
   machine->work(self);
 }
 
-// NaN everywhere. Not memset: ASan would look at it, and there are red zones in between.
+// Fills shared memory with NaN. memset would not do: ASan checks it, and there are red zones in between.
 void poison(unsigned char* from, unsigned char* to) {
   for (; to - from >= 8; from += 8) *reinterpret_cast<volatile uint64_t*>(from) = ~0ull;
   for (; from < to; from++) *reinterpret_cast<volatile unsigned char*>(from) = 0xFF;

@@ -24,8 +24,8 @@ struct Site {
   int line;
 };
 void block_barrier(Site);
-void warp_exchange(unsigned mask, int source_lane, void* value, size_t bytes, Site);  // source_lane < 0: just wait
-void preempt();                                                                       // a chance to switch
+void warp_exchange(unsigned mask, int source_lane, void* value, size_t bytes, Site);  // source_lane < 0: only wait
+void preempt();                                                                       // may switch to another thread
 int lane();
 void run(Index grid, Index block, size_t smem, void (*kernel)(void*), void* args, const char* name);
 void set_seed(uint64_t seed);  // 0: threads and blocks in order; otherwise a random schedule

@@ -1,4 +1,4 @@
-// What both CPU targets of simt.h need of CUDA: its keywords, vector types and functions. Included by simt_serial.h and
+// CUDA's keywords, vector types and functions for both CPU targets of simt.h. Included by simt_serial.h and
 // simt_emulated.h.
 #pragma once
 #include <omp.h>

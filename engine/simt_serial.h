@@ -15,7 +15,7 @@ struct Index {
 #define __global__ inline __attribute__((always_inline))
 #define __shared__  // one thread per block: shared memory is a local variable
 #define SIMT_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(baton::simt::dynamic_shared)
-// `static`, not `inline`: g++ only keeps them in registers when it sees that nobody takes their address.
+// `static`, not `inline`: g++ keeps them in registers only where it sees that their address is never taken.
 [[maybe_unused]] static thread_local baton::simt::Index blockIdx, gridDim;
 [[maybe_unused]] static constexpr baton::simt::Index threadIdx{0, 0, 0}, blockDim{1, 1, 1};
 namespace baton::simt {
@@ -45,7 +45,7 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
 
 // ---------------------------------------------------------------------------------------------------- launching
 namespace baton::simt {
-constexpr int parallel_grain = 4096;  // do not wake OpenMP's threads for fewer items
+constexpr int parallel_grain = 4096;  // fewer items run on one thread
 template <auto kernel, class... A>
 __attribute__((noinline)) void serial_range(int first, int last, A... args) {
 #pragma omp simd

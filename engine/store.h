@@ -1,6 +1,6 @@
-// The flat parameter store: a network lists its tensors once, and every quantity kept for each parameter (mean, scale,
-// prior, gradient, moment) is one aligned array [replicas][stride] over all of them. An optimizer step, a hand-over or
-// a checkpoint is then one pass over one array, and views by name remain.
+// The flat parameter store: a network lists its tensors once, and every quantity of the parameters (mean, scale, prior,
+// gradient, moment) is one aligned array [replicas][stride] over all of them. So an optimizer's step, the hand-over of
+// a posterior to the next stage, or a checkpoint is one pass over each array. Tensors can still be accessed by name.
 #pragma once
 #include <map>
 #include <string>
@@ -13,7 +13,7 @@ namespace baton {
 struct TensorSpec {
   std::string name;            // PyTorch's, as "conv1.weight"
   std::vector<int64_t> shape;  // PyTorch's, as [out, in, kh, kw]
-  int fan_in;                  // inputs of a unit: what the initialisation scales by
+  int fan_in;                  // inputs of a unit, by which the initialisation scales
   bool bias;
   size_t offset, size;  // floats, in each replica's row
 };
@@ -29,7 +29,7 @@ class ParameterLayout {
   struct Gap {
     size_t offset, size;
   };
-  std::vector<Gap> gaps() const;  // what alignment leaves between tensors
+  std::vector<Gap> gaps() const;  // the gaps that alignment leaves between tensors
 
  private:
   std::vector<TensorSpec> tensors_;

@@ -1,7 +1,7 @@
-// Acquisition functions of a last layer, one warp a row.
+// Acquisition functions of a last layer. A warp takes a row.
 //
-// Margin: each lane keeps its two largest, pairs of lanes merge theirs: (a1, a2) and (b1, b2) make (max(a1, b1),
-// max(min(a1, b1), max(a2, b2))).
+// Margin: each lane keeps its two largest, and pairs of lanes merge theirs: (a1, a2) and (b1, b2) become
+// (max(a1, b1), max(min(a1, b1), max(a2, b2))).
 //
 // BADGE (Ash et al. 2020) in C D dimensions: g_i . g_k = (r_i . r_k)(phi_i . phi_k), so
 //   |g_i - g_k|^2 = |r_i|^2 |phi_i|^2 + |r_k|^2 |phi_k|^2 - 2 (r_i . r_k)(phi_i . phi_k)
@@ -10,12 +10,15 @@
 // A new sample k with curvature w changes S to S' = S - kappa s s', s = S phi_k, kappa = w / (1 + w v_k). With
 // a = phi_i . s, c = kappa a, u = S F s, q = s' F s:
 //   S' phi_i = S phi_i - c s,   v_i' = v_i - c a,   f_i' = f_i - 2 c (phi_i . u) + c^2 q
-// so one pass over the features replaces n products with S and F, and S Phi' is not kept. Taking k out again is the
-// same with kappa = -w / (1 - w v_k).
+// so one pass over the features replaces n products with S and F, and S Phi' is not kept. Removing k again is the same
+// with kappa = -w / (1 - w v_k).
 //
-// Traffic a row, in elements (Real), and FLOPs: margins C + 1, no arithmetic to speak of; gradient_embeddings 2 C + 2,
-// 3 C; embedding_distances D + C + 2, with `keep` one more (the centre stays in the cache), 2 (C + D); downdate_rows
-// D + 2, 2 D (D + 4, 4 D with f); fisher_scores 4, 4. All are bound by memory.
+// Elements (of type Real) read or written and FLOPs of a row; memory bounds them all:
+//   margins              C + 1, few
+//   gradient_embeddings  2 C + 2, 3 C
+//   embedding_distances  D + C + 2, and one more with `keep` (the centre stays in the cache); 2 (C + D)
+//   downdate_rows        D + 2, 2 D; with f D + 4, 4 D
+//   fisher_scores        4, 4
 #include "kernels/acquisition.h"
 
 #include <cmath>
@@ -92,7 +95,7 @@ __global__ void distances_kernel(Real* __restrict__ distance, Embeddings<Real> e
   const Real overlap = dot(e.r + i * e.classes, e.r + k * e.classes, e.classes);
   if (lane == 0) {
     const Real d = e.size[i] + e.size[k] - Real(2) * overlap * product;
-    const Real positive = d > Real(0) ? d : Real(0);  // rounding
+    const Real positive = d > Real(0) ? d : Real(0);  // rounding may make d negative
     distance[i] = keep && !(positive < distance[i]) ? distance[i] : positive;
   }
 }

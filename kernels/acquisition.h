@@ -1,5 +1,5 @@
-// Kernels of active learning with a last layer: the scores by which samples are chosen, and what keeps them up to date
-// while the posterior moves. Row-major and packed; x [n][D] features, p and r [n][C]. Real is float or double.
+// Kernels of active learning with a last layer: the scores by which samples are chosen, and updates of the scores as
+// the posterior changes. Arrays are row-major and packed: x [n][D] features, p and r [n][C]. Real is float or double.
 #pragma once
 #include "engine/runtime.h"
 
@@ -9,8 +9,8 @@ namespace baton {
 template <class Real>
 void margins(Real* margin, const Real* p, int n, int classes, Stream);
 
-// Gradients of the cross-entropy by the last layer's weights, if the prediction were the label: g = r (x) phi with
-// r = e_yhat - p, yhat the first of the largest p. Never formed.
+// The gradients of the cross-entropy by the last layer's weights, with the prediction as the label: g = r (x) phi with
+// r = e_yhat - p, where yhat is the first of the largest p. They are never formed.
 template <class Real>
 struct Embeddings {
   const Real* x;     // [n][D]
@@ -21,18 +21,18 @@ struct Embeddings {
 // r and size from p; norm [n] = |phi|^2.
 template <class Real>
 void gradient_embeddings(Real* r, Real* size, const Real* p, const Real* norm, int n, int classes, Stream);
-// distance_i = |g_i - g_k|^2 to the row k = centre; with `keep` the lesser of it and what was there.
+// distance_i = |g_i - g_k|^2 to the row k = centre; with `keep` the smaller of that and the old distance_i.
 template <class Real>
 void embedding_distances(Real* distance, const Embeddings<Real>&, int centre, bool keep, Stream);
 
-// The posterior's S becomes S - kappa s s' (s = S phi_k of the old S): what it makes of v_i = phi_i' S phi_i and, with
-// u = S F s and q = s' F s, of f_i = phi_i' S F S phi_i. f may be null, then u and q are not used. kappa < 0 takes a
-// sample out again. v and f stay non-negative.
+// Updates v_i = phi_i' S phi_i, and with u = S F s and q = s' F s also f_i = phi_i' S F S phi_i, for the posterior's S
+// becoming S - kappa s s' (s = S phi_k of the old S). f may be null; then u and q are not used. kappa < 0 removes a
+// sample again. v and f stay non-negative.
 template <class Real>
 void downdate_rows(Real* v, Real* f, const Real* x, const Real* s, const Real* u, Real kappa, Real q, int n, int d,
                    Stream);
-// By how much tr(S F) falls when row i joins with curvature weight w_i: w f / (1 + w v); or, when it is taken out
-// (`removal`), by how much it rises: w f / (1 - w v).
+// By how much tr(S F) falls when row i is added with curvature weight w_i: w f / (1 + w v). With `removal`, by how much
+// it rises when the row is removed: w f / (1 - w v).
 template <class Real>
 void fisher_scores(Real* score, const Real* f, const Real* v, const Real* w, bool removal, int n, Stream);
 

@@ -1,4 +1,4 @@
-// What the fused optimizer steps share.
+// Shared by the kernels that fuse an optimizer's step: Adam, and the KL's part in the standard deviation.
 #pragma once
 #include "kernels/step_state.h"
 
@@ -14,8 +14,8 @@ struct Adam {
   }
 };
 
-// (exp(2t) - 1) / 2 - t, given exp(2t): by its series where the difference would cancel, as in the first steps of a
-// stage.
+// (exp(2t) - 1) / 2 - t, with ratio = exp(2t). A series takes its place where the difference would cancel, as in the
+// first steps of a stage.
 __device__ __forceinline__ float divergence_of_scale(float t, float ratio) {
   const float series = t * t * (1.f + t * (2.f / 3 + t * (1.f / 3 + t * (2.f / 15 + t * (2.f / 45)))));
   const float direct = 0.5f * (ratio - 1.f) - t;

@@ -2,16 +2,16 @@
 //
 // point_update: with G = g + weight_decay w + 2 strength importance (w - centre),
 //   SGD  m = momentum m + G, w -= lr m;   Adam as in kernels/adam.h;   path += g (what was subtracted from w).
-// 20 bytes a weight with SGD and 28 with Adam, 8 more for the anchor and 8 more for the path; 6 or 18 FLOPs, 4 and 2
-// more.
+// A weight takes 20 bytes and 6 FLOPs with SGD, 28 bytes and 18 FLOPs with Adam; the anchor adds 8 bytes and 4 FLOPs,
+// the path 8 bytes and 2 FLOPs.
 //
-// bbb_update, the mixture prior: with the components' log densities at theta l1 = ln(pi / s1) - theta^2 / (2 s1^2) and
-// l2 = ln((1 - pi) / s2) - theta^2 / (2 s2^2), and d = l2 - l1,
+// bbb_update with the mixture prior: with the components' log densities at theta, l1 = ln(pi / s1) - theta^2 / (2 s1^2)
+// and l2 = ln((1 - pi) / s2) - theta^2 / (2 s2^2), and d = l2 - l1,
 //   s = -d ln P / d theta = theta (r1 / s1^2 + r2 / s2^2),   r2 = 1 / (1 + exp(-d)) = 1 - r1.
-// With u = exp(-|d|) the likelier component has r = 1 / (1 + u) and the other u / (1 + u): nothing overflows, whatever
-// d is. d sd / d rho = 1 / (1 + exp(-rho)), which equals 1 - exp(-sd) without its cancellation for small sd. A pruned
-// weight (sd = 0) has no gradient and stays where it is. 48 bytes a weight with SGD and 64 with Adam; 48 or 72 FLOPs,
-// and with the mixture 78 more a draw, of which 60 are the noise's: it is made by quads, once a draw.
+// With u = exp(-|d|) the likelier component has r = 1 / (1 + u) and the other u / (1 + u): nothing overflows for any d.
+// d sd / d rho = 1 / (1 + exp(-rho)), which equals 1 - exp(-sd) without its cancellation for small sd. A pruned weight
+// (sd = 0) has no gradient and stays where it is. A weight takes 48 bytes and 48 FLOPs with SGD, 64 bytes and 72 FLOPs
+// with Adam. The mixture adds 78 FLOPs a draw, 60 of them for the noise, which is made by quads.
 #include "kernels/baselines.h"
 
 #include <cmath>
@@ -48,7 +48,7 @@ __device__ __forceinline__ float step_of(const Rates& s, float* m, float* v, int
   return step;
 }
 
-// A block takes a chunk, so that whether the state is halted is asked outside the loop: stores under a mask are slow.
+// A block takes a chunk, so that the check for a halted state is outside the loop: masked stores are slow.
 template <PointRule rule, bool anchored, bool with_path>
 __global__ void point_kernel(PointArrays a, int count, PointSettings set, const StepState* states) {
   const int first = blockIdx.x * chunk, n = states[0].halted ? 0 : min(chunk, count - first);
@@ -61,11 +61,11 @@ __global__ void point_kernel(PointArrays a, int count, PointSettings set, const 
     if constexpr (anchored) total += 2.f * set.strength * a.importance[i] * (w - a.centre[i]);
     const float step = step_of<rule>(rates, a.m, a.v, i, total);
     a.weights[i] = w - step;
-    if constexpr (with_path) a.path[i] += g * step;  // the step itself: w - (w - step) would have lost digits
+    if constexpr (with_path) a.path[i] += g * step;  // not w - (w - step), which would lose digits
   }
 }
 
-// 28 bytes a weight, 6 FLOPs.
+// 28 bytes and 6 FLOPs a weight.
 __global__ void consolidate_path_kernel(float* __restrict__ importance, float* __restrict__ centre,
                                         float* __restrict__ path, const float* __restrict__ weights, int count,
                                         float xi) {
@@ -77,7 +77,7 @@ __global__ void consolidate_path_kernel(float* __restrict__ importance, float* _
   path[i] = 0;
 }
 
-// The centre as an average, so that a share of 0 or 1 is exact. 24 bytes a weight, 7 FLOPs.
+// The centre is a weighted average, so that it is exact for a share of 0 or 1. 24 bytes and 7 FLOPs a weight.
 __global__ void consolidate_fisher_kernel(float* __restrict__ importance, float* __restrict__ centre,
                                           const float* __restrict__ fisher, const float* __restrict__ weights,
                                           int count, float decay) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ float log_one_plus(float u) {
 }
 __device__ __forceinline__ float softplus(float x) { return (x > 0.f ? x : 0.f) + log_one_plus(expf(-fabsf(x))); }
 
-// Its inverse: ln(1 - exp(-y)) + y; for small y the logarithm of exp(y) - 1 by its series.
+// The inverse of the softplus: ln(1 - exp(-y)) + y; for small y the logarithm of the series of exp(y) - 1.
 __device__ __forceinline__ float inverse_softplus(float y) {
   float p = 1;
   for (int n = 8; n >= 2; n--) p = fmaf(p * y, 1.f / float(n), 1.f);
@@ -122,7 +122,7 @@ __global__ void sd_kernel(float* sd, const float* rho, int count) {
   sd[i] = softplus(rho[i]);
 }
 
-// The step of one weight whose prior has the gradients score and noisy_score: E[s] and E[s e].
+// The step of one weight; score = E[s] and noisy_score = E[s e] are the prior's gradients.
 template <PointRule rule>
 __device__ __forceinline__ void bbb_one(const BbbArrays& a, int i, const Rates& s, float scale, float kl_weight,
                                         float score, float noisy_score) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void bbb_one(const BbbArrays& a, int i, const Rates& 
   a.sd[i] = alive ? next_sd : sd;
 }
 
-// The Gaussian prior: the noise's exact moments.
+// The Gaussian prior, by the exact moments of the noise.
 template <PointRule rule>
 __global__ void bbb_gaussian_kernel(BbbArrays a, int count, BbbSettings set, float precision, const StepState* states) {
   const StepState& s = states[0];
@@ -156,7 +156,8 @@ __global__ void bbb_gaussian_kernel(BbbArrays a, int count, BbbSettings set, flo
 struct Mixture {
   float precision1, precision2;  // 1 / s1^2, 1 / s2^2
   float offset, slope;           // d = offset + slope theta^2
-  // -87: vectors of expf are slow below. Not a literal, which g++ would fold into an exp(-87) beside every expf(-|d|).
+  // -87, below which vectors of expf are slow. It is no literal, which g++ would turn into an exp(-87) beside every
+  // expf(-|d|).
   float least;
   __device__ __forceinline__ float score(float theta) const {
     const float d = offset + slope * (theta * theta), gap = -fabsf(d);
@@ -175,7 +176,8 @@ __device__ __forceinline__ void bbb_piece(const BbbArrays& a, int first, int n, 
 }
 
 // A block takes a chunk of weights. A thread makes the noise of whole quads and leaves it in shared memory, so that
-// memory is read and written by consecutive threads. Not a template, for the emulator's sake (engine/README.md).
+// memory is read and written by consecutive threads. No template: g++ cannot poison shared memory in one
+// (kernels/README.md, rule 5).
 __global__ void bbb_mixture_kernel(BbbArrays a, int count, BbbSettings set, Mixture prior, const StepState* states) {
   __shared__ float e[chunk], score[chunk], noisy_score[chunk];
   const StepState s = states[0];
@@ -194,7 +196,7 @@ __global__ void bbb_mixture_kernel(BbbArrays a, int count, BbbSettings set, Mixt
       score[i] += at;
       noisy_score[i] += at * e[i];
     }
-    __syncthreads();  // e will be written again
+    __syncthreads();  // the next draw overwrites e
   }
   const Rates rates = rates_of(s, set.momentum);
   const float share = 1.f / float(set.draws);
@@ -262,7 +264,7 @@ void bbb_update(const BbbArrays& a, int count, const BbbSettings& set, const Ste
   check_settings(a, set);
   const double precision1 = 1 / (double(set.sd1) * set.sd1), precision2 = 1 / (double(set.sd2) * set.sd2);
   if (set.prior == BbbPrior::mixture) {
-    const double pi = set.weight1, odds = (1 - pi) * set.sd1 / (pi * set.sd2);  // 0 and infinity are right
+    const double pi = set.weight1, odds = (1 - pi) * set.sd1 / (pi * set.sd2);  // 0 and infinity give the right result
     const Mixture prior{float(precision1), float(precision2), float(std::log(odds)),
                         float(0.5 * (precision1 - precision2)), -87};
     simt::launch<bbb_mixture_kernel>(pieces(count), stream, a, count, set, prior, states);

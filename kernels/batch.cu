@@ -1,14 +1,14 @@
-// Batches by index. One block an image: bytes in, normalised floats out, and their squares, which the variance products
-// of local reparameterization read.
+// Batches by index. A block takes an image: it reads bytes and writes normalised floats, and their squares, which the
+// variance products of local reparameterization read.
 //
-// The order of an epoch is a Feistel network over the next power of four of n, walked until it lands below n
-// (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection of [0, n) for each
-// (key, epoch), two or three rounds of walking at most on average.
+// The order of an epoch is a Feistel network over the next power of four of n. It is applied again until the result is
+// below n (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), on average two or three
+// times at most: that is a bijection of [0, n) for each (key, epoch).
 //
-// Pixels in another order are read by index, within one image: the reads stay in L1 and the writes are contiguous.
+// Pixels in another order are read by index within one image: the reads stay in L1 and the writes are contiguous.
 //
-// Bytes a call: replicas * batch * image * (1 + 4 or 8), and 4 a pixel for its place where there is an order (from a
-// cache: an order serves the whole batch). FLOPs a pixel: 2 or 3. Writes =, deterministic.
+// Bytes of a call: replicas * batch * image * (1 + 4 or 8), and 4 a pixel for its place where there is an order, which
+// come from a cache, as an order serves the whole batch. 2 or 3 FLOPs a pixel.
 #include "kernels/batch.h"
 
 namespace baton {
@@ -29,7 +29,7 @@ __host__ __device__ __forceinline__ uint32_t mix(uint32_t x) {
 __device__ __forceinline__ void load_image(float* __restrict__ x, float* __restrict__ x_squared,
                                            const uint8_t* __restrict__ pixels, const DeviceImages& set) {
   for (int c = 0; c < set.channels; c++) {
-    const Normalisation& to = set.normalisation;  // selected, not indexed: an index would put it on the stack
+    const Normalisation& to = set.normalisation;  // selects, for an index would put it on the stack
     const float scale = c == 0 ? to.scale[0] : c == 1 ? to.scale[1] : to.scale[2];
     const float shift = c == 0 ? to.shift[0] : c == 1 ? to.shift[1] : to.shift[2];
     const int first = c * set.plane;
@@ -48,7 +48,8 @@ __device__ __forceinline__ void load_image(float* __restrict__ x, float* __restr
   }
 }
 
-// A mirrored and shifted image; what lies outside of it is 0. Coordinates in float, exact, so that the loop vectorises.
+// A mirrored and shifted image; what lies outside of it is 0. Coordinates are floats, which is exact, so that the loop
+// vectorises.
 __device__ __forceinline__ void load_augmented(float* __restrict__ x, float* __restrict__ x_squared,
                                                const uint8_t* __restrict__ pixels, const DeviceImages& set,
                                                uint4 random) {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void load_augmented(float* __restrict__ x, float* __r
   }
 }
 
-// An image's pixels by their places in it. A place tells its channel, and with it its normalisation.
+// An image's pixels in a given order. A pixel's place determines its channel, and so its normalisation.
 __device__ __forceinline__ void load_ordered(float* __restrict__ x, float* __restrict__ x_squared,
                                              const uint8_t* __restrict__ pixels,
                                              const int32_t* __restrict__ pixel_order, const DeviceImages& set) {
@@ -97,7 +98,8 @@ __device__ __forceinline__ void load_ordered(float* __restrict__ x, float* __res
   }
 }
 
-// The task of example b. Running sums only grow: the first above u is as far in as there are sums that are not.
+// The task of example b. The running sums increase, so the number of sums that are not above u is the place of the
+// first that is.
 __device__ __forceinline__ int task_of(const TaskInputs& tasks, const StepState& s, int b) {
   if (!tasks.cumulative) return s.stage % tasks.tasks;
   const double u = philox(make_uint4(uint32_t(b), stream_tasks, s.step, 0), s.shuffle).w * 0x1p-32;  // exact

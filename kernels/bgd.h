@@ -2,14 +2,14 @@
 // of all weights a step, the moments of their gradients, and one update of every mean and standard deviation.
 //
 // The noise of the weight at place i of the store in draw k of a step is e(k, i) = lane i mod 4 of
-// normal4(noise, i / 4, stream_weights, step, k): made anew wherever it is wanted, kept nowhere.
+// normal4(noise, i / 4, stream_weights, step, k). It is drawn again wherever it is needed, and kept nowhere.
 #pragma once
 #include "engine/blas.h"
 #include "kernels/step_state.h"
 
 namespace baton {
 
-// w[stride * k + i] = mean[i] + sd[i] e(first_draw + k, i) for i < count, k < draws. Step and key from states[0].
+// w[stride * k + i] = mean[i] + sd[i] e(first_draw + k, i) for i < count, k < draws. states[0] gives step and key.
 void draw_weights(float* w, size_t stride, const float* mean, const float* sd, int count, int first_draw, int draws,
                   const StepState* states, Stream);
 // The same for predictions: the given key, step 0.
@@ -22,19 +22,19 @@ struct Moments {
   float* sum = nullptr;
   float* noise = nullptr;
 };
-// Which draws a backward pass ran on: draws [first_draw, first_draw + replicas) of the step. add: to what is there
-// (+=), else the sums begin (=).
+// The draws that a backward pass ran on: [first_draw, first_draw + draws) of the step. With `add` the sums continue
+// (+=), else they begin (=).
 struct DrawnPass {
   int first_draw = 0, draws = 1;
   bool add = false;
 };
-// Adds gradients that exist: grad [draws][grad_stride], its first `count` elements being those of the weights at places
-// [first, first + count), where the moments are added.
+// Adds gradients that are in memory to the moments of the weights at places [first, first + count): grad
+// [draws][grad_stride], the first `count` elements of each row.
 void accumulate_moments(Moments, const float* grad, size_t grad_stride, int first, int count, DrawnPass,
                         const StepState* states, Stream);
-// The gradients of a dense layer's weights [out][in] at place `first` (a multiple of 4), without making them:
-//   g_k = dy_k^T x_k,  dy [draws][batch][out], x [draws][batch][in] (strides of Matrices; 0: shared).
-// On the GPU one kernel multiplies and accumulates over k in registers; on the host g_k lives a tile at a time.
+// Adds the gradients of a dense layer's weights [out][in] at place `first` (a multiple of 4) without storing them:
+//   g_k = dy_k^T x_k,  dy [draws][batch][out], x [draws][batch][in] (strides as in Matrices; 0: shared).
+// On the GPU one kernel multiplies and accumulates over k in registers; on the host g_k exists a tile at a time.
 void accumulate_product_moments(Device&, Moments, int first, int out, int in, int batch, Matrices dy, Matrices x,
                                 DrawnPass, const StepState* states);
 // The two ways in which it is done, for their tests and benchmarks.
@@ -45,16 +45,16 @@ void product_moments_by_tiles(Device&, Moments, int first, int out, int in, int 
 void product_moments_fused(Device&, Moments, int first, int out, int in, int batch, Matrices dy, Matrices x, DrawnPass,
                            const StepState* states);
 
-// ---- the update. Deviations from the paper are off by default.
+// ---- the update. By default it does not deviate from the paper.
 struct BgdRule {
   float gradient_scale = 1;                 // turns the sums into E: 1 / K
   float clamp = 0;                          // of |E[g]| and |E[g e]|; 0: none
   float least_sd = 0, largest_sd = 0;       // bounds of sigma; 0: none
-  float initial_sd = 0;                     // what the trip-wire measures sigma by
+  float initial_sd = 0;                     // the trip-wire compares sigma with it
   float warn_ratio = 10, halt_ratio = 100;  // of the largest sigma to initial_sd
 };
 
-// What the update saw of a step, from the same pass. sigma = 0 (pruned) is not counted.
+// Statistics of a step, gathered by the update itself. Weights with sigma = 0 (pruned) are not counted.
 constexpr int sd_bins = 256, sd_bins_an_octave = 8, sd_first_octave = -24;  // bins of sigma: [2^-24, 2^8)
 struct SigmaStatistics {
   float largest, smallest, median;  // of the new sigma; the median to within a bin (a sixteenth)
@@ -75,9 +75,9 @@ struct TripWire {
 // states[0].lr_mean:
 //   mean -= eta sd^2 E1,   sd = sd exp(-asinh x)
 // which is Algorithm 1's sd sqrt(1 + x^2) - sd x without its cancellation. An element whose result is not finite keeps
-// its old values. `statistics` describes the step; the trip-wire keeps what happened first. Any of the `replicas`
-// states being halted (its loss was not finite), or the wire having halted, nothing is done; where the wire halts, all
-// states are. partial: scratch of bgd_partials(count) floats.
+// its old values. `statistics` describes the step; the trip-wire keeps what happened first. If one of the `replicas`
+// states is halted (its loss was not finite), or if the wire has halted, nothing is done. Where the wire halts, it
+// halts all states. partial: scratch of bgd_partials(count) floats.
 void bgd_update(float* mean, float* sd, Moments, int count, const BgdRule&, SigmaStatistics* statistics, TripWire*,
                 StepState* states, int replicas, float* partial, Stream);
 size_t bgd_partials(int count);

@@ -1,43 +1,43 @@
-// The channel factorized Gaussian: sampling, and the optimizer's step fused with the closed form of the KL. One warp a
-// block of weights; the factor and the prior's inverse factor come through shared memory, coalesced.
+// The channel factorized Gaussian: sampling, and the optimizer's step fused with the closed form of the KL. A warp
+// takes a block of weights; the factor and the prior's inverse factor come through shared memory, coalesced. What is
+// done once a stage is in cholesky_convert.cu.
 //
 // With t_i = ln L_ii - ln L_0,ii, M = the part of L_0^-1 L below the diagonal, z = L_0^-1 (mu - mu_0):
 //   KL        = sum_i [(exp(2 t_i) - 1) / 2 - t_i] + 1/2 (|M|_F^2 + |z|^2)
 //   dKL/dmu   = L_0^-T z
 //   dKL/dL    = tril(L_0^-T M) + diag((exp(2 t_i) - 1) / L_ii)
-// since the diagonal of L_0^-1 L is exp(t_i), L_0^-T is upper triangular, and 1 / L_ii is taken from the diagonal's own
-// share of it. So the diagonal's part is exact where posterior and prior are equal: no difference of large numbers. In
-// stored coordinates (lambda_i = ln L_ii, r_ij = L_ij / L_ii)
+// since the diagonal of L_0^-1 L is exp(t_i), L_0^-T is upper triangular, and 1 / L_ii is subtracted from the
+// diagonal's own term exp(2 t_i) / L_ii. So the diagonal's part is exact where posterior and prior are equal: it is no
+// difference of large numbers. In stored coordinates (lambda_i = ln L_ii, r_ij = L_ij / L_ii)
 //   dJ/dr_ij     = L_ii dJ/dL_ij        dJ/dlambda_i = L_ii (dJ/dL_ii + sum_{j<i} dJ/dL_ij r_ij)
 //
-// A lane owns columns: of L, of M, of the gradient, and of the mean, which rides along as the last column: L_0^-1 times
-// it is z, L_0^-T times that dKL/dmu, and with 1 for its noise the data's gradient tril(sum_g grad_w e^T) has d/dmu
-// beside d/dL. Both products are done in place, two rows at a time. On a GPU a column is in registers; in the serial
-// build the one lane has all columns, and the innermost loops run over them, a whole number of vectors.
+// A lane owns columns of L, of M and of the gradient. The mean is a last column of them: L_0^-1 times it is z, L_0^-T
+// times z is dKL/dmu, and with 1 for its noise the data's gradient tril(sum_g grad_w e^T) has d/dmu beside d/dL. Both
+// products are done in place, two rows at a time. On a GPU a column is in registers. In the serial build the one lane
+// has all columns, and the innermost loops run over them, a whole number of vectors.
 //
-// Bytes a block of P = d (d + 1) / 2: sample 4 P and 8 d a draw; step 32 P, 28 d and 4 d a group. FLOPs: sample 2 P and
-// d normals (60 each) a draw; step (2/3) d^3 + 2 d^2 (a group), 15 P of the optimizer, and d normals a group.
-#include "kernels/cholesky.h"
-
+// Bytes of a block with P = d (d + 1) / 2: sampling 4 P, and 8 d a draw; a step 32 P + 28 d, and 4 d a group. FLOPs:
+// sampling 2 P and d normals (60 each) a draw; a step (2/3) d^3, 2 d^2 and d normals a group, and 15 P of the
+// optimizer.
 #include "kernels/adam.h"
+#include "kernels/cholesky_parts.h"
 
 namespace baton {
 
 namespace {
 
-__host__ __device__ constexpr int diagonal(int i) { return i * (i + 3) / 2; }
 __host__ __device__ constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 __host__ __device__ constexpr int quads_of(int d) { return (d + 3) / 4; }
 
-// What a lane has of a row: one column on a GPU. The one lane of the serial build has eight, in a vector of g++'s: its
-// own vectoriser keeps sums over rows in memory.
+// A lane's piece of a row: one column on a GPU. The one lane of the serial build takes eight, in one of g++'s vector
+// types, for its vectoriser would keep sums over rows in memory.
 #if defined(__CUDACC__) || defined(SIMT_EMULATE)
 using Lanes = float;
 using Indices = int;
 constexpr int vector = 1;
 __device__ __forceinline__ Indices index_of(int c) { return simt::lane_id() + c * simt::warp_size; }
 __device__ __forceinline__ Lanes load(const float* row, int c) { return row[index_of(c)]; }
-// A row's columns below `count`; the rest is another row's and is not read.
+// The columns of a row below `count`; what follows belongs to another row and is not read.
 __device__ __forceinline__ Lanes load_below(const float* row, int c, int count) {
   return index_of(c) < count ? row[index_of(c)] : 0.f;
 }
@@ -52,25 +52,25 @@ typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int vector = 8;
 inline Indices index_of(int c) { return Indices{0, 1, 2, 3, 4, 5, 6, 7} + c * vector; }
 inline Lanes load(const float* row, int c) { return *reinterpret_cast<const Unaligned*>(row + c * vector); }
-inline Lanes load_below(const float* row, int c, int) { return load(row, c); }  // the rest is not used either
+inline Lanes load_below(const float* row, int c, int) { return load(row, c); }  // what follows is read but not used
 inline void store(float* row, int c, Lanes x) { *reinterpret_cast<Unaligned*>(row + c * vector) = x; }
 inline Lanes fused(float a, Lanes b, Lanes c) { return a * b + c; }
 inline float last_of(Lanes x) { return x[vector - 1]; }
 inline float sum_of(Lanes x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 #endif
 
-// D is d where the template knows it (3x3 and 5x5 kernels), else the largest block, of which d are used.
+// D is d where the template knows it (3x3 and 5x5 kernels). Else it is the largest block, of which d rows are used.
 constexpr int width = simt::warp_size * vector;
 template <int D>
 constexpr int columns = (D + width) / width;  // of Lanes
 template <int D>
-constexpr int reach = width* columns<D>;  // what they cover: d + 1 at least, the last of them the mean's
+constexpr int reach = width* columns<D>;  // the columns that they cover: at least d + 1, and the last is the mean's
 constexpr int whole_quads = simt::warp_size == 1 ? 4 : 1;
 static_assert(simt::warp_size == 1 || (4 * quads_of(9) < reach<9> && 4 * quads_of(25) < reach<25> &&
                                        4 * quads_of(largest_block) < reach<largest_block>));  // two lanes' writes
 
-// A warp's shared memory. The one lane of the serial build takes whole vectors, up to `reach` beyond a row's start:
-// into the rows that follow, which are its own too, and zeros behind the last.
+// A warp's shared memory. The one lane of the serial build reads whole vectors, up to `reach` beyond a row's start:
+// into the rows that follow, and into zeros behind the last.
 template <int D>
 struct Shared {
   float factor[packed(D) + reach<D>];  // as stored
@@ -117,7 +117,7 @@ __device__ __forceinline__ void draw(float* __restrict__ noise, int d, uint32_t 
 }
 
 // --------------------------------------------------------------------------------------------------------- sampling
-// Rows of the grid are replicas, each with its groups' draws; with `predicting`, draws of one replica.
+// A row of the grid is a replica, with the draws of its groups, or with `predicting` a draw of the one replica.
 template <int D, bool predicting>
 __global__ void __launch_bounds__(simt::warp_size, 1)
     cholesky_sample_kernel(float* __restrict__ w, size_t w_stride, const float* __restrict__ mean, size_t stride,
@@ -195,10 +195,11 @@ __device__ __forceinline__ float divergence(Lanes (&column)[D][columns<D>], Shar
   }
   Lanes squares{};
 #pragma unroll
-  for (int i = (D - 1) / 2 * 2; i >= 0; i -= 2) {  // rows i and i + 1; downwards: in place
+  for (int i = (D - 1) / 2 * 2; i >= 0; i -= 2) {  // rows i and i + 1; from the last to the first, so it is in place
     if (i >= d) continue;
     const float* __restrict__ row = inverse + packed(i);
-    const float* __restrict__ next_row = inverse + packed(i + 1 < d ? i + 1 : i);  // without a next one: not used
+    const float* __restrict__ next_row =
+        inverse + packed(i + 1 < d ? i + 1 : i);  // not used where there is no next row
     Lanes sum[columns<D>] = {}, next[columns<D>] = {};
 #pragma unroll
     for (int k = 0; k <= i; k++) {
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
   float* __restrict__ noise = shared->noise;
 
 #pragma unroll
-  for (int i = 0; i < D; i += 2) {  // rows i and i + 1; upwards: in place
+  for (int i = 0; i < D; i += 2) {  // rows i and i + 1; from the first to the last, so it is in place
     if (i >= d) break;
     Lanes sum[columns<D>] = {}, next[columns<D>] = {};
 #pragma unroll
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
     }
   }
 
-  // Columns between the block's and the mean's are nobody's.
+  // The columns between the block's and the mean's are not used.
   for (int i = 4 * round_up(quads_of(d), whole_quads) + lane; i < reach<D> - 1; i += simt::warp_size) noise[i] = 0;
   for (int g = 0; grad_w && g < groups; g++) {
     __syncthreads();
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
     }
   }
 
-  // From columns to the stored order. Upwards: a row's vectors reach into the next, which is written after it.
+  // From columns to the stored order, from the first row to the last: a row's vectors reach into the next row, which is
+  // written after it.
 #pragma unroll
   for (int i = 0; i < D; i++) {
     if (i >= d) break;
@@ -336,7 +338,8 @@ __global__ void __launch_bounds__(simt::warp_size, 1)
             {s.lr_mean, s.correction1, s.correction2});
 }
 
-// One block a replica: thread t adds up the blocks t, t + T, ..., then the threads' sums in a fixed order.
+// A block takes a replica: thread t adds up the partial sums t, t + T, ..., then the threads' sums are added in a fixed
+// order.
 constexpr int total_threads = 256;
 __global__ void __launch_bounds__(total_threads)
     add_partials_kernel(double* __restrict__ kl, size_t kl_stride, const float* __restrict__ partial, int blocks,
@@ -350,57 +353,7 @@ __global__ void __launch_bounds__(total_threads)
   if (threadIdx.x == 0) kl[kl_stride * r] = add ? kl[kl_stride * r] + sum : sum;
 }
 
-// ------------------------------------------------------------------------------------------------------ once a stage
-// L = diag(L_ii) R, R with a diagonal of ones: L^-1 = R^-1 diag(1 / L_ii), a column a lane. R^-1 is kept in shared
-// memory, in double.
-__global__ void __launch_bounds__(simt::warp_size, 1)
-    cholesky_invert_kernel(float* __restrict__ inverse, const float* __restrict__ factor, size_t factor_stride, int d) {
-  SIMT_DYNAMIC_SHARED(double, x);  // [d][d]
-  const size_t at = factor_stride * simt::row() + size_t(blockIdx.x) * packed(d);
-  factor += at, inverse += at;
-  for (int j = simt::lane_id(); j < d; j += simt::warp_size) {
-    const double scale = exp(-double(factor[diagonal(j)]));
-    x[j * d + j] = 1;
-    inverse[diagonal(j)] = float(scale);
-    for (int i = j + 1; i < d; i++) {
-      double sum = 0;
-      for (int k = j; k < i; k++) sum -= double(factor[packed(i) + k]) * x[k * d + j];
-      x[i * d + j] = sum;
-      inverse[packed(i) + j] = float(sum * scale);
-    }
-  }
-}
-
-__global__ void cholesky_from_diagonal_kernel(float* __restrict__ factor, size_t factor_stride,
-                                              const float* __restrict__ log_std, size_t sd_stride, int rows, int d) {
-  const int item = simt::thread_item(), b = item / d, i = item - b * d;
-  if (item >= rows) return;
-  float* __restrict__ to = factor + factor_stride * simt::row() + size_t(b) * packed(d) + packed(i);
-  for (int j = 0; j < i; j++) to[j] = 0;
-  to[i] = log_std[sd_stride * simt::row() + item];
-}
-
-__global__ void cholesky_marginals_kernel(float* __restrict__ log_std, size_t sd_stride,
-                                          const float* __restrict__ factor, size_t factor_stride, int rows, int d) {
-  const int item = simt::thread_item(), b = item / d, i = item - b * d;
-  if (item >= rows) return;
-  const float* __restrict__ from = factor + factor_stride * simt::row() + size_t(b) * packed(d) + packed(i);
-  float sum = 1;
-  for (int j = 0; j < i; j++) sum = fmaf(from[j], from[j], sum);
-  log_std[sd_stride * simt::row() + item] = from[i] + 0.5f * logf(sum);
-}
-
 // --------------------------------------------------------------------------------------------------------- launching
-void check_blocks(const char* who, int blocks, int d, int replicas) {
-  if (blocks < 1 || d < 1 || d > largest_block || replicas < 1)
-    throw InputError(std::string(who) + ": " + std::to_string(replicas) + " replicas of " + std::to_string(blocks) +
-                     " blocks of " + std::to_string(d) + " weights (at most " + std::to_string(largest_block) + ")");
-}
-void check_stride(const char* who, const char* what, size_t stride, size_t count) {
-  if (stride < count)
-    throw InputError(std::string(who) + ": replicas' " + what + " of " + std::to_string(count) + " elements lie " +
-                     std::to_string(stride) + " apart");
-}
 void check_arrays(const char* who, const CholeskyArrays& a) {
   check_blocks(who, a.blocks, a.d, a.replicas);
   if (a.replicas == 1) return;
@@ -408,7 +361,7 @@ void check_arrays(const char* who, const CholeskyArrays& a) {
   check_stride(who, "factors", a.factor_stride, size_t(a.blocks) * packed(a.d));
 }
 
-// f.operator()<D>() for the kernel that has d.
+// Calls f.operator()<D>() with the D of the kernel for d.
 template <class F>
 void with_size(int d, F f) {
   if (d == 25) f.template operator()<25>();
@@ -476,33 +429,6 @@ void cholesky_kl(double* kl, size_t kl_stride, const CholeskyArrays& a, float* p
     simt::launch<cholesky_kl_kernel<D>>(shape_of<D>(a.blocks, a.replicas), stream, a, partial);
   });
   add_partials(kl, kl_stride, partial, a, false, stream);
-}
-
-void cholesky_invert(float* inverse, const float* factor, size_t factor_stride, int blocks, int d, int replicas,
-                     Stream stream) {
-  BATON_RANGE("cholesky_invert");
-  check_blocks("cholesky_invert", blocks, d, replicas);
-  if (replicas > 1) check_stride("cholesky_invert", "factors", factor_stride, size_t(blocks) * packed(d));
-  simt::launch<cholesky_invert_kernel>(simt::blocks(blocks, simt::warp_size, sizeof(double) * d * d, replicas), stream,
-                                       inverse, factor, factor_stride, d);
-}
-
-void cholesky_from_diagonal(float* factor, size_t factor_stride, const float* log_std, size_t sd_stride, int blocks,
-                            int d, int replicas, Stream stream) {
-  BATON_RANGE("cholesky_from_diagonal");
-  check_blocks("cholesky_from_diagonal", blocks, d, replicas);
-  if (replicas > 1) check_stride("cholesky_from_diagonal", "factors", factor_stride, size_t(blocks) * packed(d));
-  simt::launch<cholesky_from_diagonal_kernel>(simt::each(blocks * d, replicas), stream, factor, factor_stride, log_std,
-                                              sd_stride, blocks * d, d);
-}
-
-void cholesky_marginals(float* log_std, size_t sd_stride, const float* factor, size_t factor_stride, int blocks, int d,
-                        int replicas, Stream stream) {
-  BATON_RANGE("cholesky_marginals");
-  check_blocks("cholesky_marginals", blocks, d, replicas);
-  if (replicas > 1) check_stride("cholesky_marginals", "standard deviations", sd_stride, size_t(blocks) * d);
-  simt::launch<cholesky_marginals_kernel>(simt::each(blocks * d, replicas), stream, log_std, sd_stride, factor,
-                                          factor_stride, blocks * d, d);
 }
 
 }  // namespace baton

@@ -4,9 +4,9 @@
 // and the KL to a prior N(mu_0, L_0 L_0^T) of the same form:
 //   KL = 1/2 (|L_0^-1 L|_F^2 + |L_0^-1 (mu - mu_0)|^2 - d) + sum_i (ln L_0,ii - ln L_ii).
 //
-// A factor is stored packed, row-major: entry (i, j <= i) at i (i + 1) / 2 + j. The diagonal holds ln L_ii and what
-// lies below it the ratios L_ij / L_ii: a step of the optimizer then means the same for a wide and a narrow row.
-// `packed(d)` = d (d + 1) / 2.
+// A factor is stored packed, row-major: entry (i, j <= i) at i (i + 1) / 2 + j. The diagonal holds ln L_ii, and the
+// entries below it are the ratios L_ij / L_ii, so that a step of the optimizer has the same effect on wide and narrow
+// rows. `packed(d)` = d (d + 1) / 2.
 #pragma once
 #include "kernels/softmax_xent.h"
 #include "kernels/step_state.h"
@@ -25,7 +25,7 @@ struct CholeskyArrays {
   size_t stride;
   float* factor;
   const float* prior_factor;   // as factor
-  const float* prior_inverse;  // L_0^-1, packed, as it is (no logarithms, no ratios)
+  const float* prior_inverse;  // L_0^-1, packed, without logarithms and ratios
   float *factor_m, *factor_v;
   size_t factor_stride;
   int blocks, d, replicas;
@@ -35,8 +35,8 @@ struct CholeskyArrays {
 // normal4(states[r].noise, (g * blocks + b) * ceil(d / 4) + i / 4, stream_id, states[r].step).
 void cholesky_sample(float* w, size_t w_stride, const CholeskyArrays&, int groups, const StepState*, uint32_t stream_id,
                      Stream);
-// The same for predictions, `samples` draws of one replica: row s has draw number first_sample + s in place of the
-// step, group 0 and the given key, so draws do not depend on how many are made at once.
+// The same for predictions: `samples` draws of one replica. Row s has the draw's number first_sample + s in place of
+// the step, group 0 and the given key, so draws do not depend on how many are made at once.
 void cholesky_sample_draws(float* w, size_t w_stride, const float* mean, const float* factor, int blocks, int d,
                            int first_sample, int samples, Key, uint32_t stream_id, Stream);
 
@@ -46,18 +46,19 @@ void cholesky_sample_draws(float* w, size_t w_stride, const float* mean, const f
 //   dKL/dmu = S_0^-1 (mu - mu_0),  dKL/dL = tril(S_0^-1 L) - diag(1 / L_ii).
 // The KL before the step is added to kl[kl_stride * r] (+=). partial: scratch, [replicas][blocks]. A replica whose loss
 // was not finite (StepState::halted) is left as it is.
-// extra_factor_grad (may be null; laid out as factor, in its stored coordinates) is added to d data/d factor and
-// extra_mean_grad (may be null; laid out as mean) to d data/d mu: what the moments of cholesky_moments.h return. With
-// grad_w null there are only those.
+// extra_factor_grad (in the layout and the stored coordinates of factor) is added to d data/d factor, and
+// extra_mean_grad (in the layout of mean) to d data/d mu: the gradients that cholesky_moments.h computes. Either may be
+// null. grad_w may be null; then there are no others.
 void cholesky_step(const CholeskyArrays&, const float* grad_w, size_t w_stride, int groups, uint32_t stream_id,
                    const float* extra_mean_grad, const float* extra_factor_grad, const StepState*, double* kl,
                    size_t kl_stride, float* partial, Stream);
 
-// The KL alone: kl[kl_stride * r] = KL. The same scratch. 0 exactly but for rounding of off-diagonal terms (below 1e-6
-// nats a network) where posterior and prior are the same.
+// The KL alone: kl[kl_stride * r] = KL. The same scratch. Where posterior and prior are the same it is 0 but for the
+// rounding of off-diagonal terms (less than 1e-6 nats for a network).
 void cholesky_kl(double* kl, size_t kl_stride, const CholeskyArrays&, float* partial, Stream);
 
-// inverse = L^-1 (packed, plain) from a stored factor, in double: once a stage. inverse may not be factor.
+// inverse = L^-1 (packed, without logarithms and ratios) from a stored factor, computed in double. For once a stage.
+// inverse may not be factor.
 void cholesky_invert(float* inverse, const float* factor, size_t factor_stride, int blocks, int d, int replicas,
                      Stream);
 // factor = sigma I: the diagonal exp(log_std[sd_stride * r + b * d + i]), nothing below it.

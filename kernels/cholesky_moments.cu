@@ -1,13 +1,15 @@
-// The variances as one matrix product. With S = L L^T and the products of a patch's pixels, both packed,
-//   v[b,p][n] = sum_c sum_{j<=i} Q[b,p][c,ij] S'[n][c,ij],   Q_ij = patch_i patch_j,   S'_ij = S_ij (2 where j < i)
-// and back, with T = dL/dS':
-//   T = dv^T Q                     dL/dL_ij = 2 sum_k T_ik L_kj, T taken as symmetric, then the stored coordinates
-//   dQ = dv S'                     dL/dpatch_i = sum_j dQ_ij patch_j (twice for j = i), dQ taken as symmetric
-//   dL/dx of a pixel = the sum over the patches that it lies in: gathered, so no atomics.
-// Images are taken a few at a time and replicas in turn, in one workspace; patches are read again on the way back.
+// The variances are one matrix product. With S = L L^T and the products of a patch's pixels, both packed,
+//   v[b,p][n] = sum_c sum_{j<=i} Q[b,p][c,ij] S'[n][c,ij],   Q_ij = patch_i patch_j,   S'_ij = S_ij (2 S_ij where j <
+//   i)
+// and on the way back, with T = dL/dS':
+//   T = dv^T Q     dL/dL_ij = 2 sum_k T_ik L_kj with T as a symmetric matrix, then in the stored coordinates
+//   dQ = dv S'     dL/dpatch_i = sum_j dQ_ij patch_j (twice for j = i) with dQ as a symmetric matrix
+//   dL/dx of a pixel is the sum over the patches that contain it. It is gathered, so no atomics are needed.
+// A few images are computed at a time, and one replica after the other, in one workspace; patches are read again on the
+// way back.
 //
 // For B images of P outputs, C channels, N filters and D = d (d + 1) / 2: 2 B P C N D FLOPs forward, twice that and
-// 2 B P C d^2 backward; 4 B P C D bytes of products, written and read once forward, twice backward.
+// 2 B P C d^2 backward; 4 B P C D bytes of products, which are written and read once forward, twice backward.
 #include "kernels/cholesky_moments.h"
 
 #include <algorithm>
@@ -26,7 +28,7 @@ Patches patches_of(const ConvShape& s) {
 __host__ __device__ constexpr int at(int i, int j) { return i * (i + 1) / 2 + j; }  // j <= i
 __device__ __forceinline__ int symmetric_at(int i, int j) { return j <= i ? at(i, j) : at(j, i); }
 
-// The patch of one (image, output, channel), in that order: the item.
+// The patch of an item, which is an (image, output, channel), numbered in that order.
 __device__ __forceinline__ void load_patch(float* __restrict__ patch, const float* __restrict__ x, const Patches& s,
                                            int item) {
   const int c = item % s.in_channels, row = item / s.in_channels, outputs = s.out_height * s.out_width;
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(simt::warp_size)
   }
 }
 
-// dx of a pixel += what the patches that it lies in have for it.
+// Adds the gradients of the patches that contain a pixel to its dx.
 __global__ void gather_kernel(float* __restrict__ dx, const float* __restrict__ patch_gradient, Patches s) {
   const int item = simt::thread_item(), b = simt::row(), pixels = s.height * s.width;
   if (item >= s.in_channels * pixels) return;
@@ -86,7 +88,7 @@ __global__ void gather_kernel(float* __restrict__ dx, const float* __restrict__ 
   dx[size_t(b) * s.in_channels * pixels + item] += sum;
 }
 
-// Between [image][output][filter] and [image][filter][output].
+// planes [image][filter][output] from rows [image][output][filter], and the other way round.
 __global__ void to_planes_kernel(float* __restrict__ planes, const float* __restrict__ rows, int outputs, int filters) {
   const int item = simt::thread_item(), n = item / outputs, p = item - n * outputs;
   if (item >= outputs * filters) return;
@@ -100,7 +102,7 @@ __global__ void to_rows_kernel(float* __restrict__ rows, const float* __restrict
   rows[image + item] = planes[image + size_t(n) * outputs + p];
 }
 
-// A block's factor as it is, in shared memory.
+// Loads a block's factor L from its stored coordinates.
 __device__ __forceinline__ void load_factor(float* __restrict__ l, const float* __restrict__ stored, int d) {
   for (int i = simt::lane_id(); i < d; i += simt::warp_size) l[at(i, i)] = expf(stored[at(i, i)]);
   __syncthreads();
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(simt::warp_size)
   }
 }
 
-// A warp for every block or patch, with room for so many floats.
+// A warp for each of n items, with shared memory for `floats` floats.
 simt::Blocks one_warp_each(int n, int floats) { return simt::blocks(n, simt::warp_size, sizeof(float) * floats); }
 
 }  // namespace
@@ -218,7 +220,7 @@ void CholeskyMoments::backward(Device& device, Matrices x, const float* factor, 
       gemm(device, true, false, s.out_channels, columns, rows, {rows_, 0}, {products_, 0}, b == 0 ? 0.f : 1.f,
            {covariance_gradient_, 0}, 1);
       if (!dx.data) continue;
-      // The products' gradient takes the place of the products.
+      // The gradient of the products overwrites the products.
       gemm(device, false, false, rows, columns, s.out_channels, {rows_, 0}, {covariance_, 0}, 0, {products_, 0}, 1);
       simt::launch<patch_gradient_kernel>(one_warp_each(rows * s.in_channels, d + packed(d)), stream, patch_gradient_,
                                           static_cast<const float*>(products_), own_x, patches_of(s));

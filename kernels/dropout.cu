@@ -1,10 +1,10 @@
-// Dropout from a counter: one thread a Philox call, whose four words serve the elements j, q + j, 2q + j and 3q + j, so
-// that all reads and writes are contiguous.
+// Dropout from a counter. A thread makes one Philox call, whose four words are for the elements j, q + j, 2q + j and
+// 3q + j, so that all reads and writes are contiguous.
 //
 //   x[i] *= m / (1 - p),  m = [word >= p 2^32]   (in place)
 //
-// A product, not a select: what is not finite shows, dropped or not. 8 bytes an element, one product and a quarter of a
-// Philox call (about 25 integer operations). Deterministic.
+// This is a product and not a select, so that dropping does not hide an element that is not finite. An element takes 8
+// bytes, one product and a quarter of a Philox call (about 25 integer operations).
 #include "kernels/dropout.h"
 
 #include <cmath>
@@ -39,7 +39,7 @@ void dropout(float* x, size_t count, int replicas, float rate, const StepState* 
     throw InputError("dropout: x [" + std::to_string(replicas) + "][" + std::to_string(count) +
                      "], expected less than 2^33 elements a replica");
   if (rate == 0) return;
-  const uint32_t threshold = uint32_t(std::ceil(double(rate) * 0x1p32));  // word < p 2^32, in integers
+  const uint32_t threshold = uint32_t(std::ceil(double(rate) * 0x1p32));  // of words: p 2^32
   const float scale = float(1 / (1 - double(rate)));
   simt::launch<dropout_kernel>(simt::each(int(quarter), replicas), stream, x, count, int(quarter), threshold, scale,
                                states, stream_id, first_replica);

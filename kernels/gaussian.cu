@@ -1,7 +1,7 @@
 // KL of diagonal Gaussians fused with the optimizer over the flat store. A block takes a chunk of one replica's
-// parameters: it reads each of the eleven arrays once and writes seven, 72 bytes a parameter, two exponentials, and
-// adds the chunk's KL to a partial sum; a second kernel adds those up in a fixed order. At the start of a stage t = e =
-// 0 for every parameter, and the KL is 0 exactly.
+// parameters. It reads each of the eleven arrays once and writes seven, 72 bytes and two exponentials a parameter, and
+// writes the chunk's KL as a partial sum; a second kernel adds the partial sums up in a fixed order. At the start of a
+// stage t = e = 0 for every parameter, and the KL is exactly 0.
 #include "kernels/gaussian.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int chunk = 2048, threads = 256;
 
-// One replica's arrays at a piece, and the step's numbers.
+// The arrays of one replica, from a piece on.
 struct Piece {
   float *mean, *log_std, *variance;
   const float *prior_mean, *prior_log_std, *grad_variance;
@@ -62,7 +62,7 @@ __device__ __forceinline__ float step_one(const Piece& p, const Rates& s, int i,
   return divergence_of_scale(t, ratio) + 0.5f * away * pull;
 }
 
-// Which z element i of a piece has: a division that vectorises, exact for i below 2^20.
+// The number of the z that element i of a piece has. The division vectorises, and is exact for i below 2^20.
 struct ZIndex {
   float inverse;
   int width;
@@ -74,7 +74,7 @@ struct ZIndex {
 };
 __device__ __forceinline__ ZIndex z_index(const Run& run) { return {1.f / float(run.width), run.width, run.column}; }
 
-// groups: 0 where nothing has z, 1, or 2 for any number of them.
+// groups: 0 where nothing has z, 1 for one group, 2 for any number of them.
 template <ScaleRule rule, int groups>
 __global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ pieces, const StepState* states,
                                      Multipliers z, float* __restrict__ partial) {
@@ -92,7 +92,7 @@ __global__ void gaussian_step_kernel(GaussianArrays a, const Run* __restrict__ p
   } else if (groups == 1) {
     const float* __restrict__ grad = z.grad + z.grad_stride * r + run.first;
     const float* __restrict__ zs = z.z + z.z_stride * r + run.z_first;
-    if constexpr (simt::warp_size == 1) {  // whole rows, or whole z: loops of unit stride, without a gather
+    if constexpr (simt::warp_size == 1) {  // loops over whole rows, or the weights of a whole z, need no gather
       const int width = run.width, outer = count / width;
       for (int o = 0; o < outer; o++) {
         const int first = o * width;
@@ -182,10 +182,11 @@ __global__ void gaussian_kl_kernel(GaussianArrays a, const Run* __restrict__ pie
   if (threadIdx.x == 0) partial[size_t(gridDim.x) * r + blockIdx.x] = kl;
 }
 
-// Books the partial sums: one block a slot and replica. Thread t adds up its slot's of the pieces t, t + T, ..., then
-// the threads' sums are added in a fixed order.
-__global__ void __launch_bounds__(threads) book_kernel(KlAccumulator accumulator, const Run* __restrict__ pieces,
-                                                       const float* __restrict__ partial, int count) {
+// Adds the partial sums to the accumulator. A block takes a slot of a replica: thread t adds up those of the pieces t,
+// t + T, ... that belong to the slot, then the threads' sums are added in a fixed order.
+__global__ void __launch_bounds__(threads)
+    accumulate_kl_kernel(KlAccumulator accumulator, const Run* __restrict__ pieces, const float* __restrict__ partial,
+                         int count) {
   const int slot = blockIdx.x, r = simt::row();
   partial += size_t(count) * r;
   double sum = 0;
@@ -207,7 +208,7 @@ __global__ void multiply_kernel(float* __restrict__ w, size_t w_stride, const fl
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = zs[index(i)] * from[i];
 }
 
-// z by blocks: a warp adds up the `width` neighbouring weights of one z.
+// The gradient of a z that belongs to `width` neighbouring weights: a warp adds them up.
 __global__ void block_multiplier_kernel(float* __restrict__ dz, GaussianArrays a, Run run, Multipliers z,
                                         const StepState* states) {
   const int k = simt::warp_item(), q = simt::row(), r = q / z.groups, n = run.count / run.width;
@@ -231,7 +232,8 @@ __global__ void block_multiplier_kernel(float* __restrict__ dz, GaussianArrays a
   }
 }
 
-// z by columns: a block takes a strip of columns over a segment of rows; the segments are added up in their order.
+// The gradient of a z that belongs to a column: a block takes a strip of columns over a segment of rows, and a second
+// kernel adds the segments up in their order.
 constexpr int strip = 64, segment = 64;
 constexpr int strip_threads = simt::threads_per_block == 1 ? 1 : strip, own = strip / strip_threads;
 
@@ -298,7 +300,7 @@ __global__ void draw_gaussian_backward_kernel(GaussianArrays a, const float* __r
   a.grad_variance[at] = 0.5f * with_noise / sqrtf(a.variance[at]);
 }
 
-// A chunk a block: a return within a loop over threads would mask every store on the host.
+// A block takes a chunk, so that the loop has no branch: one would mask every store on the host.
 __global__ void point_step_kernel(GaussianArrays a, const StepState* __restrict__ states) {
   const int r = simt::row(), first = int(blockIdx.x) * chunk, n = min(chunk, a.count - first);
   const StepState& s = states[r];
@@ -360,9 +362,9 @@ void check_arrays(const char* who, const GaussianArrays& a) {
                      " parameters, " + std::to_string(a.stride) + " apart");
 }
 
-void book(KlAccumulator accumulator, Pieces pieces, const float* partial, int replicas, Stream stream) {
-  simt::launch<book_kernel>(simt::blocks(pieces.slots, threads, 0, replicas), stream, accumulator, pieces.table,
-                            partial, pieces.count);
+void accumulate_kl(KlAccumulator accumulator, Pieces pieces, const float* partial, int replicas, Stream stream) {
+  simt::launch<accumulate_kl_kernel>(simt::blocks(pieces.slots, threads, 0, replicas), stream, accumulator,
+                                     pieces.table, partial, pieces.count);
 }
 
 }  // namespace
@@ -405,7 +407,7 @@ void gaussian_step(const GaussianArrays& a, ScaleRule rule, Pieces pieces, const
   };
   if (rule == ScaleRule::adam) with_rule.template operator()<ScaleRule::adam>();
   else with_rule.template operator()<ScaleRule::natural>();
-  book(accumulator, pieces, partial, a.replicas, stream);
+  accumulate_kl(accumulator, pieces, partial, a.replicas, stream);
 }
 
 void gaussian_kl(KlAccumulator accumulator, const GaussianArrays& a, Pieces pieces, float* partial, Stream stream,
@@ -414,7 +416,7 @@ void gaussian_kl(KlAccumulator accumulator, const GaussianArrays& a, Pieces piec
   check_arrays("gaussian_kl", a);
   simt::launch<gaussian_kl_kernel>(simt::blocks(pieces.count, threads, 0, a.replicas), stream, a, pieces.table, z,
                                    partial);
-  book(accumulator, pieces, partial, a.replicas, stream);
+  accumulate_kl(accumulator, pieces, partial, a.replicas, stream);
 }
 
 void multiply_weights(float* w, size_t w_stride, const GaussianArrays& a, Pieces pieces, const Multipliers& z,

@@ -1,17 +1,17 @@
-// Max pooling with windows of 2x2 or 3x3 (overlapping) at stride 2, floor mode, no padding; and ReLU.
+// Max pooling with windows of 2x2 or 3x3 (overlapping) at stride 2, without padding; and ReLU.
 //
 //   y[p][r][c] = max of x[p][2r + i][2c + j], i, j < window;  which = i window + j of the first maximum
 //   dx = sum over the windows that an input is in of (which says so ? dy : 0)                          (=, all written)
 //   relu: y = x <= 0 ? 0 : x,  dx = y <= 0 ? 0 : dy
 //
-// A NaN in a window wins (the last one), and ReLU passes a NaN on, as in PyTorch. Layouts: x, dx [planes][h][w];
-// y, dy, which [planes][oh][ow]. A block takes a run of rows, and `cols` threads side by side (a power of two) take the
-// columns of one: neighbours touch neighbours, small planes fill warps too, and the CPU sees unit-stride loops. Selects
-// are arithmetic: random data would mispredict branches. Backward is in gather form: a thread makes the 2x2 patch of
-// inputs at (2r, 2c), which lies in window (r, c) and, for 3x3, also in those to its left, above, and above left,
-// summed in that order. No atomics: every run gives the same bits.
-// Traffic an output: forward reads 16 B and writes 5 B, backward reads 5 B and writes 16 B (for 3x3 too, where what
-// windows share comes from L1). 3 compares an output for 2x2, 8 for 3x3. ReLU: 8 B and 12 B an element.
+// A NaN in a window wins (the last one of several), and ReLU passes a NaN on, as in PyTorch. Layouts: x, dx
+// [planes][h][w]; y, dy, which [planes][oh][ow]. A block takes a run of rows, and `cols` neighbouring threads (a power
+// of two) take the columns of a row: neighbours read neighbours, small planes fill warps too, and on the CPU the loops
+// have unit stride. Selects are arithmetic, for random data would mispredict branches. The way back gathers: a thread
+// computes the 2x2 patch of inputs at (2r, 2c), which lies in window (r, c) and, for 3x3, also in those to its left,
+// above, and above left, which are added in that order. There are no atomics, so every run gives the same bits. Bytes
+// of an output: forward 16 read and 5 written, backward 5 read and 16 written (for 3x3 too, where what windows share
+// comes from L1). Comparisons: 3 for 2x2, 8 for 3x3. ReLU: 8 bytes an element, backward 12.
 #include "kernels/maxpool.h"
 
 namespace baton {
@@ -19,18 +19,19 @@ namespace {
 
 constexpr int rows_per_block = 32;
 constexpr int strip = simt::warp_size == 1 ? 64 : 1;  // columns that a thread takes at a time
-constexpr int nobody = 255;                           // `which` of a window that is not there; n | nobody == nobody
+constexpr int nobody = 255;                           // `which` of a window that does not exist; n | nobody == nobody
 
 struct Plane {
   int h, w, oh, ow;
-  int rows;  // of all planes together: the rows that the kernel walks through
-  int cols;  // threads side by side
+  int rows;  // of all planes together, which the kernel goes through
+  int cols;  // neighbouring threads that take a row
 };
 
-// Threads of a block as rows of `cols` neighbours; on the CPU one thread does all columns, and must be seen to.
+// A block's threads are rows of `cols` neighbours. On the CPU one thread takes all columns, and the compiler must see
+// it.
 __device__ __forceinline__ int columns_of(Plane s) { return simt::warp_size == 1 ? 1 : s.cols; }
 
-// Takes a challenger in when it beats the value so far. A NaN beats everything, and nothing but a NaN beats it.
+// Replaces the value when the challenger v beats it. A NaN beats everything, and only a NaN beats a NaN.
 __device__ __forceinline__ void challenge(float& value, int& place, float v, int p) {
   const int wins = (v > value) | (v != v);
   value = wins ? v : value;
@@ -68,8 +69,8 @@ __global__ void forward(float* __restrict__ y, uint8_t* __restrict__ which, cons
 // The gradient that a window hands to the input at `place`, if that input won it.
 __device__ __forceinline__ float won(float dy, int which, int place) { return which == place ? dy : 0.f; }
 
-// f(c, inside, after) for this thread's columns c of [0, patches): inside says whether a window starts at c, after
-// whether one starts at c - 1. On the CPU the conditions are settled before the loop, which then vectorises.
+// Calls f(c, inside, after) for this thread's columns c of [0, patches): inside says whether a window starts at c,
+// after whether one starts at c - 1. On the CPU these are constants of the loop, which then vectorises.
 template <class F>
 __device__ __forceinline__ void each_column(int t, int cols, int patches, int ow, F f) {
   if constexpr (simt::warp_size == 1) {
@@ -93,7 +94,7 @@ __global__ void backward(float* __restrict__ dx, const float* __restrict__ dy, c
   const int last = min(first + rows_per_block, s.rows), patches = (s.w + 1) / 2, patch_rows = (s.h + 1) / 2;
   for (int row = first + t / cols; row < last; row += int(blockDim.x) / cols) {
     const int plane = row / patch_rows, r = row - plane * patch_rows;
-    // The windows of this row of patches and of the one above. Absent windows are won by nobody.
+    // The windows of this row of patches and of the one above. No input wins a window that does not exist.
     const bool here = r < s.oh, above = window == 3 && r > 0, two = 2 * r + 1 < s.h;
     const size_t low = (size_t(plane) * s.oh + (here ? r : 0)) * s.ow;
     const size_t high = (size_t(plane) * s.oh + (above ? r - 1 : 0)) * s.ow;
@@ -137,7 +138,7 @@ __global__ void relu_gradient(float* dx, const float* dy, const float* __restric
   dx[i] = y[i] <= 0.f ? 0.f : dy[i];
 }
 
-// The launch of a kernel that walks through rows of `width` columns.
+// The shape for a kernel that goes through the planes' rows, or with `patches` through rows of 2x2 patches.
 Plane plane_of(const char* who, int planes, int h, int w, int window, bool patches) {
   std::string shape;
   for (int n : {planes, h, w}) shape.append("[").append(std::to_string(n)).append("]");

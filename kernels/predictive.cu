@@ -4,21 +4,21 @@
 //   H[p_s] = ln z_s - sum_c p_sc (x_sc - m_s)                        never negative: both terms are >= 0
 //   probability_sum += sum_s p_s,  entropy_sum += sum_s H[p_s]       (+=, s ascending)
 //   p = probability_sum / S,  entropy = -sum_c p_c ln p_c,  mutual information = max(0, entropy - entropy_sum / S)
-//   square_sum += sum_s sum_c p_sc^2                                 at most S, rounding or not: exp^2 <= exp <= z_s
+//   square_sum += sum_s sum_c p_sc^2                                 at most S even with rounding: exp^2 <= exp <= z_s
 //   aleatoric = 1 - square_sum / S,  epistemic = max(0, square_sum / S - sum_c p_c^2), which is 0 for S = 1
 //
-// Layouts: logits [samples][batch][classes]; probabilities [batch][classes]; entropies [batch]. One warp a batch row,
-// which walks through its samples in order: one sum, one order, the same bits in every run and however the samples are
-// cut into calls. A NaN among the logits of a row makes its outputs NaN. The variances have kernels of their own
-// (`squares`), so that whoever does not ask for them pays nothing.
-// Traffic: accumulate reads 4 B a logit (twice, the second time from L1) and 8 B of sums per class; 2 exp and about
-// 10 FLOP a logit, 12 with squares. finish reads and writes 4 B a class; 1 log a class.
+// Layouts: logits [samples][batch][classes]; probabilities [batch][classes]; entropies [batch]. A warp takes a row of
+// the batch and goes through its samples in order, so the bits are the same in every run, and for every division of the
+// samples into calls. A NaN among the logits of a row makes its outputs NaN. The variances are computed by instances of
+// the kernels of their own (`squares`), so that they cost nothing where they are not asked for.
+// Bytes: accumulate reads 4 a logit (twice, the second time from L1) and 8 of sums a class; finish reads and writes 4 a
+// class. FLOPs: accumulate 2 exp and about 10 more a logit, 12 with squares; finish 1 log a class.
 #include "kernels/predictive.h"
 
 namespace baton {
 namespace {
 
-template <int fixed, bool squares>  // fixed: the number of classes when it is known at compile time, else 0
+template <int fixed, bool squares>  // fixed: the number of classes where it is known at compile time, else 0
 __global__ void accumulate(float* __restrict__ probability_sum, float* __restrict__ entropy_sum,
                            float* __restrict__ square_sum, const float* __restrict__ logits, int samples, int batch,
                            int any_classes) {
@@ -54,7 +54,7 @@ __global__ void accumulate(float* __restrict__ probability_sum, float* __restric
   }
 }
 
-// probability may be probability_sum: a thread reads an element before it writes it, and nobody else does either.
+// probability may be probability_sum: only one thread reads and writes an element, and it reads first.
 template <bool squares>
 __global__ void finish(float* probability, float* __restrict__ entropy, float* __restrict__ mutual_information,
                        float* __restrict__ variances, const float* probability_sum,
@@ -81,7 +81,7 @@ __global__ void finish(float* probability, float* __restrict__ entropy, float* _
     mutual_information[row] = information < 0.f ? 0.f : information;
     if constexpr (squares) {
       const float mean_square = square_sum[row] / n;
-      // One sample has nothing to vary: the two sums are the same but for the order of their terms. (0 * NaN is NaN.)
+      // With one sample the two sums are the same but for the order of their terms. 0 * NaN stays NaN.
       const float epistemic = samples == 1 ? 0.f * square : mean_square - square;
       variances[row] = 1.f - mean_square;
       variances[size_t(batch) + row] = epistemic < 0.f ? 0.f : epistemic;

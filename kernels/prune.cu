@@ -1,10 +1,10 @@
-// Scores for pruning, and pruning: elementwise over stretches of the flat store, one launch a stretch; not for every
-// step.
+// Scores for pruning, and pruning: elementwise over stretches of the flat store, with a launch for each stretch. Not
+// meant for every step.
 //
 //   signal_to_noise: score = |mean| / sd, infinite where sd = 0;  magnitude: score = |mean|;  -1 where mean = sd = 0
 //
-// Scores: 12 bytes and 4 FLOPs a weight (8 bytes and 1 without sd); pruning: 1 byte read a weight, 8 written where it
-// is pruned. Writes =, deterministic.
+// A score takes 12 bytes and 4 FLOPs, or 8 bytes and 1 FLOP without sd. Pruning reads a byte for each weight, and
+// writes 8 for each that is pruned.
 #include "kernels/prune.h"
 
 namespace baton {
@@ -16,7 +16,7 @@ __global__ void signal_kernel(float* __restrict__ score, const float* __restrict
   const int i = simt::thread_item();
   if (i >= n) return;
   const float size = fabsf(mean[i]), noise = sd[i];
-  const float alone = size == 0.f ? -1.f : INFINITY;  // where there is no noise; not a NaN of 0 / 0
+  const float alone = size == 0.f ? -1.f : INFINITY;  // the score where there is no noise, in place of 0 / 0
   score[i] = noise == 0.f ? alone : size / noise;
 }
 
@@ -54,7 +54,7 @@ __global__ void zero_kernel(float* __restrict__ w, size_t stride, const float* _
   if (i < n && kept[i] == 0.f) w[stride * simt::row() + i] = 0;
 }
 
-// f(place in the store, place in the scores, count) for every stretch.
+// Calls f(place in the store, place in the scores, count) for every stretch.
 template <class F>
 void each_stretch(const char* who, const std::vector<Stretch>& stretches, F f) {
   for (const Stretch& s : stretches)

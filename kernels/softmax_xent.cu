@@ -4,13 +4,14 @@
 //   dx_c = scale (exp(x_c - m) / sum - [c = label])             (=, not +=)
 //   hit  = 1 when no class beats the label: x_label > x_c for c < label, x_label >= x_c for c > label
 //
-// Layouts: logits, dlogits [replicas][batch][classes]; labels, loss, hit [replicas][batch]; all rows are alike, so the
-// two leading axes are one. dlogits must not overlap logits. A row with a NaN, an infinite maximum or a label outside
-// [0, classes) has a NaN loss (and the totals then report its step); a row with a NaN hits nothing.
-// One warp a row; dlogits holds the exponentials between the two passes. No atomics: every run gives the same bits.
-// Traffic of a call: 4 B (read) + 4 B (written) a logit and 12 B a row; 1 exp and about 8 FLOP a logit.
+// Layouts: logits, dlogits [replicas][batch][classes]; labels, loss, hit [replicas][batch]. The two leading axes are
+// treated as one. dlogits must not overlap logits. A row with a NaN, an infinite maximum or a label outside [0,
+// classes) has the loss NaN, and the totals then report its step; a row with a NaN has hit = 0. A warp takes a row;
+// dlogits holds the exponentials between the two passes. There are no atomics, so every run gives the same bits. A call
+// reads 4 and writes 4 bytes a logit, and 12 bytes a row; 1 exp and about 8 FLOPs a logit.
 //
-// add_to_totals: one block a replica; double partial sums, thread t over b = t, t + T, ..., then a fixed tree. (+=)
+// add_to_totals: a block takes a replica. Thread t sums b = t, t + T, ... in double, then a fixed tree adds the
+// threads' sums.
 #include "kernels/softmax_xent.h"
 
 #include <initializer_list>
@@ -20,7 +21,7 @@
 namespace baton {
 namespace {
 
-// `fixed` is the number of classes when it is known at compile time, else 0.
+// fixed: the number of classes where it is known at compile time, else 0.
 template <int fixed, bool gradient>
 __global__ void softmax_xent(float* __restrict__ loss, float* __restrict__ hit, float* __restrict__ dlogits,
                              const float* __restrict__ logits, const int32_t* __restrict__ labels, int rows,
@@ -48,7 +49,7 @@ __global__ void softmax_xent(float* __restrict__ loss, float* __restrict__ hit, 
   SIMT_SIMD(reduction(+ : sum))
   for (int c = lane; c < classes; c += simt::warp_size) {
     const float e = expf(x[c] - top);
-    if constexpr (gradient) dx[c] = e;  // the thread that writes it reads it
+    if constexpr (gradient) dx[c] = e;  // the same thread reads it below
     sum += e;
   }
   sum = simt::warp_sum(sum);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(totals_threads)
     to.hits += hits;
     to.examples += batch;
     to.steps += 1;
-    // Finite floats cannot overflow a double, so the sum is finite exactly when every loss is.
+    // A sum of finite floats cannot overflow a double, so the sum is finite exactly when every loss is.
     if (!(fabs(losses) < INFINITY) && to.nonfinite_step == 0) {
       to.nonfinite_step = int32_t(states[replica].step);
       states[replica].halted = to.nonfinite_step;

@@ -11,15 +11,15 @@ namespace baton {
 void softmax_cross_entropy(float* loss, float* hit, float* dlogits, const float* logits, const int32_t* labels,
                            int replicas, int batch, int classes, float scale, Stream, bool shared_labels = false);
 
-// What a stretch of training adds up, one a replica; the host reads and clears it once an epoch.
+// Totals of a replica over many steps. The host reads and clears them once an epoch.
 struct Totals {
   double loss, hits;  // sums over examples
   int64_t examples, steps;
   int32_t nonfinite_step;  // the first step (of the run, 1-based) whose loss was not finite; 0: none
   int32_t pad;
 };
-// Adds one batch to the totals, in a fixed order; `step` numbers come from the replica's StepState, which is halted
-// where the loss is not finite.
+// Adds one batch to the totals, in a fixed order. The number of a step that is not finite comes from the replica's
+// StepState, which is then halted.
 struct StepState;
 void add_to_totals(Totals* totals, const float* loss, const float* hit, StepState* states, int replicas, int batch,
                    Stream);

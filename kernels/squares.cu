@@ -1,11 +1,11 @@
-// Elementwise; 8 and 16 bytes an element, 1 and 3 FLOPs. square: =, fold_square_gradient: +=.
+// Elementwise. square takes 8 bytes and 1 FLOP an element, fold_square_gradient 16 bytes and 3 FLOPs.
 #include "kernels/squares.h"
 
 namespace baton {
 
 namespace {
 
-constexpr int row_length = 1 << 20;  // elements a grid row: indices stay in an int for any n
+constexpr int row_length = 1 << 20;  // elements of a grid row, so that an int can index any n
 
 __global__ void square_kernel(float* __restrict__ y, const float* __restrict__ x, size_t n) {
   const int i = simt::thread_item();

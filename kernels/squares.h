@@ -1,15 +1,15 @@
-// The squares that travel beside activations under local reparameterization, where no fused kernel makes them.
+// The squares of activations under local reparameterization, where no fused kernel makes them, and sums of squared
+// gradients for the Fisher information.
 #pragma once
 #include "engine/runtime.h"
 
 namespace baton {
 
 void square(float* y, const float* x, size_t n, Stream);  // y = x x
-// grad += 2 value grad_square: both paths of the gradient in one.
+// grad += 2 value grad_square: the gradient through the value and through its square together.
 void fold_square_gradient(float* grad, const float* value, const float* grad_square, size_t n, Stream);
 
-// What per-example curvature adds up, sum [n] (+=): rows of x [rows][n] in their order, or the squares of their
-// elements.
+// sum [n] += the rows of x [rows][n] in their order, or the squares of their elements: for per-example curvature.
 void accumulate_rows(float* sum, const float* x, int rows, int n, Stream);
 void accumulate_squared_rows(float* sum, const float* x, int rows, int n, Stream);
 

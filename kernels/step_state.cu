@@ -1,9 +1,14 @@
-// Moves every replica's StepState on by one step: one thread a replica, first node of a captured step.
+// Updates every replica's StepState for the next step. A thread takes a replica; it is the first node of a captured
+// step.
 //
-//   t = steps of this stage, s = steps it will have, p = (t - 1) / s in [0, 1)
-//   step size = base * {1 | 1 - p | (1 + cos(pi p)) / 2 | decay^floor((t - 1) / n)}       constant, linear, cosine,
-//   steps Adam's corrections 1 / (1 - beta^t), with t restarted at every stage (Kochurov et al., section 5: the
-//   optimizer's state is reset before each stage) unless steps_before says that the optimizer goes on
+//   t = steps of this stage so far, s = steps that it will have, p = (t - 1) / s in [0, 1)
+//   step size = base * factor, where factor is
+//     constant  1
+//     linear    1 - p
+//     cosine    (1 + cos(pi p)) / 2
+//     steps     decay^floor((t - 1) / n)
+//   Adam's corrections are 1 / (1 - beta^t): t starts anew with every stage, as the optimizer's state is reset before
+//   each stage (Kochurov et al. 2018, section 5), unless steps_before is not 0 and the optimizer goes on.
 #include "kernels/step_state.h"
 
 namespace baton {

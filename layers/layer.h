@@ -1,107 +1,130 @@
-// What the layers share. A layer owns its activations and their gradients, knows where its tensors lie in the flat
-// store, and writes its forward and backward pass out; the weights themselves are the posterior's
-// (layers/posteriors/posterior.h).
+// What the layers share. A layer owns its activations and their gradients, and knows where its tensors lie in the flat
+// store. It can do a few things by hand: its product, what follows the product (bias, noise, ReLU, pooling), and both
+// on the way back. How its weights enter the product is the business of an Estimator (layers/estimators.h), which a
+// posterior or a plain array of weights supplies.
 #pragma once
+#include <memory>
 #include <string>
 
 #include "engine/blas.h"
 #include "engine/store.h"
 #include "kernels/bgd.h"
-#include "kernels/cholesky.h"
 #include "kernels/local_reparam.h"
 
 namespace baton {
 
-// The weights of every replica: [replicas][stride]. variance null: a point posterior (or given draws of the weights).
-// draw [replicas * groups][draw_stride], the same offsets: this step's draws, for the layers that use them (see Draws).
-struct WeightsView {
-  const float* mean;
-  const float* variance;
-  size_t stride;
-  const float* draw = nullptr;
-  size_t draw_stride = 0;
-  const float* factor = nullptr;  // CFG: the Cholesky factors, where layers use their exact moments
-  size_t factor_stride = 0;
-  int first_draw = 0;  // replica r is draw first_draw + r of the step: what else is random (dropout) goes by it
-};
-// Gradients of the mean cross-entropy, same layouts; written (=), not added to. variance null for a point posterior.
-// squares (a point posterior, one replica): the backward pass adds (+=) to it the squares of every *example's* gradient
-// of the weights, and writes no gradients: sums over examples of (dl_n/dw)^2 (kernels/squares.h).
-struct GradientsView {
-  float* mean;
-  float* variance;
-  size_t stride;
-  float* draw = nullptr;
-  size_t draw_stride = 0;
-  float* squares = nullptr;
-  float* factor = nullptr;  // added to (+=): zero it before the backward pass
-  // Where every replica is a draw of one posterior (LayerContext::moments): the backward pass writes the moments of the
-  // draws' gradients, and no gradients; `mean` may be null.
-  Moments moments{};
-  DrawnPass pass{};
-};
-
-// Which weights are drawn once a step (and group of examples) instead of through local reparameterization.
-enum class Draws {
-  none,
-  convolutions,  // weights and biases of convolutions are draws (CFG)
-  means,         // the means of all weights are draws, z mu; their sigma^2 go through local reparameterization (MNF)
-};
-
-// A layer's input or output: `size` floats an example; the next replica's lies `stride` floats on (0: shared by all).
+// A layer's input or output: `size` floats an example; the next row's lies `stride` floats on (0: shared by all rows).
 struct Activation {
   Signal signal;
   size_t size = 0, stride = 0;
 };
 
-// Where the Cholesky factors of a layout's convolutions lie: a tensor [filters, channels, d (d + 1) / 2] for each of
-// four extents, in their order.
-inline ParameterLayout factor_layout(const ParameterLayout& layout) {
-  ParameterLayout factors;
-  for (const TensorSpec& t : layout.tensors())
-    if (t.shape.size() == 4)
-      factors.add(t.name, {t.shape[0], t.shape[1], packed(int(t.shape[2] * t.shape[3]))}, t.fan_in, false);
-  return factors;
-}
+// One pass through a network. states: [rows], or null where nothing is random. first_draw: row r is draw first_draw + r
+// of the step, which the noise of weights and of dropout is counted by.
+struct Pass {
+  const StepState* states = nullptr;
+  int first_draw = 0;
+};
 
+class Linear;
+class Estimator;
+struct LayerContext;
+
+// Where the weights of a network come from: a posterior, or an array (PointWeights).
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  // The estimator of one layer. It keeps the addresses of the weights, which must not move.
+  virtual std::unique_ptr<Estimator> make_estimator(Linear&, const LayerContext&) = 0;
+};
+
+// What a network is prepared for: `rows` networks side by side (replicas of a training, or draws of the weights), each
+// with `batch` examples.
 struct LayerContext {
   Device& device;
   Arena& arena;
-  int replicas, batch;
-  bool sampled;   // local reparameterization: the layer keeps variances and passes squares on
-  bool training;  // a backward pass will follow
-  Draws draws = Draws::none;
-  int groups = 1;                // of a replica's batch, each with draws of its own; divides the batch
-  bool channel_moments = false;  // CFG by local reparameterization with the exact marginal moments, nothing drawn
-  bool moments = false;          // replicas are draws, whose gradients' moments are wanted (GradientsView::moments)
-  bool convolutions_sampled() const { return sampled && draws != Draws::convolutions; }
-};
-
-// Takes the buffers of an activation: squares, and their gradient, where the next layer samples (square); gradients
-// where a backward pass follows.
-inline Activation take_activation(const LayerContext& c, size_t size, bool square, bool gradient) {
-  Activation a;
-  a.size = size;
-  a.stride = size * c.batch;
-  const size_t count = a.stride * c.replicas;
-  a.signal.value = c.arena.take<float>(count);
-  if (square) a.signal.square = c.arena.take<float>(count);
-  if (gradient) a.signal.grad = c.arena.take<float>(count);
-  if (gradient && square) a.signal.grad_square = c.arena.take<float>(count);
-  return a;
-}
-
-// How a layer's rows lie when each group of examples has weights of its own: R replicas of B examples are R * groups
-// rows of B / groups, the same memory.
-struct Rows {
+  WeightSource& weights;
   int rows, batch;
+  bool training;              // a backward pass will follow
+  bool shared_input = false;  // one batch serves all rows
 };
-inline Rows rows_of(const LayerContext& c, bool drawn) {
-  if (!drawn) return {c.replicas, c.batch};
-  if (c.groups < 1 || c.batch % c.groups != 0)
-    throw InputError("a batch of " + std::to_string(c.batch) + " does not divide into " + std::to_string(c.groups) +
-                     " groups");
-  return {c.replicas * c.groups, c.batch / c.groups};
-}
+
+// The rows of one layer's product: where each group of a row's examples has weights of its own (the draws of CFG and
+// MNF), R rows of B examples are R * groups rows of B / groups, in the same memory.
+struct Rows {
+  int count, batch;
+};
+Rows split_rows(const LayerContext&, int groups);  // InputError where the batch does not divide
+
+// Takes the buffers of an activation: squares, and their gradient, where the next layer reads them; gradients where a
+// backward pass follows.
+Activation take_activation(const LayerContext&, size_t size, bool squares, bool gradients);
+
+// y = x W for a fixed number of rows and of examples a row; and the two products of the way back.
+class Product {
+ public:
+  virtual ~Product() = default;
+  virtual void forward(Device&, Matrices x, Matrices w, MutableMatrices y) const = 0;
+  virtual void backward_data(Device&, Matrices dy, Matrices w, MutableMatrices dx) const = 0;
+  virtual void backward_weights(Device&, Matrices x, Matrices dy, MutableMatrices dw) const = 0;
+};
+
+// A dense layer or a convolution: out = pool?(relu?(x W + b)).
+class Linear {
+ public:
+  virtual ~Linear();
+  const std::string& name() const { return name_; }
+  int weight() const { return weight_; }  // the numbers of its tensors in the layout
+  int bias() const { return weight_ + 1; }
+  size_t weight_at() const { return weight_at_; }  // where they lie in a row of the store
+  size_t bias_at() const { return bias_at_; }
+
+  // Takes the buffers. squares: the next layer reads the squares of the output.
+  void prepare(const LayerContext&, bool squares);
+  bool reads_squares() const;
+  void forward(const Activation& x, const Pass&);
+  // From output().signal.grad (and grad_square where squares are read) to the gradients of the weights and of x:
+  // x.signal.grad and grad_square are written when not null.
+  void backward(const Activation& x, const Pass&);
+  const Activation& output() const { return y_; }
+
+  // ---- what estimators build on. Pre-activations are [rows][batch][...], `pre_stride` floats a row.
+  Device& device() const { return *device_; }
+  size_t pre_stride() const { return pre_stride_; }
+  float* mean() const { return m_; }
+  float* variance() const { return v_; }
+  float* mean_gradient() const { return dm_; }
+  float* variance_gradient() const { return dv_; }
+  virtual std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const = 0;
+  // From the pre-activations to the output. Rows: those of the bias and of the noise.
+  virtual void activate(Bias, Rows, const Pass&) = 0;
+  // From the output's gradients to those of the pre-activations.
+  virtual void activate_backward(Rows, const Pass&) = 0;
+  // Sums of the pre-activations' gradients over the examples of each row; `variance` may be null.
+  virtual void bias_gradient(float* mean, float* variance, size_t stride, Rows) = 0;
+  // Rows are draws of the weights: adds the moments of their gradients (kernels/bgd.h).
+  virtual void take_moment_buffers(const LayerContext&) = 0;
+  virtual void add_moments(const Moments&, const DrawnPass&, const Activation& x, const Pass&) = 0;
+  // One row: adds the squares of every single example's gradient to `squares`, laid out like the store.
+  virtual void take_square_buffers(const LayerContext&) = 0;
+  virtual void add_squares(float* squares, const Activation& x) = 0;
+
+ protected:
+  // Adds `name`.weight and `name`.bias to the layout. stream_id: the layer's noise stream.
+  Linear(ParameterLayout&, std::string name, std::vector<int64_t> weight_shape, int fan_in, uint32_t stream_id);
+  virtual void take_buffers(const LayerContext&, bool noisy, bool squares) = 0;
+
+  std::string name_;
+  int weight_;
+  size_t weight_at_, bias_at_;
+  uint32_t stream_id_;
+  Activation y_;
+  size_t pre_stride_ = 0;
+  float *m_ = nullptr, *v_ = nullptr, *dm_ = nullptr, *dv_ = nullptr;
+
+ private:
+  Device* device_ = nullptr;
+  std::unique_ptr<Estimator> estimator_;
+};
 
 }  // namespace baton

@@ -1,43 +1,54 @@
-#include "layers/lenet5.h"
+// LeNet-5-Caffe (Kochurov et al., table 1, with the pooling of stride 2 that its shapes demand):
+//
+//   1x28x28  conv1 5x5, 20, ReLU, max 2x2/2 -> 20x12x12  conv2 5x5, 50, ReLU, max 2x2/2 -> 50x4x4 = 800
+//            fc1 500, ReLU  fc2 classes
+//
+// 430,500 weights and 580 biases with ten classes.
+#include "layers/networks.h"
 
 namespace baton {
 
-LeNet5::LeNet5(int classes)
-    : classes_(classes),
-      conv1_(layout_, "conv1", 1, 28, 28, 20, 5, 0, Pooling::max2, stream_layers + 0),
-      conv2_(layout_, "conv2", 20, 12, 12, 50, 5, 0, Pooling::max2, stream_layers + 1),
-      fc1_(layout_, "fc1", 50 * 4 * 4, 500, true, stream_layers + 2),
-      fc2_(layout_, "fc2", 500, classes, false, stream_layers + 3) {}
+namespace {
 
-void LeNet5::prepare(const LayerContext& c, bool shared_input) {
-  LayerContext input = c;
-  if (shared_input) input.replicas = 1;
-  x_ = take_activation(input, 28 * 28, c.convolutions_sampled(), false);
-  if (shared_input) x_.stride = 0;
-  conv1_.prepare(c, c.convolutions_sampled());
-  conv2_.prepare(c, c.sampled);
-  fc1_.prepare(c, true);
-  fc2_.prepare(c, false);
-}
+class LeNet5 : public Network {
+ public:
+  explicit LeNet5(const NetworkSpec& spec)
+      : Network("lenet5", spec.image, spec.classes),
+        conv1_(add_convolution("conv1", 20, 5, 0, Pooling::max2)),
+        conv2_(add_convolution("conv2", 50, 5, 0, Pooling::max2)),
+        fc1_(add_dense("fc1", 500)),
+        fc2_(add_head("fc2")) {}
 
-void LeNet5::forward(Device& device, WeightsView w, const StepState* states) {
-  BATON_RANGE("forward");
-  conv1_.forward(device, w, x_, states);
-  conv2_.forward(device, w, conv1_.output(), states);
-  fc1_.forward(device, w, conv2_.output(), states);
-  fc2_.forward(device, w, fc1_.output(), states);
-}
+  void forward(const Pass& pass) override {
+    BATON_RANGE("forward");
+    conv1_.forward(input(), pass);
+    conv2_.forward(conv1_.output(), pass);
+    fc1_.forward(conv2_.output(), pass);
+    fc2_.forward(fc1_.output(), pass);
+  }
 
-void LeNet5::backward(Device& device, WeightsView w, GradientsView g, const StepState* states) {
-  BATON_RANGE("backward");
-  fc2_.backward(device, w, g, fc1_.output(), states);
-  fc1_.backward(device, w, g, conv2_.output(), states);
-  conv2_.backward(device, w, g, conv1_.output(), states);
-  conv1_.backward(device, w, g, x_, states);
-}
+  void backward(const Pass& pass) override {
+    BATON_RANGE("backward");
+    fc2_.backward(fc1_.output(), pass);
+    fc1_.backward(conv2_.output(), pass);
+    conv2_.backward(conv1_.output(), pass);
+    conv1_.backward(input(), pass);
+  }
 
-std::vector<NamedActivation> LeNet5::activations() const {
-  return {{"conv1", conv1_.output()}, {"conv2", conv2_.output()}, {"fc1", fc1_.output()}, {"fc2", fc2_.output()}};
-}
+ private:
+  Conv2d &conv1_, &conv2_;
+  Dense &fc1_, &fc2_;
+};
+
+}  // namespace
+
+extern const NetworkKind lenet5_kind;
+const NetworkKind lenet5_kind{
+    "lenet5",
+    {1, 28, 28},
+    false,
+    {},
+    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<LeNet5>(spec); },
+    nullptr};
 
 }  // namespace baton

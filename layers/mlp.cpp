@@ -1,61 +1,55 @@
-#include "layers/mlp.h"
+// The multilayer perceptron of Zeno et al. 2018 (MNIST: 784-h-h-10): fc1, ReLU, fc2, ReLU, ..., output layer.
+#include <cmath>
+
+#include "layers/networks.h"
 
 namespace baton {
 
 namespace {
 
-std::string name_of(int in, const std::vector<int>& hidden, int classes) {
-  std::string name = "mlp-" + std::to_string(in);
-  for (int width : hidden) name += "-" + std::to_string(width);
-  return name + "-" + std::to_string(classes);
+std::string name_layers(const NetworkSpec& spec) {  // "mlp-784-400-400-10"
+  std::string name = "mlp-" + std::to_string(spec.image.size());
+  for (const json& width : spec.options["hidden"]) name += "-" + width.dump();
+  return name + "-" + std::to_string(spec.classes);
+}
+
+class Mlp : public Network {
+ public:
+  explicit Mlp(const NetworkSpec& spec) : Network(name_layers(spec), spec.image, spec.classes) {
+    const std::vector<int> hidden = spec.options["hidden"];
+    if (hidden.empty() || hidden.size() > 16) throw InputError("an mlp has 1 to 16 hidden layers");
+    for (size_t i = 0; i < hidden.size(); i++) add_dense("fc" + std::to_string(i + 1), hidden[i]);
+    add_head("fc" + std::to_string(hidden.size() + 1));
+  }
+};
+
+// Widths are the layers' first extents. A square number of inputs is taken for a grey image, 3,072 for a colour one.
+void recognise(const TensorShapes& shapes, NetworkSpec& spec) {
+  const auto weight = [&](int layer) {
+    const auto found = shapes.find("fc" + std::to_string(layer) + ".weight");
+    return found == shapes.end() || found->second.size() != 2 ? std::vector<int64_t>{} : found->second;
+  };
+  int layers = 0;
+  while (!weight(layers + 1).empty()) layers++;
+  const auto convolution = shapes.find("conv1.weight");
+  if (layers < 2 || (convolution != shapes.end() && convolution->second.size() == 4)) throw InputError("no mlp");
+  spec.options["hidden"] = json::array();
+  for (int i = 1; i < layers; i++) spec.options["hidden"].push_back(std::min<int64_t>(weight(i)[0], 1 << 20));
+  const int64_t in = weight(1)[1];
+  const int side = int(std::lround(std::sqrt(double(std::min<int64_t>(in, 1 << 20)))));
+  if (in == 3 * 32 * 32) spec.image = {3, 32, 32};
+  else if (int64_t(side) * side == in) spec.image = {1, side, side};
 }
 
 }  // namespace
 
-Mlp::Mlp(int in, std::vector<int> hidden, int classes)
-    : in_(in), classes_(classes), name_(name_of(in, hidden, classes)) {
-  if (in < 1) throw InputError(name_ + ": an input has at least one feature, not " + std::to_string(in));
-  if (hidden.empty()) throw InputError(name_ + ": a multilayer perceptron has at least one hidden layer");
-  for (int width : hidden)
-    if (width < 1) throw InputError(name_ + ": a hidden layer has at least one unit, not " + std::to_string(width));
-  if (classes < 2) throw InputError(name_ + " needs at least two classes, not " + std::to_string(classes));
-  int from = in;
-  for (int width : hidden) {
-    const int layer = int(layers_.size());
-    layers_.emplace_back(layout_, "fc" + std::to_string(layer + 1), from, width, true, uint32_t(stream_layers + layer));
-    from = width;
-  }
-  layers_.emplace_back(layout_, "fc" + std::to_string(hidden.size() + 1), from, classes, false,
-                       uint32_t(stream_layers + hidden.size()));
-}
-
-void Mlp::prepare(const LayerContext& c, bool shared_input) {
-  LayerContext input = c;
-  if (shared_input) input.replicas = 1;
-  x_ = take_activation(input, size_t(in_), c.sampled, false);
-  if (shared_input) x_.stride = 0;
-  for (Dense& layer : layers_) layer.prepare(c, &layer != &layers_.back());
-}
-
-void Mlp::forward(Device& device, WeightsView w, const StepState* states) {
-  BATON_RANGE("forward");
-  const Activation* x = &x_;
-  for (Dense& layer : layers_) {
-    layer.forward(device, w, *x, states);
-    x = &layer.output();
-  }
-}
-
-void Mlp::backward(Device& device, WeightsView w, GradientsView g, const StepState* states) {
-  BATON_RANGE("backward");
-  for (size_t i = layers_.size(); i-- > 0;)
-    layers_[i].backward(device, w, g, i > 0 ? layers_[i - 1].output() : x_, states);
-}
-
-std::vector<NamedActivation> Mlp::activations() const {
-  std::vector<NamedActivation> all;
-  for (const Dense& layer : layers_) all.push_back({"fc" + std::to_string(all.size() + 1), layer.output()});
-  return all;
-}
+extern const NetworkKind mlp_kind;
+const NetworkKind mlp_kind{
+    "mlp",
+    {1, 28, 28},
+    true,
+    {wholes_option("hidden", {400, 400}, {1, 1 << 16}, "widths of the hidden layers of an mlp, as 400,400")},
+    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<Mlp>(spec); },
+    recognise};
 
 }  // namespace baton

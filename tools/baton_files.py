@@ -78,15 +78,15 @@ def read_tensors(path):
 
 # ------------------------------------------------------------------------------------------------------------ models
 def load_model(path):
-    """A model that Baton wrote (format "baton-model-1")."""
+    """A model that Baton wrote: `baton`, or a paper program."""
     tensors, metadata, _ = read_tensors(path)
-    if metadata.get("format") != "baton-model-1":
-        raise FileError(f"{path}: not a model of Baton: its format is {metadata.get('format')!r}, not 'baton-model-1'")
+    if metadata.get("format") not in ("baton-model-1", "baton-model-2"):
+        raise FileError(f"{path}: not a model of Baton: its format is {metadata.get('format')!r}, not 'baton-model-2'")
     return Model(str(path), tensors, metadata)
 
 
 def _parsed(path, key, text):
-    """JSON, or plain text such as the format's and the family's."""
+    """JSON, or plain text such as the format and the kind."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -95,13 +95,16 @@ def _parsed(path, key, text):
         return text
 
 
+UNCERTAIN = ("ffg", "cfg", "mnf", "bgd", "bbb")  # the kinds that are no point estimates
+
+
 class Model:
     """A posterior over a network's weights. Parameters have PyTorch's names and layouts (convolutions [out, in, height,
     width], dense layers [out, in]).
 
     metadata      {key: value}; JSON values are parsed
     architecture  {"name": "lenet5", "classes": 10, ...}
-    family        "ft" (a point estimate), "ffg", "cfg", "mnf", "bgd"
+    kind          of the posterior: "ffg", "cfg", "mnf", "bgd", "bbb", or a point estimate such as "ft" and "sgd"
     tensors       {name: array} as they lie in the file: "conv1.weight.mean", "conv1.weight.log_std", ...
     names         the parameters, first layer first
     """
@@ -111,7 +114,7 @@ class Model:
         self.metadata = {key: _parsed(path, key, text) for key, text in metadata.items()}
         architecture = self.metadata.get("architecture", {})
         self.architecture = architecture if isinstance(architecture, dict) else {"name": architecture}
-        self.family = self.metadata.get("family", "ft")
+        self.kind = self.metadata.get("kind") or self.metadata.get("family", "ft")  # format baton-model-1: family
         self.names = sorted((name[:-len(".mean")] for name in tensors if name.endswith(".mean")), key=natural_key)
         self._noise = {}
         if not self.names:
@@ -130,9 +133,9 @@ class Model:
             found = self.tensors.get(name + suffix)
             if found is not None and found.shape != wanted:
                 raise FileError(f"{self.path}: tensor '{name}{suffix}' is {list(found.shape)}, expected {list(wanted)}")
-        needed = ".scale_tril" if self.family == "cfg" and len(shape) == 4 else ".log_std"
-        if self.family in ("ffg", "cfg", "mnf", "bgd") and name + needed not in self.tensors:
-            raise FileError(f"{self.path}: no tensor '{name}{needed}', which a posterior of family {self.family} has")
+        needed = ".scale_tril" if self.kind == "cfg" and len(shape) == 4 else ".log_std"
+        if self.kind in UNCERTAIN and name + needed not in self.tensors:
+            raise FileError(f"{self.path}: no tensor '{name}{needed}', which a posterior of kind {self.kind} has")
 
     def _of(self, name, suffix):
         if name not in self.names:
@@ -174,7 +177,7 @@ class Model:
         L L^T."""
         packed = self._of(name, ".scale_tril")
         if packed is None:
-            raise KeyError(f"{self.path}: {name!r} has no Cholesky factors; only convolutions of family cfg have")
+            raise KeyError(f"{self.path}: {name!r} has no Cholesky factors; only convolutions of kind cfg have")
         d = int(np.prod(self.mean(name).shape[2:]))
         factor = np.zeros((*packed.shape[:2], d, d), packed.dtype)
         factor[..., *np.tril_indices(d)] = packed
@@ -195,8 +198,8 @@ class Model:
         return {name: self._draw(name, rng) for name in self.names}
 
     def _refuse_mnf(self, what):
-        if self.family == "mnf":
-            raise NotImplementedError(f"{self.path}: a model of family mnf: its weights are z mu + sigma e with z from "
+        if self.kind == "mnf":
+            raise NotImplementedError(f"{self.path}: a model of kind mnf: its weights are z mu + sigma e with z from "
                                       f"a normalizing flow, which this module does not compute; {what}")
 
     def _draw(self, name, rng):

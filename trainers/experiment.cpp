@@ -1,15 +1,17 @@
 #include "trainers/experiment.h"
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
-#include <map>
 #include <numeric>
 
 #include "engine/io/files.h"
 #include "engine/io/progress.h"
 #include "engine/io/stop.h"
+#include "trainers/checkpoints.h"
+#include "trainers/laplace.h"
 #include "trainers/metrics.h"
-#include "trainers/parse.h"
+#include "trainers/model.h"
+#include "trainers/pruning.h"
 
 namespace baton {
 
@@ -17,63 +19,68 @@ namespace {
 
 namespace fs = std::filesystem;
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+std::string hex(uint64_t x) {
+  char text[32];
+  snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(x));
+  return text;
+}
 
-// One job under way: what its checkpoint must say besides the trainer's own state.
+// What is left to do at the step where a run stands, beside going on.
+enum class Due { nothing, measurement, end_of_stage };
+
+// Where the experiment stands: what a checkpoint must say besides the trainer's own state.
 struct Progression {
-  size_t job = 0;
-  json runs = json::array();     // finished jobs'
-  json current = json::array();  // this job's, one a seed, with the stages so far
-  double stage_seconds = 0;      // of training, in the stage under way
-  double epoch_seconds = 0;      // and in its epoch under way
+  size_t run = 0;
+  json finished = json::array();                // of runs that have ended, one a replica
+  json current = json::array();                 // of the run under way, one a replica, with the stages so far
+  double stage_seconds = 0, epoch_seconds = 0;  // of training, in the stage and the epoch under way
+  Due due = Due::nothing;
+  json figures = json::object();  // the posterior's, at the end of the newest epoch
 };
-
-[[noreturn]] void stop() { throw_stopped("the checkpoint is written; --resume goes on from it"); }
 
 class Runner {
  public:
-  Runner(const ExperimentOptions& options, const Dataset& data, const NetworkFactory& make,
-         const std::vector<Job>& jobs)
+  Runner(const ExperimentOptions& options, const ExperimentData& data, const std::vector<ExperimentRun>& runs)
       : options_(options),
         data_(data),
-        make_(make),
-        jobs_(jobs),
+        runs_(runs),
         log_(options.out, options.resume),
-        folder_(options.out / "checkpoint") {
+        folder_(options.out / "checkpoint"),
+        identity_(make_identity()),
+        checkpoints_(folder_ / "run.safetensors", options.checkpoint_seconds, [this] { return describe_run(); }) {
     make_directories(folder_);
-    if (options.resume) load();
+    if (options.resume) find_progress();
     else
-      for (const char* name : {"experiment.json", "job.safetensors"}) fs::remove(folder_ / name);
+      for (const fs::path& path : {state_path(), checkpoints_.path()}) fs::remove(path);
     // A line of an epoch that the checkpoint does not hold will be written again.
-    const size_t job = at_.job;
+    const size_t run = at_.run;
     const int64_t step = resume_step_;
     log_.truncate_after([&](const json& line) {
-      const size_t of = line.value("job", size_t(0));
-      return of < job || (of == job && line.value("step", int64_t(0)) <= step);
+      const size_t of = line.value("run", size_t(0));
+      return of < run || (of == run && line.value("step", int64_t(0)) <= step);
     });
   }
 
   json run() {
     long total = 0;
-    for (size_t j = 0; j < jobs_.size(); j++) {
-      if (j == at_.job) before_job_ = total;
-      total += images_of(jobs_[j]);
+    for (size_t i = 0; i < runs_.size(); i++) {
+      if (i == at_.run) before_run_ = total;
+      total += count_images(runs_[i]);
     }
-    if (at_.job == jobs_.size()) before_job_ = total;
+    if (at_.run == runs_.size()) before_run_ = total;
     ProgressOptions progress_options;
-    progress_options.images_before = before_job_;
-    if (resuming_job_) progress_options.images_before += resume_step_ * images_a_step(jobs_[at_.job]);
+    progress_options.images_before = before_run_;
+    if (resuming_) progress_options.images_before += resume_step_ * images_a_step(runs_[at_.run]);
     Progress progress(options_.experiment, total, stderr, progress_options);
-    for (; at_.job < jobs_.size(); at_.job++) {
-      run_job(jobs_[at_.job], progress);
-      for (const json& r : at_.current) at_.runs.push_back(r);
-      at_.current = json::array();
-      Progression next = at_;
-      next.job++;
-      save_state(next);
+    progress_ = &progress;
+    for (; at_.run < runs_.size(); at_.run++) {
+      run_one(runs_[at_.run]);
+      for (const json& r : at_.current) at_.finished.push_back(r);
+      save_state(at_.run + 1);
       log_.result(result());
-      before_job_ += images_of(jobs_[at_.job]);
-      if (next.job < jobs_.size() && stop_requested()) stop();
+      before_run_ += count_images(runs_[at_.run]);
+      if (at_.run + 1 < runs_.size() && stop_requested())
+        throw_stopped("the checkpoint is written; --resume goes on from it");
     }
     progress.finish();
     const json final_result = result();
@@ -83,344 +90,398 @@ class Runner {
   }
 
  private:
-  std::vector<int> part_sizes(int parts) const {
-    std::vector<int> sizes;
-    for (const auto& part : split_parts(data_.train.count, parts, 0)) sizes.push_back(int(part.size()));
-    return sizes;
+  static long images_a_step(const ExperimentRun& r) {
+    return long(r.training.batch) * long(r.training.replicas.size());
   }
-  static long images_a_step(const Job& job) { return long(job.plan.batch) * long(job.plan.seeds.size()); }
-  long images_of(const Job& job) const {
-    long steps = 0;
-    for (int size : part_sizes(job.parts))
-      steps += std::max(1L, std::lround(std::ceil(job.plan.epochs * size / job.plan.batch - 1e-9)));
-    return steps * images_a_step(job);
+  static long count_images(const ExperimentRun& r) {
+    long steps = long(r.stages.probabilities.size());
+    if (!r.stages.continuous())
+      for (int size : r.stages.sizes) steps += count_steps(r.training.epochs, size, r.training.batch);
+    return steps * images_a_step(r);
   }
 
-  json identity() const {
+  // ------------------------------------------------------------------------------------------------- checkpoints
+  fs::path state_path() const { return folder_ / "experiment.json"; }
+  json make_identity() const {
     json j;
     j["experiment"] = options_.experiment;
-    j["dataset"] = {data_.name, data_.source, data_.train.count, data_.test.count};
-    j["samples"] = {options_.samples, options_.stage_samples};
-    for (const Job& job : jobs_) {
-      json one;
-      for (size_t r = 0; r < job.plan.seeds.size(); r++) one["settings"].push_back(settings_json(job, options_, r));
-      one["method"] = job.method;
-      one["parts"] = job.parts;
-      one["seeds"] = job.plan.seeds;
-      j["jobs"].push_back(one);
+    j["dataset"] = {data_.set.name, data_.set.source, data_.set.train.count, data_.test[0].count};
+    for (const ExperimentRun& r : runs_) {
+      json one{r.method,  r.label,         r.network.description(), r.stages.tasks(),
+               r.samples, r.stage_samples, count_images(r)};
+      for (size_t i = 0; i < r.training.replicas.size(); i++)
+        one.push_back({r.training.replicas[i].seed, describe_settings(r, i)});
+      j["runs"].push_back(one);
     }
     return j;
   }
-  void save_state(const Progression& at) {
-    json j;
-    j["identity"] = identity();
-    j["job"] = at.job;
-    j["runs"] = at.runs;
-    write_file_atomically(folder_ / "experiment.json", j.dump());
+  void save_state(size_t next) {
+    const json j{{"identity", identity_}, {"run", next}, {"finished", at_.finished}};
+    write_file_atomically(state_path(), j.dump());
   }
-  void load() {
-    const fs::path path = folder_ / "experiment.json";
-    if (!fs::exists(path)) {
-      if (fs::exists(folder_ / "job.safetensors")) {
-        resuming_job_ = true;  // killed in its first job
-        peek_job();
-      }
-      return;
+  json describe_run() const {
+    return {{"identity", identity_},
+            {"run", at_.run},
+            {"current", at_.current},
+            {"stage_seconds", at_.stage_seconds},
+            {"epoch_seconds", at_.epoch_seconds},
+            {"due", int(at_.due)},
+            {"figures", at_.figures}};
+  }
+  void find_progress() {
+    if (const json state = left_by_earlier_run(state_path(), identity_); !state.is_null()) {
+      at_.run = state["run"];
+      at_.finished = state["finished"];
     }
-    const std::vector<uint8_t> bytes = read_file(path);
-    const json j = json::parse(bytes.begin(), bytes.end(), nullptr, false);
-    if (j.is_discarded() || !j.contains("identity")) throw InputError(path.string() + ": not a checkpoint of Baton");
-    check_identity(j["identity"], path);
-    at_.job = j["job"];
-    at_.runs = j["runs"];
-    if (fs::exists(folder_ / "job.safetensors")) {
-      resuming_job_ = true;
-      peek_job();
-    }
-  }
-  // The job's checkpoint counts when it is of the job that comes next; an older one is of a job that has ended since.
-  void peek_job() {
-    const fs::path path = folder_ / "job.safetensors";
-    const TensorFile file = load_safetensors(path);
-    const auto extra = file.metadata.find("extra");
-    const json j = extra == file.metadata.end() ? json() : json::parse(extra->second, nullptr, false);
-    if (!j.is_object() || !j.contains("job")) throw InputError(path.string() + ": not a checkpoint of an experiment");
-    check_identity(j["identity"], path);
-    resuming_job_ = j["job"] == at_.job;
-    if (resuming_job_) resume_step_ = std::stoll(file.metadata.at("step"));
-  }
-  void check_identity(const json& found, const fs::path& path) const {
-    if (found != identity())
-      throw InputError(path.string() + ": --resume finds another experiment here; use its options, or another --out");
+    const json run = left_by_earlier_run(checkpoints_.path(), identity_);
+    resuming_ = !run.is_null() && run["run"] == at_.run;  // else it is of a run that has ended since
+    if (resuming_) resume_step_ = std::stoll(load_safetensors(checkpoints_.path()).metadata.at("step"));
   }
 
-  void save_job(IncrementalTrainer& trainer) {
-    json j;
-    j["identity"] = identity();
-    j["job"] = at_.job;
-    j["current"] = at_.current;
-    j["stage_seconds"] = at_.stage_seconds;
-    j["epoch_seconds"] = at_.epoch_seconds;
-    trainer.save(folder_ / "job.safetensors", j.dump());
-    last_save_ = now();
-  }
-
-  void run_job(const Job& job, Progress& progress) {
+  // -------------------------------------------------------------------------------------------------------- a run
+  void run_one(const ExperimentRun& run) {
     Arena arena;
-    const int replicas = int(job.plan.seeds.size());
-    std::vector<std::vector<int32_t>> order(replicas);
-    std::vector<int> sizes;
-    std::vector<std::string> hashes;
-    for (int r = 0; r < replicas; r++) {
-      sizes.clear();
-      for (const auto& part : split_parts(data_.train.count, job.parts, job.plan.seeds[r])) {
-        order[r].insert(order[r].end(), part.begin(), part.end());
-        sizes.push_back(int(part.size()));
-      }
-      char text[32];
-      snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(index_hash(order[r])));
-      hashes.push_back(text);
-    }
-    const DeviceImages train = upload_images(device_, arena, data_.train, options_.normalisation);
-    IncrementalTrainer trainer(device_, arena, make_, train, job.plan, order, sizes);
-    Predictor predictor(device_, arena, make_, upload_images(device_, arena, data_.test, options_.normalisation));
+    const NetworkFactory make = network_factory(run.network);
+    const DeviceImages train = upload_images(device_, arena, data_.set.train, options_.normalisation);
+    Trainer trainer(device_, arena, make, train, run.stages, run.training);
+    predictors_.clear();
+    for (const Images& test : data_.test)
+      predictors_.push_back(std::make_unique<Predictor>(device_, arena, make,
+                                                        upload_images(device_, arena, test, options_.normalisation)));
     arena.freeze();
 
     int stage = 0;
-    if (resuming_job_) {
-      resuming_job_ = false;
-      const json j = json::parse(trainer.restore(folder_ / "job.safetensors"));
+    if (resuming_) {
+      resuming_ = false;
+      const json j = json::parse(trainer.restore(checkpoints_.path()));
       at_.current = j["current"];
       at_.stage_seconds = j["stage_seconds"];
       at_.epoch_seconds = j["epoch_seconds"];
+      at_.due = Due(int(j["due"]));
+      at_.figures = j["figures"];
       stage = trainer.stage();
-      if (int(at_.current[0]["stages"].size()) > stage) stage++, at_.stage_seconds = 0;  // it had been judged
     } else {
       at_.current = json::array();
       at_.stage_seconds = at_.epoch_seconds = 0;
-      for (int r = 0; r < replicas; r++) {
-        json run;
-        run["method"] = job.method;
-        run["parts"] = job.parts;
-        run["seed"] = job.plan.seeds[r];
-        run["settings"] = settings_json(job, options_, size_t(r));
-        run["split_hash"] = hashes[r];
-        run["stages"] = json::array();
-        at_.current.push_back(run);
-      }
+      at_.due = Due::nothing;
+      for (size_t r = 0; r < run.training.replicas.size(); r++) at_.current.push_back(begin_result(run, trainer, r));
     }
-    last_save_ = now();
-    for (; stage < trainer.stages(); stage++) {
+    for (; stage < run.stages.count(); stage++) {
       if (trainer.stage() != stage) {
         trainer.begin_stage(stage);
         at_.stage_seconds = 0;
       }
-      progress.stage(label_of(job) + " " + std::to_string(stage + 1) + "/" + std::to_string(job.parts));
-      train_stage(job, trainer, progress);
-      try {
-        judge_stage(job, trainer, predictor);
-      } catch (const Stopped&) {  // it will be judged when it is resumed
-        save_job(trainer);
-        stop();
-      }
-      save_job(trainer);
+      std::string name = run.label;
+      if (run.training.replicas.size() == 1) name += " seed " + std::to_string(run.training.replicas[0].seed);
+      if (run.stages.count() > 1)
+        name += ", stage " + std::to_string(stage + 1) + "/" + std::to_string(run.stages.count());
+      progress_->stage(name);
+      train_stage(run, trainer);
     }
-    for (json& run : at_.current) run["final_test_accuracy"] = run["stages"].back()["test_accuracy"];
-  }
-
-  static std::string label_of(const Job& job) { return job.method + " T=" + std::to_string(job.parts); }
-
-  void train_stage(const Job& job, IncrementalTrainer& trainer, Progress& progress) {
-    BATON_RANGE("stage");
-    const int stage = trainer.stage(), steps = trainer.steps_of(stage), an_epoch = trainer.steps_an_epoch(stage);
-    int step_before = 0;
-    for (int s = 0; s < stage; s++) step_before += trainer.steps_of(s);
-    while (trainer.stage_step() < steps) {
-      const int count = std::min(an_epoch - trainer.stage_step() % an_epoch, steps - trainer.stage_step());
-      const double start = now();
-      const bool stopped = trainer.advance(count) < count;
-      std::vector<EpochTotals> totals;
-      if (!stopped) totals = trainer.take_totals();
-      device_.synchronize();
-      const double seconds = now() - start;
-      at_.stage_seconds += seconds;
-      at_.epoch_seconds += seconds;
-      if (stopped) {
-        save_job(trainer);
-        stop();
-      }
-      double loss = 0, accuracy = 0;
-      for (size_t r = 0; r < totals.size(); r++) {
-        json line;
-        line["job"] = at_.job;
-        line["method"] = job.method;
-        line["parts"] = job.parts;
-        line["seed"] = job.plan.seeds[r];
-        line["stage"] = stage + 1;
-        line["epoch"] = (trainer.stage_step() + an_epoch - 1) / an_epoch;
-        line["step"] = step_before + trainer.stage_step();
-        line["train_loss"] = totals[r].loss;
-        line["train_accuracy"] = totals[r].accuracy;
-        line["kl"] = totals[r].kl;
-        if (job.plan.posterior.family != Family::point) line["kl_by_layer"] = by_layer(trainer, totals[r].kl_by_name);
-        line["seconds"] = at_.epoch_seconds;
-        log_.epoch(line);
-        loss += totals[r].loss / double(totals.size());
-        accuracy += totals[r].accuracy / double(totals.size());
-      }
-      at_.epoch_seconds = 0;
-      progress.update(before_job_ + (step_before + trainer.stage_step()) * images_a_step(job), loss, accuracy);
-      if (now() - last_save_ > options_.checkpoint_seconds) save_job(trainer);
-    }
-  }
-
-  // Sums over a layer's tensors and its z, in the order of the layers.
-  static json by_layer(IncrementalTrainer& trainer, const std::vector<double>& kl) {
-    json layers = json::object();
-    const std::vector<std::string>& names = trainer.posterior().kl_names();
-    for (size_t i = 0; i < names.size(); i++) {
-      const std::string layer = names[i].substr(0, names[i].rfind('.'));
-      layers[layer] = layers.value(layer, 0.0) + kl[i];
-    }
-    return layers;
-  }
-
-  void judge_stage(const Job& job, IncrementalTrainer& trainer, Predictor& predictor) {
-    const int stage = trainer.stage();
-    const bool last = stage + 1 == trainer.stages();
-    const std::vector<std::vector<double>> kl = trainer.posterior().kl_by_name();
-    const std::vector<double> log_std = trainer.posterior().mean_log_std();
-    std::vector<json> judged;
     for (size_t r = 0; r < at_.current.size(); r++) {
-      const int samples = job.plan.posterior.family == Family::point ? 0
-                          : last                                     ? options_.samples
-                                                                     : options_.stage_samples;
-      const double start = now();
-      const Predictions p = predictor.predict(trainer.posterior(), int(r), samples, job.plan.seeds[r] * 1000 + stage);
-      const Metrics m = evaluate(p.probability, data_.test.labels, data_.test.classes, p.entropy, p.mutual_information);
+      json& result = at_.current[r];
+      result["final_test_accuracy"] = result["stages"].back()["test_accuracy"];
+      if (const json sigma = trainer.posterior().describe_sigma(run.histogram); !sigma.is_null())
+        result["sigma"] = sigma;
+    }
+    if (options_.save_models) save_model(make_model(run, trainer), run, "");
+    if (!run.pruned.empty()) prune(run, trainer);
+  }
+
+  json begin_result(const ExperimentRun& run, Trainer& trainer, size_t replica) const {
+    json j;
+    j["method"] = run.method;
+    j["label"] = run.label;
+    j["parts"] = run.stages.tasks();
+    j["seed"] = run.training.replicas[replica].seed;
+    j["settings"] = describe_settings(run, replica);
+    j["parameters"] = trainer.network().layout().parameters();
+    j["split_hash"] = hex(index_hash(run.stages.order[replica]));
+    if (run.inference) j["inference"] = name(*run.inference);
+    j["stages"] = json::array();
+    return j;
+  }
+
+  // Whether a stage is measured after this step.
+  static bool is_measured(const ExperimentRun& run, const Trainer& trainer, int step) {
+    const int steps = trainer.count_steps(trainer.stage());
+    if (step == steps) return true;
+    if (run.measure_every > 0) {
+      const int every = std::max(1, int(std::lround(run.measure_every * trainer.count_epoch_steps(trainer.stage()))));
+      return step % every == 0 && steps - step >= every / 2;
+    }
+    for (int c = 1; c < run.checks; c++)
+      if (step == int(int64_t(steps) * c / run.checks)) return true;
+    return false;
+  }
+
+  void train_stage(const ExperimentRun& run, Trainer& trainer) {
+    BATON_RANGE("stage");
+    const int steps = trainer.count_steps(trainer.stage()), an_epoch = trainer.count_epoch_steps(trainer.stage());
+    if (at_.due != Due::nothing) do_what_is_due(run, trainer);
+    StageLoop loop;
+    loop.next_look = [&](int at) {
+      int last = at + 1;  // to the end of the epoch, or to a measurement
+      while (last < steps && last % an_epoch != 0 && !is_measured(run, trainer, last)) last++;
+      return last;
+    };
+    loop.add_seconds = [&](double seconds) { at_.stage_seconds += seconds, at_.epoch_seconds += seconds; };
+    loop.look = [&](const std::vector<EpochTotals>& totals) {
+      log_epoch(run, trainer, totals);
+      const int at = trainer.stage_step();
+      at_.due = at == steps ? Due::end_of_stage : is_measured(run, trainer, at) ? Due::measurement : Due::nothing;
+      if (at_.due != Due::nothing) do_what_is_due(run, trainer);
+    };
+    finish_stage(trainer, checkpoints_, loop);
+  }
+
+  void log_epoch(const ExperimentRun& run, Trainer& trainer, const std::vector<EpochTotals>& totals) {
+    at_.figures = json::object();
+    for (const auto& [name, value] : trainer.posterior().figures()) at_.figures[name] = value;
+    const std::string warning = trainer.take_warning();
+    double loss = 0, accuracy = 0;
+    for (size_t r = 0; r < totals.size(); r++) {
+      json line;
+      line["run"] = at_.run;
+      line["method"] = run.method;
+      line["label"] = run.label;
+      line["parts"] = run.stages.tasks();
+      line["seed"] = run.training.replicas[r].seed;
+      line["stage"] = trainer.stage() + 1;
+      line["epoch"] = double(trainer.stage_step()) / trainer.count_epoch_steps(trainer.stage());
+      line["step"] = trainer.step();
+      line["train_loss"] = totals[r].loss;
+      line["train_accuracy"] = totals[r].accuracy;
+      if (!totals[r].kl_by_name.empty()) {
+        line["kl"] = totals[r].kl;
+        line["kl_by_layer"] = sum_by_layer(trainer.posterior().kl_names(), totals[r].kl_by_name);
+      }
+      line.update(at_.figures);
+      line["seconds"] = at_.epoch_seconds;
+      if (!warning.empty()) {
+        line["warning"] = warning;
+        at_.current[r]["warnings"].push_back(warning);
+        fprintf(stderr, "\n%s: warning: %s, seed %s: %s\n", options_.experiment.c_str(), run.label.c_str(),
+                std::to_string(run.training.replicas[r].seed).c_str(), warning.c_str());
+      }
+      log_.epoch(line);
+      loss += totals[r].loss / double(totals.size());
+      accuracy += totals[r].accuracy / double(totals.size());
+    }
+    at_.epoch_seconds = 0;
+    progress_->update(before_run_ + trainer.step() * images_a_step(run), loss, accuracy);
+  }
+
+  // Where a signal ends this, the checkpoint stands before what was not finished.
+  void do_what_is_due(const ExperimentRun& run, Trainer& trainer) {
+    checkpoints_.keep_through(trainer, [&] {
+      if (at_.due == Due::end_of_stage) {
+        trainer.posterior().end_stage([&](int examples) { return find_fisher(run, trainer, examples); });
+        at_.due = Due::measurement;
+      }
+      measure(run, trainer);
+      at_.due = Due::nothing;
+    });
+    checkpoints_.save(trainer);
+  }
+
+  // Of the first examples of the stage just learned.
+  std::vector<float> find_fisher(const ExperimentRun& run, Trainer& trainer, int most) {
+    const size_t stage = size_t(trainer.stage());
+    const std::span<const int32_t> order(run.stages.order[0]);
+    Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(trainer.stage())),
+                                                          size_t(std::min(run.stages.sizes[stage], most))));
+    if (!run.stages.pixel_order.empty()) reorder_pixels(images, run.stages.pixel_order[stage]);
+    const NetworkFactory make = [&] {
+      auto network = make_network(run.network);
+      network->use_head(trainer.stages().heads[stage]);
+      return network;
+    };
+    return mean_fisher(device_, make, images, options_.normalisation, trainer.posterior().store());
+  }
+
+  // --------------------------------------------------------------------------------------------------- measurements
+  // On how many tasks the network is measured after a stage: parts of one task have one test set.
+  int count_measured(const ExperimentRun& run, int stage) const {
+    if (run.stages.continuous()) return run.stages.tasks();
+    return data_.test.size() > 1 || !run.stages.pixel_order.empty() ? stage + 1 : 1;
+  }
+
+  void measure(const ExperimentRun& run, Trainer& trainer) {
+    Posterior& posterior = trainer.posterior();
+    const int stage = trainer.stage(), tasks = count_measured(run, stage);
+    const std::vector<std::vector<double>> kl = posterior.kl_by_name();
+    const std::vector<double> log_std = posterior.mean_log_std();
+    std::vector<json> measured;
+    for (size_t r = 0; r < at_.current.size(); r++) {
+      const double start = seconds_now();
       json s;
       s["stage"] = stage + 1;
-      s["train_examples"] = trainer.part_size(stage);
-      s["test_accuracy"] = m.accuracy;
-      s["test_nll"] = m.nll;
-      s["test_ece"] = m.ece;
-      s["predictive_entropy"] = m.entropy;
-      s["mutual_information"] = m.mutual_information;
-      s["samples"] = samples;
-      s["kl"] = std::accumulate(kl[r].begin(), kl[r].end(), 0.0);
-      if (job.plan.posterior.family != Family::point) s["kl_by_layer"] = by_layer(trainer, kl[r]);
-      s["mean_log_std"] = job.plan.posterior.family == Family::point ? json() : json(log_std[r]);
+      s["epoch"] = double(trainer.stage_step()) / trainer.count_epoch_steps(stage);
+      s["train_examples"] = run.stages.sizes[size_t(stage)];
+      add_measurements(s, run, trainer, int(r), tasks);
+      if (!kl[r].empty()) {
+        s["kl"] = std::accumulate(kl[r].begin(), kl[r].end(), 0.0);
+        s["kl_by_layer"] = sum_by_layer(posterior.kl_names(), kl[r]);
+      }
+      if (!log_std.empty()) s["mean_log_std"] = log_std[r];
+      s.update(at_.figures);
       s["seconds"] = at_.stage_seconds;
-      s["examples_per_second"] = double(trainer.steps_of(stage)) * job.plan.batch * double(at_.current.size()) /
+      s["examples_per_second"] = double(trainer.stage_step()) * run.training.batch * double(at_.current.size()) /
                                  std::max(at_.stage_seconds, 1e-9);
-      s["test_seconds"] = now() - start;
-      judged.push_back(s);
+      s["test_seconds"] = seconds_now() - start;
+      measured.push_back(s);
     }
-    for (size_t r = 0; r < judged.size(); r++) at_.current[r]["stages"].push_back(judged[r]);  // all or none
+    for (size_t r = 0; r < measured.size(); r++) at_.current[r]["stages"].push_back(measured[r]);  // all or none
+  }
+
+  // all_ways: by every inference; else by those that come with the run's own.
+  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int replica, int task, bool all_ways) {
+    const size_t set = predictors_.size() == 1 ? 0 : size_t(task);
+    predictors_[set]->look_as(trainer.stages().heads[size_t(run.stages.continuous() ? 0 : task)],
+                              trainer.pixel_order(task));
+    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
+    const int stage = trainer.stage();
+    const int samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
+    // The draws are numbered as they always were, so that results repeat.
+    const uint64_t draws = run.inference ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
+    return baton::measure(*predictors_[set], trainer.posterior(), replica, data_.test[set].labels,
+                          trainer.network().classes(), run.inference, all_ways, samples, draws);
+  }
+
+  void add_measurements(json& s, const ExperimentRun& run, Trainer& trainer, int replica, int tasks) {
+    const bool all_ways = run.inference && (tasks == 1 || trainer.stage() + 1 == run.stages.count());
+    const Inference own = run.inference.value_or(Inference::softmax);
+    json by_task = json::array(), by_inference = json::object();
+    Measurement mean;
+    for (int t = 0; t < tasks; t++) {
+      const Measurement m = measure_task(run, trainer, replica, t, all_ways);
+      by_task.push_back(m.accuracies.of(own));
+      mean.add(m, tasks);
+    }
+    s["test_accuracy"] = mean.accuracies.of(own);
+    s["test_nll"] = mean.metrics.nll;
+    s["test_ece"] = mean.metrics.ece;
+    s["predictive_entropy"] = mean.metrics.entropy;
+    s["mutual_information"] = mean.metrics.mutual_information;
+    s["samples"] = mean.samples;
+    if (!run.inference) return;
+    for (Inference i : all_inferences)
+      if (all_ways || (i == Inference::map) == (own == Inference::map)) by_inference[name(i)] = mean.accuracies.of(i);
+    s["by_inference"] = by_inference;
+    s["by_task"] = by_task;
+  }
+
+  // --------------------------------------------------------------------------------------------- models and pruning
+  Model make_model(const ExperimentRun& run, Trainer& trainer) const {
+    Model m = new_model(run.network, run.training.kind);
+    m.settings = trainer.posterior().settings();
+    m.normalisation = options_.normalisation;
+    m.batch = run.training.batch;
+    m.epochs = run.training.epochs;
+    m.seed = run.training.replicas[0].seed;
+    m.step = trainer.count_history();
+    m.origin = {{"experiment", options_.experiment}, {"method", run.method}, {"label", run.label}};
+    for (int s = 0; s < run.stages.count(); s++)
+      m.history.push_back({{"stage", s + 1}, {"images", run.stages.sizes[size_t(s)]}, {"epochs", run.training.epochs}});
+    keep(m, trainer.posterior());
+    return m;
+  }
+  void save_model(const Model& m, const ExperimentRun& run, const std::string& suffix) const {
+    std::string name = run.label + "_seed" + std::to_string(m.seed);
+    for (char& c : name)
+      if (!isalnum(static_cast<unsigned char>(c))) c = '_';
+    baton::save_model(options_.out / (name + suffix + ".safetensors"), m);
+  }
+
+  // From the checkpoint of the last measurement it is all done again where a signal ends it.
+  void prune(const ExperimentRun& run, Trainer& trainer) {
+    const int task = run.stages.tasks() - 1;
+    const auto error = [&] {
+      return 1 - measure_task(run, trainer, 0, task, true).accuracies.of(run.inference.value_or(Inference::softmax));
+    };
+    const auto keep_pruned = [&](double fraction) {
+      if (!options_.save_models) return;
+      Model m = make_model(run, trainer);
+      m.masked = true;
+      m.pruned = {{"fraction", fraction}};
+      add_masks(m.arrays, trainer.posterior().store().layout());
+      char suffix[32];
+      snprintf(suffix, sizeof suffix, "_pruned%g", 100 * fraction);
+      save_model(m, run, suffix);
+    };
+    try {
+      at_.current[0]["pruning"] = prune_and_judge(device_, trainer.posterior(), run.pruned, error, keep_pruned);
+    } catch (const Stopped&) {
+      throw_stopped("the checkpoint is written; --resume goes on from it");
+    }
   }
 
   json result() const {
+    int test = 0;
+    for (const Images& set : data_.test) test += set.count;
     json j;
     j["experiment"] = options_.experiment;
     j["preset"] = options_.preset;
-    j["dataset"] = {{"name", data_.name},
-                    {"source", data_.source},
-                    {"generated", data_.generated},
-                    {"train", data_.train.count},
-                    {"test", data_.test.count}};
+    j["dataset"] = {{"name", data_.set.name},
+                    {"source", data_.set.source},
+                    {"generated", data_.set.generated},
+                    {"train", data_.set.train.count},
+                    {"test", test}};
     j["device"] = device_.description();
     j["peak_device_bytes"] = device_.peak_bytes();
-    j["settings"] = {{"samples", options_.samples}, {"stage_samples", options_.stage_samples}};
-    j["settings"].update(options_.extra);
-    j["runs"] = at_.runs;
+    j["settings"] = options_.extra;
+    j["runs"] = at_.finished;
     return j;
   }
 
   const ExperimentOptions& options_;
-  const Dataset& data_;
-  const NetworkFactory& make_;
-  const std::vector<Job>& jobs_;
+  const ExperimentData& data_;
+  const std::vector<ExperimentRun>& runs_;
   RunLog log_;
   fs::path folder_;
+  json identity_;
+  Checkpoints checkpoints_;
   Device device_;
+  std::vector<std::unique_ptr<Predictor>> predictors_;
+  Progress* progress_ = nullptr;
   Progression at_;
-  bool resuming_job_ = false;
+  bool resuming_ = false;
   int64_t resume_step_ = 0;
-  long before_job_ = 0;  // images
-  double last_save_ = 0;
+  long before_run_ = 0;  // images
 };
 
 }  // namespace
 
-json settings_json(const Job& job, const ExperimentOptions& options, size_t replica) {
-  const TrainingSettings& s = job.plan.settings.at(replica);
-  json j;
-  j["epochs"] = job.plan.epochs;
-  j["batch"] = job.plan.batch;
-  j["lr"] = s.lr;
-  j["schedule"] = name_of(s.schedule);
-  if (job.plan.augment) j["augment"] = true;
-  if (s.pretrained) j["pretrained"] = s.pretrained->description;
-  if (job.plan.posterior.family == Family::point) return j;
-  const PosteriorOptions& o = job.plan.posterior;
-  if (o.family == Family::channel || o.family == Family::multiplicative) j["groups"] = o.groups;
-  if (o.family == Family::channel && o.moments) j["moments"] = true;
-  if (o.family == Family::multiplicative) {
-    j["flow"] = name_of(o.flow);
-    j["flow_steps"] = o.flow_steps;
-    j["flow_hidden"] = o.flow_hidden;
-    j["z"] = o.z_per_filter ? "per filter" : "per filter and channel";
-    j["fixed_base"] = o.fixed_base;
-    j["path_gradient"] = o.path_gradient;
-    j["z_log_std"] = o.z_log_std;
-  }
-  j["scale_rule"] = name_of(job.plan.scale_rule);
-  j["lr_scale"] = s.lr_scale;
-  j["prior_sd"] = s.prior_sd;
-  if (s.pretrained && s.pretrained->prior_log_std.empty()) j["pretrained_sd"] = s.pretrained_sd;
-  j["init_log_std"] = s.init_log_std;
-  j["beta"] = s.beta;
-  j["warmup_epochs"] = s.warmup_epochs;
-  j["samples"] = options.samples;
+json describe_settings(const ExperimentRun& run, size_t replica) {
+  const Replica& r = run.training.replicas.at(replica);
+  json j{{"epochs", run.training.epochs}, {"batch", run.training.batch}};
+  j.update(complete_options(find_posterior(run.training.kind).options, r.settings, run.training.kind));
+  if (j["schedule"] != "steps") j.erase("decay"), j.erase("decay_epochs");
+  if (std::count(run.stages.augment.begin(), run.stages.augment.end(), true)) j["augment"] = true;
+  if (r.pretrained) j["pretrained"] = r.pretrained->description;
+  if (r.pretrained && r.pretrained->prior_log_std.empty()) j["pretrained_sd"] = r.pretrained_sd;
+  j["samples"] = run.samples;
+  j.update(run.more);
   return j;
 }
 
-json run_experiment(const ExperimentOptions& options, const Dataset& data, const NetworkFactory& make,
-                    const std::vector<Job>& jobs) {
-  for (const Job& job : jobs) split_parts(data.train.count, job.parts, 0);  // more parts than images is known at once
-  return Runner(options, data, make, jobs).run();
-}
-
-std::string table_of(const json& result) {
-  struct Row {
-    std::vector<double> accuracy, nll, ece;
-    double seconds = 0;
-  };
-  std::vector<std::pair<std::string, int>> order;
-  std::map<std::pair<std::string, int>, Row> rows;
-  for (const json& run : result["runs"]) {
-    const std::pair<std::string, int> key{run["method"], run["parts"]};
-    if (!rows.count(key)) order.push_back(key);
-    Row& row = rows[key];
-    const json& last = run["stages"].back();
-    row.accuracy.push_back(last["test_accuracy"]);
-    row.nll.push_back(last["test_nll"]);
-    row.ece.push_back(last["test_ece"]);
-    for (const json& s : run["stages"]) row.seconds += double(s["seconds"]) + double(s["test_seconds"]);
+json run_experiment(const ExperimentOptions& options, const ExperimentData& data,
+                    const std::vector<ExperimentRun>& runs) {
+  if (runs.empty()) throw InputError("nothing to run");
+  if (data.test.empty()) throw InputError("there are no test images");
+  // What the trainers would find out when their turn comes: before anything in `out` is touched.
+  for (const ExperimentRun& r : runs) {
+    find_posterior(r.training.kind);
+    for (int size : r.stages.sizes)
+      if (size < 1) throw InputError("a stage has no examples");
+    if (data.test.size() != 1 && data.test.size() != size_t(r.stages.tasks()))
+      throw InputError("there are " + std::to_string(data.test.size()) + " test sets for " +
+                       std::to_string(r.stages.tasks()) + " tasks");
+    if (r.training.replicas.size() > 1 && (options.save_models || !r.pruned.empty()))
+      throw InputError("models are saved and pruned of one replica at a time");
   }
-  std::string text =
-      "method         T  seeds  test accuracy        NLL     ECE     time\n"
-      "-------------------------------------------------------------------\n";
-  for (const auto& key : order) {
-    const Row& row = rows[key];
-    const MeanAndSpread a = mean_and_spread(row.accuracy), n = mean_and_spread(row.nll), e = mean_and_spread(row.ece);
-    char line[160], spread[24] = "";
-    if (a.n > 1) snprintf(spread, sizeof spread, "+- %.4f", a.sd);
-    snprintf(line, sizeof line, "%-13s %2d  %5zu  %.4f %-11s %8.4f %7.4f %7.1fs\n", key.first.c_str(), key.second, a.n,
-             a.mean, spread, n.mean, e.mean, row.seconds);
-    text += line;
-  }
-  return text;
+  return Runner(options, data, runs).run();
 }
 
 }  // namespace baton

@@ -1,19 +1,30 @@
-// A whole experiment: a list of jobs (method, number of parts, seeds), each trained stage by stage and judged on the
-// test set after every stage, with a run log, a progress line, and checkpoints from which a killed run goes on to the
-// very figures it would have had.
+// A whole experiment: a list of runs (method, stages, seeds), each trained stage by stage and measured on test images,
+// with a run log, a progress line, and checkpoints from which a killed run goes on to the very figures it would have
+// had.
 #pragma once
 #include <filesystem>
+#include <optional>
 
 #include "engine/io/dataset.h"
-#include "engine/io/runlog.h"
-#include "trainers/incremental.h"
+#include "trainers/inference.h"
+#include "trainers/trainer.h"
 
 namespace baton {
 
-struct Job {
-  std::string method;  // "ft", "ft_converged", "ffg", "ffg_laplace", ...
-  int parts = 1;
-  TrainingPlan plan;  // its seeds train side by side; settings are the same for all of them
+struct ExperimentRun {
+  std::string method, label;  // "ffg_laplace"; "BGD 2x400"; the label is what tables and results tell runs apart by
+  NetworkSpec network;
+  Stages stages;
+  TrainingSettings training;   // its replicas train side by side
+  json more = json::object();  // further settings, as result.json shows them
+  int samples = 100;           // draws of the weights in a prediction after the last stage
+  int stage_samples = 100;     // and after the stages before it
+  // Accuracies by every way of inference, test_accuracy being this one's; none: the average prediction's alone.
+  std::optional<Inference> inference{};
+  double measure_every = 0;    // epochs between two measurements within a stage; 0: at its end
+  int checks = 1;              // of a continuous stage: measured so often
+  std::vector<double> pruned;  // fractions of the weights, after the last stage
+  bool histogram = false;      // of sigma, in the result
 };
 
 struct ExperimentOptions {
@@ -21,23 +32,34 @@ struct ExperimentOptions {
   std::string preset;
   std::filesystem::path out;
   bool resume = false;
-  int samples = 100;               // draws of the weights in the prediction after a job's last stage
-  int stage_samples = 100;         // and after the stages before it
-  double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after every stage
+  bool save_models = false;        // every trained model (and its pruned forms), as `baton` reads them
+  double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after measurements
   Normalisation normalisation = unit_range;
   json extra = json::object();  // what else the program has to say: it goes into result.json's settings
 };
 
-// Runs the jobs in turn and returns the object that result.json holds (it is written after every job). Files in
-// options.out: log.jsonl, result.json, checkpoint/ while it runs. Throws InputError for more parts than images, or when
-// --resume finds the checkpoint of another experiment; RunError when a file cannot be written or the loss is not
-// finite; Stopped when a signal asks to end, with the checkpoint written.
-json run_experiment(const ExperimentOptions&, const Dataset&, const NetworkFactory&, const std::vector<Job>&);
+// The images that are learned, and each task's test images (one set for all of them where the stages are parts of one
+// task, or tasks are orders of the pixels).
+struct ExperimentData {
+  Dataset set;  // `train`: with labels as the tasks' heads count them; `test` is not used
+  std::vector<Images> test;
+};
 
-// The settings of one of a plan's replicas as result.json shows them.
-json settings_json(const Job&, const ExperimentOptions&, size_t replica);
+// Runs all in turn and returns the object that result.json holds (it is written after every run). Files in options.out:
+// log.jsonl, result.json, checkpoint/ while it runs, models where save_models is set. Throws InputError for runs that
+// make no sense, or when --resume finds the checkpoint of another experiment; RunError when a file cannot be written, a
+// loss is not finite, or sigma diverged; Stopped when a signal asks to end, with the checkpoint written.
+json run_experiment(const ExperimentOptions&, const ExperimentData&, const std::vector<ExperimentRun>&);
 
-// The results by method and number of parts: mean and spread of the final accuracy, NLL and ECE, and the time.
-std::string table_of(const json& result);
+// The settings of one of a run's replicas as result.json shows them.
+json describe_settings(const ExperimentRun&, size_t replica);
+
+// The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
+// error by every way of inference where the runs have them.
+std::string format_table(const json& result);
+
+// The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
+// error by every way of inference where the runs have them.
+std::string format_table(const json& result);
 
 }  // namespace baton

@@ -6,15 +6,16 @@
 #include "engine/io/stop.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/squares.h"
+#include "layers/estimators.h"
 
 namespace baton {
 
-Curvature curvature_of(const std::string& name) {
+Curvature parse_curvature(const std::string& name) {
   if (name == "ggn") return Curvature::ggn;
   if (name == "empirical") return Curvature::empirical;
   throw InputError("unknown curvature '" + name + "': ggn or empirical");
 }
-const char* name_of(Curvature c) { return c == Curvature::ggn ? "ggn" : "empirical"; }
+const char* name(Curvature c) { return c == Curvature::ggn ? "ggn" : "empirical"; }
 
 NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, const Images& images,
                                 const Normalisation& normalisation, const NamedWeights& weights, Curvature kind) {
@@ -23,11 +24,11 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   Arena arena;
   const std::unique_ptr<Network> network = make();
   const ParameterLayout& layout = network->layout();
-  network->prepare({device, arena, 1, batch, false, true}, false);
   const DeviceImages set = upload_images(device, arena, images, normalisation);
   ParameterStore store(arena, layout, 1);
   float *mean = store.add("mean"), *sums = store.add("sums");
-  fill_zero(device, sums, store.bytes());
+  PointWeights source(mean, layout.stride(), sums);
+  network->prepare({device, arena, source, 1, batch, true});
   for (const TensorSpec& t : layout.tensors()) {
     const auto found = weights.find(t.name);
     if (found == weights.end()) throw InputError("a curvature of " + t.name + " needs its weights");
@@ -40,20 +41,17 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   upload(device, indices, index);
   int32_t* labels = arena.take<int32_t>(batch);
   float *loss = arena.take<float>(batch), *hit = arena.take<float>(batch);
-  const WeightsView view{mean, nullptr, layout.stride()};
-  GradientsView squares{nullptr, nullptr, layout.stride()};
-  squares.squares = sums;
   for (int b = 0; b < batches; b++) {
     if (stop_requested()) throw_stopped("nothing of this curvature is kept");
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
                    device.stream());
-    network->forward(device, view, nullptr);
+    network->forward({});
     // What fills the last batch up says nothing.
     const int valid = std::min(batch, images.count - b * batch);
     float* logits_gradient = network->logits_gradient();
     const auto back = [&] {
       fill_zero(device, logits_gradient + size_t(valid) * classes, sizeof(float) * size_t(batch - valid) * classes);
-      network->backward(device, view, squares, nullptr);
+      network->backward({});
     };
     if (kind == Curvature::empirical) {
       softmax_cross_entropy(loss, hit, logits_gradient, network->logits(), labels, 1, batch, classes, 1.f,
@@ -69,6 +67,18 @@ NamedWeights curvature_diagonal(Device& device, const NetworkFactory& make, cons
   NamedWeights result;
   for (const TensorSpec& t : layout.tensors()) result[t.name] = store.read(device, "sums", 0, t);
   return result;
+}
+
+std::vector<float> mean_fisher(Device& device, const NetworkFactory& make, const Images& images,
+                               const Normalisation& normalisation, const ParameterStore& store) {
+  const ParameterLayout& layout = store.layout();
+  NamedWeights weights;
+  for (const TensorSpec& t : layout.tensors()) weights[t.name] = store.read(device, "mean", 0, t);
+  const NamedWeights sums = curvature_diagonal(device, make, images, normalisation, weights, Curvature::ggn);
+  std::vector<float> flat(layout.stride(), 0.f);
+  for (const TensorSpec& t : layout.tensors())
+    for (size_t i = 0; i < t.size; i++) flat[t.offset + i] = sums.at(t.name)[i] / float(images.count);
+  return flat;
 }
 
 NamedWeights laplace_log_std(const NamedWeights& curvature, const LaplaceSettings& s) {

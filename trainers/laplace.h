@@ -5,8 +5,12 @@
 // Fisher. Sums, not means: twice the data, twice the precision. Squares of single examples' gradients, never of a
 // batch's.
 #pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "layers/networks.h"
 #include "trainers/device_data.h"
-#include "trainers/incremental.h"
 
 namespace baton {
 
@@ -14,8 +18,8 @@ enum class Curvature {
   ggn,        // sum_n sum_k p_nk (d ln p_nk / dw)^2, exact: one backward pass a class
   empirical,  // sum_n (d ln p(y_n) / dw)^2: one backward pass, but near zero where the network fits its labels
 };
-Curvature curvature_of(const std::string& name);  // "ggn", "empirical"; InputError
-const char* name_of(Curvature);
+Curvature parse_curvature(const std::string& name);  // "ggn", "empirical"; InputError
+const char* name(Curvature);
 
 using NamedWeights = std::map<std::string, std::vector<float>>;
 
@@ -23,6 +27,11 @@ using NamedWeights = std::map<std::string, std::vector<float>>;
 // Throws Stopped when a signal asks the program to end.
 NamedWeights curvature_diagonal(Device&, const NetworkFactory&, const Images&, const Normalisation&,
                                 const NamedWeights& weights, Curvature);
+
+// The mean diagonal Fisher information of the images, exact over the labels, at the weights "mean" of a store: flat, in
+// the store's layout.
+std::vector<float> mean_fisher(Device&, const NetworkFactory&, const Images&, const Normalisation&,
+                               const ParameterStore&);
 
 struct LaplaceSettings {
   double tau = 1;          // the prior precision: what a weight that the data say nothing about keeps

@@ -3,26 +3,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layers/conv3fc3.h"
-#include "layers/lenet5.h"
-#include "layers/mlp.h"
-#include "layers/vgg11.h"
-#include "trainers/parse.h"
-
 namespace baton {
 
 namespace {
 
-constexpr const char* model_format = "baton-model-1";
-
-std::string pixels_text(int channels, int height, int width) {
-  return std::to_string(height) + " x " + std::to_string(width) + (channels == 1 ? " grey" : " colour");
-}
+constexpr const char* model_format = "baton-model-2";
+constexpr const char* format_before = "baton-model-1";
 
 // Metadata is read with care: a file is somebody's.
 class Metadata {
  public:
   explicit Metadata(const TensorFile& file) : file_(file) {}
+  bool has(const std::string& key) const { return file_.metadata.count(key) > 0; }
   std::string text(const std::string& key) const {
     const auto found = file_.metadata.find(key);
     if (found == file_.metadata.end()) throw InputError(file_.path + ": no \"" + key + "\" in the metadata");
@@ -35,230 +27,103 @@ class Metadata {
   }
   // What a reading throws becomes an InputError that names the file and the key.
   template <class F>
-  void read_text(const std::string& key, F f) const {
-    const std::string value = text(key);
+  void read(const std::string& key, F f) const {
+    const json j = object(key);
     try {
-      f(value);
+      f(j);
     } catch (const std::exception& e) {
       throw InputError(file_.path + ": \"" + key + "\" in the metadata: " + e.what());
     }
   }
-  template <class F>
-  void read(const std::string& key, F f) const {
+  uint64_t number(const std::string& key, uint64_t most) const {
     const json j = object(key);
-    read_text(key, [&](const std::string&) { f(j); });
+    if (!j.is_number_unsigned() || j.get<uint64_t>() > most)
+      throw InputError(file_.path + ": \"" + key + "\" in the metadata is '" + text(key) +
+                       "', expected a whole number from 0 to " + std::to_string(most));
+    return j.get<uint64_t>();
   }
 
  private:
   const TensorFile& file_;
 };
 
-json to_json(const Architecture& a) {
-  return {{"name", a.name},     {"classes", a.classes}, {"channels", a.channels},
-          {"height", a.height}, {"width", a.width},     {"hidden", a.hidden}};
-}
-
-json to_json(const PosteriorOptions& o) {
-  json j = json::object();
-  if (o.family == Family::channel) j = {{"groups", o.groups}, {"moments", o.moments}};
-  if (o.family == Family::multiplicative)
-    j = {{"groups", o.groups},
-         {"flow", name_of(o.flow)},
-         {"flow_steps", o.flow_steps},
-         {"flow_hidden", o.flow_hidden},
-         {"z_per_filter", o.z_per_filter},
-         {"fixed_base", o.fixed_base},
-         {"path_gradient", o.path_gradient},
-         {"z_log_std", o.z_log_std}};
-  j["masked"] = o.masked;
-  return j;
-}
-
 // Strictly: nlohmann's own conversions cut 1.5, wrap 2^40 and take true for 1.
 int whole(const json& j, const char* key, int least, int most) {
   const json& value = j.at(key);
-  if (!value.is_number_integer() || value < least || value > most)
-    throw InputError("'" + std::string(key) + "' is " + value.dump() + ", expected a whole number from " +
-                     std::to_string(least) + " to " + std::to_string(most));
+  check_option(whole_option(key, least, {double(least), double(most)}, ""), value, "'" + std::string(key) + "'");
   return value.get<int>();
 }
 double real(const json& value, const char* key) {
-  if (!value.is_number() || std::abs(value.get<double>()) > 1e30)
-    throw InputError("'" + std::string(key) + "' is " + value.dump() + ", expected a number");
+  check_option(number_option(key, 0, {}, ""), value, "'" + std::string(key) + "'");
   return value.get<double>();
 }
-double real_at(const json& j, const char* key) { return real(j.at(key), key); }
 
-PosteriorOptions posterior_options(Family family, const json& j) {
-  PosteriorOptions o(family);
-  o.masked = j.at("masked");
-  if (o.family == Family::channel || o.family == Family::multiplicative) o.groups = whole(j, "groups", 1, 256);
-  if (o.family == Family::channel) o.moments = j.at("moments");
-  if (o.family != Family::multiplicative) return o;
-  o.flow = flow_kind_of(j.at("flow"));
-  o.flow_steps = whole(j, "flow_steps", 0, most_flow_steps);
-  o.flow_hidden = whole(j, "flow_hidden", 1, 4096);
-  o.z_per_filter = j.at("z_per_filter");
-  o.fixed_base = j.at("fixed_base");
-  o.path_gradient = j.at("path_gradient");
-  o.z_log_std = float(real_at(j, "z_log_std"));
-  return o;
+const json& object(const json& value, const char* key) {
+  if (!value.is_object()) throw InputError("'" + std::string(key) + "' is no object");
+  return value;
 }
 
-TrainingSettings settings_of(const json& j) {
-  TrainingSettings s;
-  s.lr = real_at(j, "lr");
-  s.lr_scale = real_at(j, "lr_scale");
-  s.prior_sd = real_at(j, "prior_sd");
-  s.init_log_std = real_at(j, "init_log_std");
-  s.beta = real_at(j, "beta");
-  s.warmup_epochs = real_at(j, "warmup_epochs");
-  s.schedule = schedule_of(j.at("schedule"));
-  return s;
+void read_network(const json& j, NetworkSpec& spec) {
+  spec.name = j.at("name");
+  spec.classes = whole(j, "classes", 2, 256);
+  spec.image = {whole(j, "channels", 1, 3), whole(j, "height", 1, 1024), whole(j, "width", 1, 1024)};
+  const NetworkKind& kind = find_network(spec.name);
+  json options = j.contains("options") ? object(j["options"], "options") : json::object();
+  if (j.contains("hidden") && find_option(kind.options, "hidden")) options["hidden"] = j["hidden"];  // format_before
+  spec.options = complete_options(kind.options, options, spec.name);
+  make_network(spec);  // it says what does not fit
 }
 
-const std::vector<std::string> architectures{"lenet5", "3conv3fc", "vgg11", "mlp"};
-
-}  // namespace
-
-Rule rule_of(const std::string& name) {
-  if (name == "elbo") return Rule::bound;
-  if (name == "bgd") return Rule::descent;
-  throw InputError("unknown rule '" + name + "': elbo or bgd");
-}
-const char* name_of(Rule r) { return r == Rule::bound ? "elbo" : "bgd"; }
-
-json training_json(const Model& m) {
-  const TrainingSettings& s = m.training;
-  return {{"rule", name_of(m.rule)},
-          {"epochs", m.epochs},
-          {"batch", m.batch},
-          {"lr", s.lr},
-          {"schedule", name_of(s.schedule)},
-          {"lr_scale", s.lr_scale},
-          {"scale_rule", name_of(m.scale_rule)},
-          {"beta", s.beta},
-          {"warmup_epochs", s.warmup_epochs},
-          {"draws", m.draws},
-          {"prior_sd", s.prior_sd},
-          {"init_log_std", s.init_log_std}};
+// In format_before the options of the posterior and the settings of a training were apart, and some had other names.
+json settings_of_before(const PosteriorKind& kind, const json& posterior, const json& training) {
+  json all = training;
+  all.update(posterior);
+  for (const auto& [before, now] : {std::pair{"z_log_sd", "z_log_std"}, {"init_log_sd", "init_log_std"}})
+    if (all.contains(before)) all[now] = all[before];
+  if (all.contains("z_per_filter")) all["z"] = all["z_per_filter"] == true ? "per-filter" : "per-channel";
+  json kept = json::object();
+  for (const Option& option : kind.options)
+    if (all.contains(option.name)) kept[option.name] = all[option.name];
+  return kept;
 }
 
-Architecture architecture_of(const std::string& name) {
-  Architecture a;
-  a.name = name;
-  if (name == "3conv3fc" || name == "vgg11") a.channels = 3, a.height = a.width = 32;
-  if (name == "mlp") a.hidden = {400, 400};
-  a.network();
-  return a;
+void read_training(const Metadata& metadata, bool before, Model& m) {
+  const PosteriorKind& kind = find_posterior(m.kind);
+  metadata.read("training", [&](const json& j) {
+    const json& rule = j.at("rule");
+    if (rule != "elbo" && rule != "bgd") throw InputError("unknown rule " + rule.dump() + ": elbo or bgd");
+    m.rule = rule;
+    m.draws = whole(j, "draws", 1, 1000);
+    m.batch = whole(j, "batch", 1, 1 << 20);
+    m.epochs = real(j.at("epochs"), "epochs");
+    const json settings =
+        before ? settings_of_before(kind, metadata.object("posterior"), j) : object(j.at("settings"), "settings");
+    m.settings = complete_options(kind.options, settings, m.kind);
+  });
 }
-
-NetworkFactory Architecture::network() const {
-  const auto takes = [&](int c, int side) {
-    if (channels == c && height == side && width == side) return;
-    throw InputError(name + " takes " + pixels_text(c, side, side) + " images, not " +
-                     pixels_text(channels, height, width) + " ones");
-  };
-  if (classes < 2 || classes > 256) throw InputError("classes must be 2 to 256, not " + std::to_string(classes));
-  if (name != "mlp" && !hidden.empty()) throw InputError(name + " has no hidden widths to choose");
-  const int n = classes;
-  if (name == "lenet5") {
-    takes(1, 28);
-    return [n] { return std::make_unique<LeNet5>(n); };
-  }
-  if (name == "3conv3fc") {
-    takes(3, 32);
-    return [n] { return std::make_unique<Conv3Fc3>(n); };
-  }
-  if (name == "vgg11") {
-    takes(3, 32);
-    return [n] { return std::make_unique<Vgg11>(n); };
-  }
-  if (name == "mlp") {
-    if ((channels != 1 && channels != 3) || height < 1 || width < 1 || height > 1024 || width > 1024)
-      throw InputError("an mlp takes images of 1 or 3 channels and at most 1024 x 1024 pixels");
-    if (hidden.empty() || hidden.size() > 16) throw InputError("an mlp has 1 to 16 hidden layers");
-    for (int width_of_layer : hidden)
-      if (width_of_layer < 1 || width_of_layer > 1 << 16)
-        throw InputError("a hidden layer has 1 to 65536 units, not " + std::to_string(width_of_layer));
-    const int in = channels * height * width;
-    return [in, widths = hidden, n] { return std::make_unique<Mlp>(in, widths, n); };
-  }
-  throw InputError("unknown architecture '" + name + "': lenet5, 3conv3fc, vgg11 or mlp");
-}
-
-std::string Architecture::description() const {
-  std::string text = name;
-  for (size_t i = 0; i < hidden.size(); i++) text += (i ? "-" : " ") + std::to_string(hidden[i]);
-  return text + ", " + pixels_text(channels, height, width) + " images, " + std::to_string(classes) + " classes";
-}
-
-Architecture recognise(const TensorFile& weights) {
-  const auto shape = [&](const std::string& name) -> std::vector<int64_t> {
-    const auto found = weights.tensors.find(name);
-    return found == weights.tensors.end() ? std::vector<int64_t>() : found->second.shape;
-  };
-  std::string nearest, complaint;
-  size_t nearest_matches = 0;
-  for (const std::string& name : architectures) {
-    Architecture a = architecture_of(name);
-    if (name == "mlp") {
-      a.hidden.clear();
-      int layers = 0;
-      while (shape("fc" + std::to_string(layers + 1) + ".weight").size() == 2) layers++;
-      if (layers < 2 || shape("conv1.weight").size() == 4) continue;
-      for (int i = 1; i < layers; i++)
-        a.hidden.push_back(int(std::min<int64_t>(shape("fc" + std::to_string(i) + ".weight")[0], 1 << 20)));
-      const int64_t in = shape("fc1.weight")[1];
-      if (in == 3 * 32 * 32) a.channels = 3, a.height = a.width = 32;
-      else if (in != a.height * a.width) {
-        const int side = int(std::lround(std::sqrt(double(std::min<int64_t>(in, 1 << 20)))));
-        if (int64_t(side) * side == in) a.height = a.width = side;
-      }
-    }
-    const auto last = a.network()()->layout().tensors().back();  // the output layer's bias
-    const std::vector<int64_t> outputs = shape(last.name);
-    if (outputs.size() == 1 && outputs[0] >= 2 && outputs[0] <= 256) a.classes = int(outputs[0]);
-    size_t matches = 0;
-    std::string wrong;
-    const auto network = a.network()();
-    for (const TensorSpec& t : network->layout().tensors()) {
-      if (shape(t.name) == t.shape && weights.has(t.name)) matches++;
-      else if (wrong.empty())
-        wrong = weights.has(t.name) ? "'" + t.name + "' has shape " + shape_text(shape(t.name)) + "; " + name +
-                                          " has " + shape_text(t.shape)
-                                    : name + "'s '" + t.name + "' is missing";
-    }
-    if (wrong.empty() && matches == weights.tensors.size()) return a;
-    if (wrong.empty()) wrong = "it has more tensors than " + name;
-    if (matches > nearest_matches || nearest.empty()) nearest = name, nearest_matches = matches, complaint = wrong;
-  }
-  throw InputError(weights.path + " fits none of lenet5, 3conv3fc, vgg11, mlp; nearest is " + nearest + ": " +
-                   complaint + " (tools/from-pytorch renames tensors)");
-}
-
-int Model::learned(uint64_t content) const {
-  const std::string hash = hash_text(content);
-  for (size_t i = 0; i < history.size(); i++)
-    if (history[i].value("data", "") == hash) return int(i) + 1;
-  return 0;
-}
-
-namespace {
 
 // Everything but the arrays.
-std::map<std::string, std::string> metadata_of(const Model& m) {
+std::map<std::string, std::string> list_metadata(const Model& m) {
   std::map<std::string, std::string> to;
+  const NetworkSpec& n = m.network;
   to["format"] = model_format;
-  to["architecture"] = to_json(m.architecture).dump();
-  to["family"] = name_of(m.posterior.family);
-  to["posterior"] = to_json(m.posterior).dump();
-  const int c = m.architecture.channels;
+  to["architecture"] = json({{"name", n.name},
+                             {"classes", n.classes},
+                             {"channels", n.image.channels},
+                             {"height", n.image.height},
+                             {"width", n.image.width},
+                             {"options", n.options}})
+                           .dump();
+  to["kind"] = m.kind;
+  to["masked"] = m.masked ? "true" : "false";
+  const int c = n.image.channels;
   to["normalisation"] = json({{"scale", std::vector<float>(m.normalisation.scale, m.normalisation.scale + c)},
                               {"shift", std::vector<float>(m.normalisation.shift, m.normalisation.shift + c)}})
                             .dump();
   to["class_names"] = json(m.class_names).dump();
-  to["training"] = training_json(m).dump();
+  to["training"] =
+      json({{"rule", m.rule}, {"epochs", m.epochs}, {"batch", m.batch}, {"draws", m.draws}, {"settings", m.settings}})
+          .dump();
   to["seed"] = std::to_string(m.seed);
   to["step"] = std::to_string(m.step);
   to["origin"] = m.origin.dump();
@@ -267,19 +132,11 @@ std::map<std::string, std::string> metadata_of(const Model& m) {
   return to;
 }
 
-uint64_t number(const TensorFile& file, const Metadata& metadata, const std::string& key, uint64_t most) {
-  const json j = metadata.object(key);
-  if (!j.is_number_unsigned() || j.get<uint64_t>() > most)
-    throw InputError(file.path + ": \"" + key + "\" in the metadata is '" + metadata.text(key) +
-                     "', expected a whole number from 0 to " + std::to_string(most));
-  return j.get<uint64_t>();
-}
-
 // What a file is that is no model of this version.
 void check_format(const TensorFile& file) {
   const auto found = file.metadata.find("format");
   const std::string format = found == file.metadata.end() ? "" : found->second;
-  if (format == model_format) return;
+  if (format == model_format || format == format_before) return;
   const std::string who = file.path + " is no model: ";
   if (format.rfind("baton-model-", 0) == 0)
     throw InputError(file.path + " was written by another version of Baton (format " + format +
@@ -294,30 +151,49 @@ void check_format(const TensorFile& file) {
 
 }  // namespace
 
-Model load_model(const std::filesystem::path& path) {
+bool Model::uncertain() const { return arrays.has(make_network(network)->layout()[0].name + ".log_std"); }
+
+int Model::find_stage(uint64_t content) const {
+  const std::string hash = hash_text(content);
+  for (size_t i = 0; i < history.size(); i++)
+    if (history[i].value("data", "") == hash) return int(i) + 1;
+  return 0;
+}
+
+Model new_model(const NetworkSpec& network, const std::string& kind) {
+  Model m;
+  m.network = network;
+  m.kind = kind;
+  m.settings = complete_options(find_posterior(kind).options, json::object(), kind);
+  return m;
+}
+
+json training_json(const Model& m) {
+  json j{{"rule", m.rule}, {"epochs", m.epochs}, {"batch", m.batch}, {"draws", m.draws}};
+  j.update(m.settings);
+  return j;
+}
+
+Model read_model(const std::filesystem::path& path) {
   TensorFile file = load_safetensors(path);
   check_format(file);
   const Metadata metadata(file);
+  const bool before = metadata.text("format") == format_before;
   Model m;
-  metadata.read("architecture", [&](const json& j) {
-    m.architecture.name = j.at("name");
-    m.architecture.classes = whole(j, "classes", 2, 256);
-    m.architecture.channels = whole(j, "channels", 1, 3);
-    m.architecture.height = whole(j, "height", 1, 1024);
-    m.architecture.width = whole(j, "width", 1, 1024);
-    const json& hidden = j.at("hidden");
-    if (!hidden.is_array()) throw InputError("'hidden' is no list");
-    for (size_t i = 0; i < hidden.size(); i++)
-      m.architecture.hidden.push_back(whole({{"hidden", hidden[i]}}, "hidden", 1, 1 << 16));
-    m.architecture.network();
-  });
+  metadata.read("architecture", [&](const json& j) { read_network(j, m.network); });
   // Before anything is allocated by what the metadata claim: the tensors are there.
-  const std::unique_ptr<Network> network = m.architecture.network()();
+  const std::unique_ptr<Network> network = make_network(m.network);
   for (const TensorSpec& t : network->layout().tensors()) file.at(t.name + ".mean", t.shape);
-  metadata.read_text("family", [&](const std::string& name) { m.posterior.family = family_of(name); });
-  metadata.read("posterior", [&](const json& j) { m.posterior = posterior_options(m.posterior.family, j); });
+  m.kind = metadata.text(before ? "family" : "kind");
+  try {
+    find_posterior(m.kind);
+  } catch (const InputError& e) {
+    throw InputError(file.path + ": " + e.what());
+  }
+  metadata.read(before ? "posterior" : "masked", [&](const json& j) { m.masked = before ? j.at("masked") : j; });
+  read_training(metadata, before, m);
   metadata.read("normalisation", [&](const json& j) {
-    const size_t channels = size_t(m.architecture.channels);
+    const size_t channels = size_t(m.network.image.channels);
     const json &scale = j.at("scale"), &shift = j.at("shift");
     if (!scale.is_array() || !shift.is_array() || scale.size() != channels || shift.size() != channels)
       throw InputError("it is not of " + std::to_string(channels) + " channels");
@@ -329,18 +205,10 @@ Model load_model(const std::filesystem::path& path) {
   metadata.read("class_names", [&](const json& j) {
     if (!j.is_array()) throw InputError("it is no list");
     m.class_names = j.get<std::vector<std::string>>();
-    if (int(m.class_names.size()) > m.architecture.classes) throw InputError("more names than classes");
+    if (int(m.class_names.size()) > m.network.classes) throw InputError("more names than classes");
   });
-  metadata.read("training", [&](const json& j) {
-    m.training = settings_of(j);
-    m.scale_rule = scale_rule_of(j.at("scale_rule"));
-    m.rule = rule_of(j.at("rule"));
-    m.draws = whole(j, "draws", 1, 1000);
-    m.batch = whole(j, "batch", 1, 1 << 20);
-    m.epochs = real_at(j, "epochs");
-  });
-  m.seed = number(file, metadata, "seed", UINT64_MAX);
-  m.step = uint32_t(number(file, metadata, "step", UINT32_MAX));
+  m.seed = metadata.number("seed", UINT64_MAX);
+  m.step = uint32_t(metadata.number("step", UINT32_MAX));
   m.origin = metadata.object("origin");
   metadata.read("history", [&](const json& j) {
     if (!j.is_array()) throw InputError("it is not a list");
@@ -354,15 +222,18 @@ Model load_model(const std::filesystem::path& path) {
   });
   m.pruned = metadata.object("pruned");
   m.arrays = std::move(file);
-  Device device;  // the tensors are all there, of the right shapes and finite
-  Arena arena;
-  posterior_of(device, arena, m);
   return m;
+}
+
+LoadedModel load_model(Device& device, Arena& arena, const std::filesystem::path& path) {
+  LoadedModel loaded{read_model(path), nullptr};
+  loaded.posterior = make_posterior(device, arena, loaded.model);  // the tensors are all there, and finite
+  return loaded;
 }
 
 void save_model(const std::filesystem::path& path, const Model& m) {
   TensorFile file = m.arrays;
-  file.metadata = metadata_of(m);
+  file.metadata = list_metadata(m);
   save_safetensors(path, file);
 }
 
@@ -371,7 +242,7 @@ std::string fingerprint(const Model& m) {
   const auto add = [&](const void* bytes, size_t n) {
     for (size_t i = 0; i < n; i++) hash = (hash ^ static_cast<const uint8_t*>(bytes)[i]) * 0x100000001b3ull;
   };
-  for (const auto& [key, text] : metadata_of(m)) add(key.data(), key.size()), add(text.data(), text.size());
+  for (const auto& [key, text] : list_metadata(m)) add(key.data(), key.size()), add(text.data(), text.size());
   for (const auto& [name, tensor] : m.arrays.tensors) {
     add(name.data(), name.size());
     add(tensor.bytes.data(), tensor.bytes.size());
@@ -379,9 +250,9 @@ std::string fingerprint(const Model& m) {
   return hash_text(hash);
 }
 
-std::unique_ptr<Posterior> posterior_of(Device& device, Arena& arena, const Model& m) {
-  const std::unique_ptr<Network> network = m.architecture.network()();
-  auto posterior = std::make_unique<Posterior>(device, arena, network->layout(), m.posterior, 1);
+std::unique_ptr<Posterior> make_posterior(Device& device, Arena& arena, const Model& m) {
+  const std::unique_ptr<Network> network = make_network(m.network);
+  auto posterior = make_posterior(device, arena, network->layout(), m.kind, {m.settings}, m.masked);
   posterior->load(m.arrays, m.stages() <= 1);  // the first hand-over is the beginning of the second stage
   return posterior;
 }
@@ -391,28 +262,28 @@ void keep(Model& m, const Posterior& posterior) {
   posterior.save(m.arrays);
 }
 
-void initialise(Device& device, Model& m, const Beginning& beginning) {
+void initialise(Device& device, Model& m, const Pretrained* pretrained, double sd) {
   Arena arena;
-  const std::unique_ptr<Network> network = m.architecture.network()();
-  Posterior posterior(device, arena, network->layout(), m.posterior, 1);
+  const std::unique_ptr<Network> network = make_network(m.network);
+  const auto posterior = make_posterior(device, arena, network->layout(), m.kind, {m.settings}, m.masked);
   StepState state{};
   state.noise = key_of(m.seed, 1);
   StepState* states = arena.take<StepState>(1);
   upload(device, states, std::vector<StepState>{state});
-  posterior.initialise(states, {float(m.training.init_log_std)}, {float(m.training.prior_sd)});
-  if (beginning.pretrained) {
-    adopt(posterior, *network, 0, *beginning.pretrained, beginning.pretrained_sd);
-    posterior.settle();
+  posterior->initialise(states);
+  if (pretrained) {
+    adopt(*posterior, *network, 0, *pretrained, sd);
+    posterior->settle();
   }
-  keep(m, posterior);
+  keep(m, *posterior);
 }
 
 OwnDataOptions data_options(const Model& m) {
   OwnDataOptions o;
-  o.channels = m.architecture.channels;
-  o.height = m.architecture.height;
-  o.width = m.architecture.width;
-  o.classes = m.architecture.classes;
+  o.channels = m.network.image.channels;
+  o.height = m.network.image.height;
+  o.width = m.network.image.width;
+  o.classes = m.network.classes;
   o.class_names = m.class_names;
   return o;
 }
@@ -425,17 +296,16 @@ void check_classes(const Model& m, const OwnData& data) {
   }
   if (!data.labelled) return;
   for (int i = 0; i < data.images.count; i++)
-    if (data.images.labels[i] >= m.architecture.classes)
+    if (data.images.labels[i] >= m.network.classes)
       throw InputError("label " + std::to_string(data.images.labels[i]) + " of image " + std::to_string(i) +
-                       "; the model has " + std::to_string(m.architecture.classes) + " classes, from 0 on");
+                       "; the model has " + std::to_string(m.network.classes) + " classes, from 0 on");
 }
 
-TensorFile mean_network(Device& device, const Model& m) {
+TensorFile mean_network(Device& device, Posterior& posterior) {
   Arena arena;
-  const auto posterior = posterior_of(device, arena, m);
-  const ParameterLayout& layout = posterior->store().layout();
+  const ParameterLayout& layout = posterior.store().layout();
   float* w = arena.take<float>(layout.stride());
-  posterior->mean_weights(w, 0);
+  posterior.mean_weights(w, 0);
   const std::vector<float> flat = download(device, w, layout.stride());
   TensorFile file;
   for (const TensorSpec& t : layout.tensors())

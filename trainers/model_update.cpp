@@ -1,12 +1,13 @@
 #include "trainers/model_update.h"
 
-#include <chrono>
 #include <cmath>
+#include <optional>
 
 #include "engine/io/files.h"
 #include "engine/io/stop.h"
+#include "trainers/checkpoints.h"
 #include "trainers/metrics.h"
-#include "trainers/model_learning.h"
+#include "trainers/predictor.h"
 
 namespace baton {
 
@@ -17,8 +18,6 @@ namespace {
 // Steps between two looks at the totals. Fixed, not by the clock: an epoch's sums must not depend on where they were
 // looked at.
 constexpr int chunk = 16;
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // An epoch's sums so far.
 struct Sums {
@@ -36,7 +35,7 @@ struct Sums {
     steps += t.steps;
   }
   json to_json() const { return {loss, hits, kl, examples, steps, kl_by_name}; }
-  static Sums of(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4), j.at(5)}; }
+  static Sums from(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4), j.at(5)}; }
   double mean(double sum) const { return sum / double(std::max<int64_t>(examples, 1)); }
   double mean_kl() const { return kl / double(std::max<int64_t>(steps, 1)); }
 };
@@ -50,6 +49,7 @@ class Update {
     settings_ = training_json(model);
     if (options.augment) settings_["augment"] = true;
     if (options.hold_out > 0) settings_["hold_out"] = options.hold_out;
+    if (options.head > 0) settings_["head"] = options.head;
   }
 
   json run() {
@@ -64,7 +64,7 @@ class Update {
     std::error_code ignored;
     if (!options_.overwrite && fs::exists(out_, ignored))
       throw InputError(out_.string() + " is there already (--overwrite writes over it)");
-    if (const int stage = model_.learned(hash_); stage && !options_.again)
+    if (const int stage = model_.find_stage(hash_); stage && !options_.again)
       throw InputError("these " + std::to_string(data_.images.count) + " images were learned in stage " +
                        std::to_string(stage) + "; what is learned twice counts twice (--again does it all the same)");
     if (options_.start == UpdateOptions::Start::fresh && fs::exists(checkpoint, ignored))
@@ -84,6 +84,9 @@ class Update {
       throw InputError("--batch must be 1 to 1048576, not " + std::to_string(model_.batch));
     if (model_.draws < 1 || model_.draws > 1000)
       throw InputError("--draws must be 1 to 1000, not " + std::to_string(model_.draws));
+    if (model_.rule == "bgd" && model_.kind != "ffg")
+      throw InputError("Bayesian gradient descent moves a fully factorized posterior (ffg); this one is " +
+                       model_.kind);
     if (!(options_.hold_out >= 0 && options_.hold_out < 1))
       throw InputError("--hold-out is a share, from 0 to below 1");
     check_classes(model_, data_);
@@ -105,7 +108,7 @@ class Update {
     const TensorFile file = load_safetensors(out_);
     const auto format = file.metadata.find("format");
     if (format == file.metadata.end() || format->second.rfind("baton-model-", 0) != 0) return std::nullopt;
-    const Model found = load_model(out_);
+    const Model found = read_model(out_);
     if (found.history.empty()) return std::nullopt;
     json stage = found.history.back();
     // Where a model is updated in place, the file is its own parent.
@@ -116,85 +119,113 @@ class Update {
     return stage;
   }
 
-  json train(const fs::path& checkpoint) {
+  // Bayesian gradient descent moves a fully factorized Gaussian, too. Its noise is counted from 0 in every stage, so
+  // every stage has a seed of its own.
+  bool by_bgd() const { return model_.rule == "bgd"; }
+
+  TrainingSettings make_training() const {
+    TrainingSettings t;
+    t.kind = by_bgd() ? "bgd" : model_.kind;
+    t.masked = model_.masked;
+    t.batch = std::min(model_.batch, int(order_.size()));
+    t.epochs = model_.epochs;
+    t.stages_before = by_bgd() ? 0 : model_.stages();
+    t.identity = fingerprint(model_) + " " + hash_text(hash_) + " " + settings_.dump();
+    Replica replica{model_.seed, model_.settings};
+    if (by_bgd()) {
+      replica.seed += 0x9e3779b97f4a7c15ull * uint64_t(model_.stages());
+      float widest = -INFINITY;  // what a sigma that runs away is measured by
+      for (const auto& [name, tensor] : model_.arrays.tensors)
+        if (name.ends_with(".log_std") && !name.ends_with(".prior_log_std"))
+          for (float x : tensor.as<float>()) widest = std::max(widest, x);
+      replica.settings = {{"eta", model_.settings["lr"]},
+                          {"schedule", model_.settings["schedule"]},
+                          {"draws", model_.draws},
+                          {"sigma", std::exp(widest)}};
+    }
+    const int groups = model_.settings.value("groups", 1);
+    t.batch -= t.batch % groups;
+    t.replicas = {replica};
+    return t;
+  }
+
+  json train(const fs::path& path) {
     Arena arena;
     const DeviceImages images = upload_images(device_, arena, data_.images, model_.normalisation);
-    const std::unique_ptr<Learning> learning =
-        learning_of(device_, arena, model_, images, order_, model_, options_.augment,
-                    fingerprint(model_) + " " + hash_text(hash_) + " " + settings_.dump());
-    std::unique_ptr<Predictor> judge;
+    Stages stages = tasks_in_turn({order_});
+    stages.heads = {options_.head};
+    stages.augment = {options_.augment};
+    const NetworkFactory make = network_factory(model_.network);
+    Trainer trainer(device_, arena, make, images, stages, make_training());
+    std::optional<Predictor> predictor;
     Images held;
     if (!held_.empty()) {
       held = subset(data_.images, held_);
-      judge = std::make_unique<Predictor>(device_, arena, model_.architecture.network(),
-                                          upload_images(device_, arena, held, model_.normalisation));
+      predictor.emplace(device_, arena, make, upload_images(device_, arena, held, model_.normalisation));
+      predictor->look_as(options_.head, nullptr);
     }
     arena.freeze();
     const auto accuracy = [&] {
-      return evaluate(learning->predict_at_mean(*judge).probability, held.labels, held.classes, {}, {}).accuracy;
+      return evaluate(predictor->predict(trainer.posterior(), 0, 0, 0).probability, held.labels, held.classes, {}, {})
+          .accuracy;
     };
 
     json held_out;
     int resumed_at = 0;
     std::error_code ignored;
-    if (fs::exists(checkpoint, ignored)) {
-      const std::string text = learning->restore(checkpoint);
+    if (fs::exists(path, ignored)) {
+      const std::string text = trainer.restore(path);
       try {
         const json extra = json::parse(text);
-        sums_ = Sums::of(extra.at("sums"));
-        last_ = Sums::of(extra.at("last"));
+        sums_ = Sums::from(extra.at("sums"));
+        last_ = Sums::from(extra.at("last"));
         held_out = extra.at("hold_out");
       } catch (const json::exception& e) {
-        throw InputError(checkpoint.string() + ": not the checkpoint of an update (" + e.what() + ")");
+        throw InputError(path.string() + ": not the checkpoint of an update (" + e.what() + ")");
       }
-      resumed_at = learning->step();
+      resumed_at = trainer.stage_step();
     } else {
-      learning->begin();
-      if (judge) held_out = {{"images", held.count}, {"accuracy_before", accuracy()}};
+      trainer.start_from(model_.arrays, by_bgd() ? 0 : model_.step);
+      trainer.begin_stage(0);
+      if (predictor) held_out = {{"images", held.count}, {"accuracy_before", accuracy()}};
     }
-    const auto save = [&] {
-      const json extra{{"sums", sums_.to_json()}, {"last", last_.to_json()}, {"hold_out", held_out}};
-      learning->save(checkpoint, extra.dump());
-    };
+    Checkpoints checkpoints(
+        path, options_.checkpoint_seconds,
+        [&] {
+          return json{{"sums", sums_.to_json()}, {"last", last_.to_json()}, {"hold_out", held_out}};
+        },
+        path.string() + " is written; the same command with --resume goes on from it");
 
-    const int steps = learning->steps(), an_epoch = learning->steps_an_epoch();
+    const int steps = trainer.count_steps(0), an_epoch = trainer.count_epoch_steps(0);
     const int epochs = (steps + an_epoch - 1) / an_epoch;
     const int batch = std::min(model_.batch, int(order_.size()));
-    const double start = now();
-    double saved = start;
-    while (learning->step() < steps) {
-      const int at = learning->step(), epoch_end = std::min(steps, (at / an_epoch + 1) * an_epoch);
-      const int count = std::min(epoch_end, at / an_epoch * an_epoch + (at % an_epoch / chunk + 1) * chunk) - at;
-      if (learning->advance(count) < count) {
-        save();
-        throw_stopped(checkpoint.string() + " is written; the same command with --resume goes on from it");
-      }
-      sums_.add(learning->take_totals());
-      if (const std::string warning = learning->warning(); !warning.empty() && options_.warn) options_.warn(warning);
-      const bool ends = learning->step() == epoch_end;
+    const auto epoch_end = [&](int at) { return std::min(steps, (at / an_epoch + 1) * an_epoch); };
+    const double start = seconds_now();
+    StageLoop loop;
+    loop.next_look = [&](int at) {
+      return std::min(epoch_end(at), at / an_epoch * an_epoch + (at % an_epoch / chunk + 1) * chunk);
+    };
+    loop.look = [&](const std::vector<EpochTotals>& totals) {
+      sums_.add(totals[0]);
+      if (const std::string warning = trainer.take_warning(); !warning.empty() && options_.warn) options_.warn(warning);
+      const int at = trainer.stage_step();
+      const bool ends = at == epoch_end(at - 1);
       if (options_.progress)
-        options_.progress({(learning->step() + an_epoch - 1) / an_epoch, epochs, int64_t(learning->step()) * batch,
-                           int64_t(resumed_at) * batch, int64_t(steps) * batch, sums_.mean(sums_.loss),
-                           sums_.mean(sums_.hits), sums_.mean_kl(), ends});
+        options_.progress({(at + an_epoch - 1) / an_epoch, epochs, int64_t(at) * batch, int64_t(resumed_at) * batch,
+                           int64_t(steps) * batch, sums_.mean(sums_.loss), sums_.mean(sums_.hits), sums_.mean_kl(),
+                           ends});
       if (ends) last_ = sums_, sums_ = {};
-      if (learning->step() < steps && now() - saved >= options_.checkpoint_seconds) {
-        save();
-        saved = now();
-      }
-    }
-    const double seconds = now() - start;
-    if (judge) {
-      try {
-        held_out["accuracy_after"] = accuracy();
-      } catch (const Stopped&) {
-        save();
-        throw_stopped(checkpoint.string() + " is written; the same command with --resume goes on from it");
-      }
-    }
+    };
+    finish_stage(trainer, checkpoints, loop);
+    const double seconds = seconds_now() - start;
+    if (predictor) held_out["accuracy_after"] = checkpoints.keep_through(trainer, accuracy);
 
     Model next = model_;
-    const json kl = learning->finish(next);
+    keep(next, trainer.posterior());
+    next.step = by_bgd() ? model_.step + uint32_t(steps) : trainer.count_history();
+    if (by_bgd()) set_prior(next);
     if (next.class_names.empty() && model_.history.empty()) next.class_names = data_.class_names;
+    const json kl = find_kl(next, trainer.posterior());
     double total = 0;
     for (const auto& [layer, nats] : kl.items()) total += nats.get<double>();
     json stage;
@@ -208,16 +239,40 @@ class Update {
     stage["loss"] = last_.mean(last_.loss);
     stage["accuracy"] = last_.mean(last_.hits);
     stage["kl"] = total;
-    if (model_.posterior.family != Family::point) stage["kl_by_layer"] = kl;
+    if (model_.uncertain()) stage["kl_by_layer"] = kl;
     stage["parent"] = fingerprint(model_);
-    if (judge) stage["hold_out"] = held_out;
+    if (predictor) stage["hold_out"] = held_out;
     next.history.push_back(stage);
     save_model(out_, next);
-    fs::remove(checkpoint, ignored);
+    fs::remove(path, ignored);
     stage["seconds"] = seconds;
     stage["images_per_second"] = double(steps - resumed_at) * batch / std::max(seconds, 1e-9);
     stage["resumed_at_step"] = resumed_at;
     return stage;
+  }
+
+  // The posterior before is the prior of what Bayesian gradient descent left; pruned weights have the prior's sigma.
+  void set_prior(Model& next) const {
+    const std::unique_ptr<Network> network = make_network(model_.network);
+    for (const TensorSpec& t : network->layout().tensors()) {
+      const std::vector<float> prior = model_.arrays.at(t.name + ".log_std", t.shape).as<float>();
+      next.arrays.tensors[t.name + ".prior_mean"] = model_.arrays.at(t.name + ".mean", t.shape);
+      next.arrays.tensors[t.name + ".prior_log_std"] = model_.arrays.at(t.name + ".log_std", t.shape);
+      if (!model_.masked) continue;
+      const std::vector<uint8_t> kept = model_.arrays.at(t.name + ".mask", t.shape).as<uint8_t>();
+      std::vector<float> log_std = next.arrays.at(t.name + ".log_std", t.shape).as<float>();
+      for (size_t i = 0; i < kept.size(); i++)
+        if (!kept[i]) log_std[i] = prior[i];
+      next.arrays.tensors[t.name + ".log_std"] = Tensor::of<float>(log_std, t.shape);
+    }
+  }
+
+  // KL of the next model to its prior by layer, nats.
+  json find_kl(const Model& next, Posterior& trained) const {
+    if (!by_bgd()) return sum_by_layer(trained.kl_names(), trained.kl_by_name()[0]);
+    Arena arena;
+    const auto posterior = make_posterior(device_, arena, next);
+    return sum_by_layer(posterior->kl_names(), posterior->kl_by_name()[0]);
   }
 
   Device& device_;

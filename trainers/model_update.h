@@ -22,6 +22,7 @@ struct UpdateOptions {
   bool overwrite = false;  // `out` may be there
   bool again = false;      // learn images that the model has learned before
   enum class Start { fresh, resume, restart } start = Start::fresh;
+  int head = 0;                    // the output layer that learns, of a network with several
   double checkpoint_seconds = 10;  // 0: after every few steps
   std::function<void(const UpdateProgress&)> progress;
   std::function<void(const std::string&)> warn;  // what may go wrong, in a sentence
@@ -30,7 +31,7 @@ struct UpdateOptions {
 // The checkpoint of an update that writes `out`: beside it, gone when it has ended.
 std::filesystem::path checkpoint_of(const std::filesystem::path& out);
 
-// Learns `data` by the model's own settings (rule, training, batch, epochs: change them before, and the next model
+// Learns `data` by the model's own settings (rule, settings, batch, epochs: change them before, and the next model
 // keeps them) and writes `out` (which may be the file that `model` came from). Returns the stage as the new model's
 // history has it, and what only the clock knows: "seconds", "images_per_second", "resumed_at_step"; "hold_out" with the
 // accuracies before and after; "done_before": true where the file was there already, complete.

@@ -23,10 +23,12 @@ Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, c
     : device_(device), set_(set), at_once_(at_once ? at_once : draws_at_once), single_(make()) {
   batch_ = std::min(set.count, batch ? batch : images_at_once);
   batches_ = (set.count + batch_ - 1) / batch_;
-  single_->prepare({device, arena, 1, batch_, false, false}, true);
+  weights_ = arena.take<float>(single_->layout().stride() * at_once_);
+  source_.emplace(weights_, single_->layout().stride());
+  single_->prepare({device, arena, *source_, 1, batch_, false, true});
   if (at_once_ > 1) {
     many_ = make();
-    many_->prepare({device, arena, at_once_, batch_, false, false}, true);
+    many_->prepare({device, arena, *source_, at_once_, batch_, false, true});
   }
   const int classes = single_->classes(), padded = batches_ * batch_;
   std::vector<int32_t> index(padded);  // the last batch is filled up with the last image, and its results are dropped
@@ -34,7 +36,6 @@ Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, c
   index_ = arena.take<int32_t>(padded);
   upload(device, index_, index);
   labels_ = arena.take<int32_t>(batch_);
-  weights_ = arena.take<float>(single_->layout().stride() * at_once_);
   chosen_ = arena.take<uint8_t>(size_t(padded) * at_once_);
   sums_ = arena.take<float>(size_t(padded) * classes);
   entropies_ = arena.take<float>(size_t(padded) * 2);    // sums over the draws: of entropies, then of squares
@@ -47,13 +48,13 @@ void Predictor::look_as(int head, const int32_t* pixel_order) {
   pixel_order_ = pixel_order;
 }
 
-void Predictor::accumulate(Network& network, WeightsView weights, int draws, uint8_t* chosen) {
+void Predictor::accumulate(Network& network, int draws, uint8_t* chosen) {
   const int classes = network.classes(), padded = batches_ * batch_;
   for (int b = 0; b < batches_; b++) {
     stop_if_asked();
     gather_indexed(network.input().signal.value, nullptr, labels_, set_, index_ + size_t(b) * batch_, batch_,
                    device_.stream(), pixel_order_);
-    network.forward(device_, weights, nullptr);
+    network.forward({});
     float* entropies = entropies_ + size_t(b) * batch_;
     accumulate_predictions(sums_ + size_t(b) * batch_ * classes, entropies, network.logits(), draws, batch_, classes,
                            device_.stream(), entropies + padded);
@@ -62,43 +63,29 @@ void Predictor::accumulate(Network& network, WeightsView weights, int draws, uin
   }
 }
 
-Predictions Predictor::predict(Posterior& posterior, int replica, int samples, uint64_t seed) {
-  return predict(
-      posterior.family() == Family::point ? 0 : samples, seed, posterior.store().layout().stride(),
-      [&](float* w, int first, int count, Key key) { posterior.sample(w, replica, first, count, key); },
-      [&](float* w) { posterior.mean_weights(w, replica); }, false);
-}
-
-Predictions Predictor::predict(Learner& learner, int samples, uint64_t seed) {
-  return predict(
-      learner.uncertain() ? samples : 0, seed, learner.store().layout().stride(),
-      [&](float* w, int first, int count, Key key) { learner.sample(w, first, count, key); },
-      [&](float* w) { learner.mean_weights(w); }, true);
-}
-
-Predictions Predictor::predict(int samples, uint64_t seed, size_t stride, const Sample& sample,
-                               const std::function<void(float* w)>& mean, bool choices) {
+Predictions Predictor::predict(Posterior& posterior, int replica, int samples, uint64_t seed, bool choices) {
   BATON_RANGE("predict");
   const int classes = single_->classes(), padded = batches_ * batch_;
+  if (!posterior.uncertain()) samples = 0;
   fill_zero(device_, sums_, size_t(padded) * classes * sizeof(float));
   fill_zero(device_, entropies_, size_t(padded) * 2 * sizeof(float));
   Predictions p;
   const auto pass = [&](int draws) {
-    accumulate(draws > 1 ? *many_ : *single_, {weights_, nullptr, stride}, draws, choices ? chosen_ : nullptr);
+    accumulate(draws > 1 ? *many_ : *single_, draws, choices ? chosen_ : nullptr);
     for (int k = 0; choices && k < draws; k++) {
       const std::vector<uint8_t> row = download(device_, chosen_ + size_t(padded) * k, set_.count);
       p.chosen.insert(p.chosen.end(), row.begin(), row.end());
     }
   };
   if (samples == 0) {
-    mean(weights_);
+    posterior.mean_weights(weights_, replica);
     pass(1);
   } else {
     const Key key = key_of(seed, 7);
     for (int first = 0; first < samples;) {
       stop_if_asked();
       const int draws = samples - first >= at_once_ ? at_once_ : 1;
-      sample(weights_, first, draws, key);
+      posterior.sample(weights_, replica, first, draws, key);
       pass(draws);
       first += draws;
     }

@@ -1,6 +1,5 @@
-// The last layer's closed-form update (kernels/last_layer.h, kernels/acquisition.h, engine/linalg.h,
-// trainers/last_layer/last_layer.h) in float and double: its kernels, its products with the covariance, and whole
-// updates.
+// The closed-form update of the last layer in float and double: its kernels (kernels/last_layer.h, acquisition.h), its
+// products with the covariance (engine/linalg.h) and whole updates (trainers/last_layer/last_layer.h).
 #include "common.h"
 #include "kernels/acquisition.h"
 #include "trainers/last_layer/last_layer.h"
@@ -23,8 +22,8 @@ Real* normals(Buffers& b, size_t n, double sd = 1) {
   return b.put(v);
 }
 
-// Products in the seam. Bytes: every operand once. multiply [b x D] = Phi S: 2 b D^2 FLOPs; rank_update, the fold of b
-// rows: b D^2 FLOPs, half of S read and written; Cholesky and inverse D^3 FLOPs.
+// Products with the covariance; the bytes count every operand once. multiply makes Phi S [b x D] with 2 b D^2 FLOPs;
+// rank_update folds b rows with b D^2 FLOPs, reading and writing half of S; Cholesky and inverse take D^3 FLOPs.
 template <class Real>
 void products(int b, int d) {
   const double size = sizeof(Real), n = d;
@@ -62,7 +61,7 @@ void factor(int d) {
              });
 }
 
-// The hand-written kernels. row_dots with one row for all: the product S phi; add_outer: the rank-one downdate.
+// The hand-written kernels of one sample: row_dots makes the product S phi, add_outer the rank-one downdate.
 template <class Real>
 void rank_one(int d) {
   const double size = sizeof(Real), n = d;
@@ -84,17 +83,18 @@ void rank_one(int d) {
   });
 }
 
-// b sequential steps in the samples' own space. Bytes: gram, basis and downdate once, logits read and written. FLOPs: a
-// sample 4 b^2 of its rank-one updates, 4 b C of logits and steps, and about 5 Newton iterations of 30 C.
+// b sequential steps in the samples' own space. The bytes count gram, basis and downdate once, and logits read and
+// written. A sample takes 4 b^2 FLOPs for its rank-one updates, 4 b C for logits and steps, and about 5 Newton
+// iterations of 30 C.
 template <class Real>
 void steps(int b, int cases, UpdateRule rule) {
   const int c = 10;
   const double size = sizeof(Real), n = b;
-  add("sequential_steps/" + std::string(name_of(rule)) + real_name<Real> + "/samples:" + std::to_string(b) +
+  add("sequential_steps/" + std::string(to_string(rule)) + real_name<Real> + "/samples:" + std::to_string(b) +
           "/cases:" + std::to_string(cases),
       {cases * size * (3 * n * n + 3 * n * c), cases * n * (4 * n * n + 4 * n * c + 5 * 30 * c)},
       [=](Buffers& buffers) -> std::function<void()> {
-        // Not reset between calls: the Gram matrix shrinks towards that of a certain posterior, which takes as long.
+        // The arrays are not reset between calls: the Gram matrix shrinks from call to call, which takes as long.
         std::vector<Real> gram(size_t(cases) * b * b, Real(0));
         for (int k = 0; k < cases; k++)
           for (int i = 0; i < b; i++) gram[(size_t(k) * b + i) * b + i] = Real(1);
@@ -111,12 +111,13 @@ void steps(int b, int cases, UpdateRule rule) {
       });
 }
 
-// Bytes: logits and variance read, probabilities and entropy written. FLOPs: 10 a class, and 8 a class and draw.
+// The bytes are logits and variance read, probabilities and entropy written. A class takes 10 FLOPs, and 8 for each
+// draw.
 template <class Real>
 void links(Link link, int n, int draws) {
   const int c = 10;
   const double size = sizeof(Real), rows = n;
-  add("link_probabilities/" + std::string(name_of(link)) + real_name<Real> + "/n:" + std::to_string(n),
+  add("link_probabilities/" + std::string(to_string(link)) + real_name<Real> + "/n:" + std::to_string(n),
       {rows * size * (2 * c + 2), rows * c * (10. + 8. * draws)}, [=](Buffers& b) -> std::function<void()> {
         LinkArrays<Real> x{};
         x.probability = b.room<Real>(size_t(n) * c);
@@ -129,7 +130,7 @@ void links(Link link, int n, int draws) {
       });
 }
 
-// Bytes and FLOPs: head notes of kernels/last_layer.cu and kernels/acquisition.cu.
+// The head notes of kernels/last_layer.cu and kernels/acquisition.cu derive these bytes and FLOPs.
 template <class Real>
 void scores(int n, int d) {
   const int c = 10;
@@ -164,10 +165,10 @@ void scores(int n, int d) {
       });
 }
 
-// A whole update of b samples after 1,000, folds, drift checks and the waiting rows included, as calls follow one
-// another: 16 calls on 16 batches of samples, again and again. Bytes: S read once, a call's share of its folds (S and
-// P read and written every 32 samples), U, Q and X written, Phi and W. FLOPs: products with S, 2 b D^2, and folds, 4 b
-// D^2.
+// A whole update of b samples after 1,000, with folds, drift checks and waiting rows, as calls follow one another: 16
+// calls on 16 batches of samples, again and again. The bytes are S read once, a call's share of the folds (S and P are
+// read and written every 32 samples), U, Q and X written, Phi and W. The products with S take 2 b D^2 FLOPs, the folds
+// 4 b D^2.
 template <class Real>
 void update(int b, int d) {
   const int c = 10, calls = 16, base = 1000;
@@ -179,11 +180,9 @@ void update(int b, int d) {
                const int32_t* y = buffers.integers<int32_t>(base + calls * b, c);
                const auto layer = std::make_shared<LastLayer<Real>>(buffers.device, d, c, LastLayerOptions{});
                layer->fit_covariance({x, y, base, d}, std::vector<double>(size_t(c) * d, 0.));
-               UpdateOptions options;
-               options.duplicates = true;
                return [=] {
                  for (int i = 0; i < calls; i++)
-                   layer->update({x + size_t(base + i * b) * d, y + base + i * b, b, d}, options);
+                   layer->update({x + size_t(base + i * b) * d, y + base + i * b, b, d}, {.duplicates = true});
                };
              });
 }

@@ -1,7 +1,6 @@
 #include "networks.h"
 
-#include "layers/conv3fc3.h"
-#include "layers/lenet5.h"
+#include "layers/networks.h"
 
 using namespace baton;
 
@@ -41,11 +40,11 @@ int NetworkSizes::z_stride() const {
 }
 
 const NetworkSizes& lenet5_sizes() {
-  static const NetworkSizes sizes{"/lenet5", LeNet5().layout()};
+  static const NetworkSizes sizes{"/lenet5", make_network(network_spec("lenet5"))->layout()};
   return sizes;
 }
 const NetworkSizes& conv3fc3_sizes() {
-  static const NetworkSizes sizes{"/3conv3fc", Conv3Fc3().layout()};
+  static const NetworkSizes sizes{"/3conv3fc", make_network(network_spec("3conv3fc"))->layout()};
   return sizes;
 }
 

@@ -1,9 +1,9 @@
 // Whole training steps of LeNet5 and a prediction by draws of its weights. The models are those of a perfectly fused
-// step (../shared/reference/cuda-practice.md, section 3.3), so bytes/s is below what the kernels really move.
+// step (a step that reads and writes every number once), so bytes/s is below what the kernels really move.
 #include "common.h"
 #include "engine/io/synthetic.h"
-#include "layers/lenet5.h"
-#include "trainers/incremental.h"
+#include "trainers/predictor.h"
+#include "trainers/trainer.h"
 
 using namespace baton;
 
@@ -36,16 +36,16 @@ void training_step(bool ffg, int batch, int replicas) {
   add_direct(std::string("training_step/lenet5/") + (ffg ? "ffg" : "ft") + batch_name(batch, replicas),
              step_work(ffg, batch, replicas), steps, [=](Buffers& b) -> std::function<void()> {
                const DeviceImages set = upload_images(b.device, b.arena, digits(), unit_range);
-               TrainingPlan plan;
-               plan.posterior.family = ffg ? Family::gaussian : Family::point;
-               plan.batch = batch;
-               plan.epochs = 1000;
-               std::vector<int32_t> order(set.count);
-               for (int i = 0; i < set.count; i++) order[i] = i;
-               for (int r = 0; r < replicas; r++) plan.seeds.push_back(r), plan.settings.emplace_back();
-               const auto trainer = std::make_shared<IncrementalTrainer>(
-                   b.device, b.arena, [] { return std::make_unique<LeNet5>(); }, set, plan,
-                   std::vector<std::vector<int32_t>>(replicas, order), std::vector<int>{set.count});
+               TrainingSettings training;
+               training.kind = ffg ? "ffg" : "ft";
+               training.batch = batch;
+               training.epochs = 1000;
+               training.replicas.clear();
+               for (int r = 0; r < replicas; r++) training.replicas.push_back({uint64_t(r)});
+               Stages stages = whole_set(set.count);
+               stages.order.assign(size_t(replicas), stages.order[0]);
+               const auto trainer = std::make_shared<Trainer>(
+                   b.device, b.arena, network_factory(network_spec("lenet5")), set, stages, training);
                trainer->begin_stage(0);
                trainer->run(3);  // memory touched, the graph captured
                return [=] { trainer->run(steps); };
@@ -60,15 +60,14 @@ void prediction(int images, int draws) {
                   draws * (2 * forward_macs * images + (flops_a_normal + 3) * parameters)};
   add_direct("prediction/lenet5/images:" + std::to_string(images) + "/draws:" + std::to_string(draws), work, 1,
              [=](Buffers& b) -> std::function<void()> {
-               const LeNet5 layout_of;
-               const auto posterior =
-                   std::make_shared<Posterior>(b.device, b.arena, layout_of.layout(), Family::gaussian, 1);
-               posterior->initialise(b.states(1), {-5}, {1});
+               const std::shared_ptr<Posterior> posterior =
+                   make_posterior(b.device, b.arena, make_network(network_spec("lenet5"))->layout(), "ffg");
+               posterior->initialise(b.states(1));
                Images some = digits();
                limit(some, images);
-               const auto predictor = std::make_shared<Predictor>(
-                   b.device, b.arena, [] { return std::make_unique<LeNet5>(); },
-                   upload_images(b.device, b.arena, some, unit_range));
+               const auto predictor =
+                   std::make_shared<Predictor>(b.device, b.arena, network_factory(network_spec("lenet5")),
+                                               upload_images(b.device, b.arena, some, unit_range));
                return [=] { predictor->predict(*posterior, 0, draws, 1); };
              });
 }

@@ -1,53 +1,48 @@
 // Tasks of colour images one after the other, an output layer each (Zeno et al. 2018, figure 4): CIFAR-10 and then five
 // times ten classes of CIFAR-100, by BGD, SGD and Synaptic Intelligence. Without CIFAR-100's files: CIFAR-10 in five
 // tasks of two classes.
-#include <cmath>
 #include <numeric>
 
 #include "bench/common/bgd.h"
 #include "engine/io/program.h"
-#include "layers/task_cnn.h"
 
 using namespace baton;
 
 namespace {
 
-BgdPreset preset_of(const std::string& name) {
-  BgdPreset p;
-  p.inference = Inference::committee;
-  p.bgd.lr = 2;
-  p.sgd.lr = 0.01;
-  p.sgd.momentum = 0;
-  p.adam.lr = p.si.lr = p.ewc.lr = 1e-3;
-  p.si.strength = 0.01;
-  p.si.xi = 1e-3;
-  p.ewc.strength = 100;
-  p.restart_optimizer = true;
+Preset make_preset(const std::string& name) {
+  Preset p;
+  p.samples = 10;
+  p.inference = "committee";
+  p.methods = baseline_methods({"bgd", "sgd", "adam", "si", "ewc"});
+  draw_one_at_a_time(p);
+  find_method(p, "bgd").settings["eta"] = 2;
+  find_method(p, "si").settings = {{"strength", 0.01}, {"xi", 1e-3}};
+  find_method(p, "ewc").settings = {{"strength", 100}};
+  for (const char* point : {"sgd", "adam", "si", "ewc"}) find_method(p, point).settings["restart_optimizer"] = true;
   if (name == "paper") {
     p.batch = 256;
     p.epochs = 150;
-    p.sigma = 0.019;
-    p.fisher_examples = 5000;
+    set_sigma(p, 0.019);
+    find_method(p, "ewc").settings["fisher_examples"] = 5000;
   } else if (name == "quick") {  // minutes on two cores
     p.train_limit = 1000;        // of each task
     p.test_limit = 500;
     p.batch = 32;
     p.epochs = 5;
-    p.sigma = 0.04;
-    p.draws = 4;
-    p.fisher_examples = 256;
+    set_sigma(p, 0.04);
+    find_method(p, "bgd").settings["draws"] = 4;
+    find_method(p, "ewc").settings["fisher_examples"] = 256;
   } else {
-    throw InputError("unknown preset '" + name + "': quick or paper");
+    refuse_preset(name);
   }
-#if !defined(BATON_CUDA)
-  p.at_once = 1;  // a draw's activations stay in the cache
-#endif
   return p;
 }
 
 struct Tasks {
-  TaskData data;
-  TaskSequence sequence;
+  ExperimentData data;
+  std::vector<std::vector<int32_t>> examples;  // of each task, in the common set
+  std::vector<bool> augment;
   std::vector<std::string> names;
   int classes = 10;
 };
@@ -68,14 +63,13 @@ void add_task(Tasks& to, const std::string& name, Images train, Images test, int
   }
   std::vector<int32_t> examples(train.count);
   std::iota(examples.begin(), examples.end(), first);
-  to.sequence.heads.push_back(int(to.sequence.examples.size()));
-  to.sequence.examples.push_back(std::move(examples));
-  to.sequence.augment.push_back(augment);
+  to.examples.push_back(std::move(examples));
+  to.augment.push_back(augment);
   to.data.test.push_back(std::move(test));
   to.names.push_back(name);
 }
 
-std::string sentence_of(const json& result, const std::vector<std::string>& names) {
+std::string sentence_about(const json& result, const std::vector<std::string>& names) {
   std::string sentence = "Accuracy on every task after the last one";
   sentence += " (" + names.front() + " first):";
   char text[100];
@@ -92,34 +86,28 @@ std::string sentence_of(const json& result, const std::vector<std::string>& name
 }
 
 int run(int argc, char** argv) {
-  CLI::App app{
+  PaperProgram program(
+      "bgd_cifar_tasks",
       "Tasks of colour images one after the other, with an output layer each (figure 4 of Zeno et al. 2018): CIFAR-10\n"
       "and five times ten classes of CIFAR-100; or, without CIFAR-100's files, CIFAR-10 in five tasks of two classes.\n"
-      "Writes result.json, log.jsonl and a plot to --out."};
-  const std::string known = "bgd,sgd,adam,si,ewc";
-  BgdOptions options;
-  options.methods = "bgd,sgd,si";
-  options.out_prefix = "results/bgd_cifar_tasks_";
+      "Writes result.json, log.jsonl and a plot to --out.",
+      argc, argv, make_preset);
+  program.methods = "bgd,sgd,si";
+  program.out_prefix = "results/bgd_cifar_tasks_";
   std::string cifar100;
-  options.add_to(app, known, "quick (1,000 images a task, 5 epochs) or paper (150 epochs): sets what is not given");
-  app.add_option("--cifar100", cifar100, "folder of CIFAR-100's binary files (train.bin, test.bin)");
+  program.add_options("quick (1,000 images a task, 5 epochs) or paper (150 epochs): what the other options start from");
+  program.app.add_option("--cifar100", cifar100, "folder of CIFAR-100's binary files (train.bin, test.bin)");
   bool no_dropout = false;
-  app.add_flag("--no-dropout", no_dropout, "train without dropout");
-  try {
-    parse(app, argc, argv);
-  } catch (const HelpShown&) {
-    return 0;
-  }
-  BgdPreset p = preset_of(options.preset);
-  options.apply(p);
-  const std::vector<uint64_t> seeds = options.seed_numbers();
+  program.app.add_flag("--no-dropout", no_dropout, "train without dropout");
+  if (!program.parse()) return 0;
+  const Preset& p = program.preset;
 
   Tasks tasks;
-  const Dataset ten = find_cifar10(options.data_folder(), 0, {});
+  const Dataset ten = find_cifar10(program.data_folder(), 0, {});
   tasks.data.set = ten;
   tasks.data.set.train = {};
   if (!cifar100.empty()) {
-    add_task(tasks, "CIFAR-10", ten.train, ten.test, p.train_limit, p.test_limit, options.preset == "paper");
+    add_task(tasks, "CIFAR-10", ten.train, ten.test, p.train_limit, p.test_limit, program.preset_name == "paper");
     const Dataset hundred = load_cifar100(cifar100);
     for (int t = 0; t < 5; t++) {
       std::vector<int> classes(10);
@@ -140,31 +128,30 @@ int run(int argc, char** argv) {
   }
   tasks.data.set.train.classes = tasks.classes;
 
-  const int heads = tasks.sequence.stages(), classes = tasks.classes;
-  const bool dropout = !no_dropout;
-  const NetworkFactory network = [heads, classes, dropout] {
-    return std::make_unique<TaskCnn>(heads, classes, dropout);
-  };
-  std::vector<TaskRun> runs;
-  for (const std::string& method : options.method_names(known))
-    for (uint64_t seed : seeds) {
-      std::string label = method;
-      for (char& c : label) c = char(toupper(c));
-      TaskRun r = task_run(p, options, method, label, seed, p.sigma, network, tasks.sequence);
-      r.settings["dropout"] = dropout;
-      r.settings["tasks"] = tasks.names;
+  Stages stages = tasks_in_turn(tasks.examples);
+  for (int head = 0; head < stages.count(); head++) stages.heads.push_back(head);
+  stages.augment = tasks.augment;
+  const NetworkSpec network =
+      network_spec("task-cnn", tasks.classes, {{"heads", stages.count()}, {"dropout", !no_dropout}});
+  std::vector<ExperimentRun> runs;
+  for (const Method& method : program.chosen_methods())
+    for (uint64_t seed : program.seed_numbers()) {
+      ExperimentRun r = program.make_run(method, upper(method.name), network, {seed});
+      r.stages = stages;
+      r.more["dropout"] = !no_dropout;
+      r.more["tasks"] = tasks.names;
+      add_step_scale(r);
       runs.push_back(std::move(r));
     }
   Dataset shown = ten;
   shown.train.count = tasks.data.set.train.count;
   shown.test.count = 0;
   for (const Images& t : tasks.data.test) shown.test.count += t.count;
-  print_head("bgd_cifar_tasks", cifar100.empty() ? "CIFAR-10 in five tasks" : "CIFAR-10 and five parts of CIFAR-100",
-             shown, options.preset);
-  TaskExperimentOptions experiment = options.experiment("bgd_cifar_tasks");
+  print_head(program, cifar100.empty() ? "CIFAR-10 in five tasks" : "CIFAR-10 and five parts of CIFAR-100", shown);
+  ExperimentOptions experiment = program.experiment();
   experiment.normalisation = standardise(tasks.data.set.train);
-  const json result = run_task_experiment(experiment, tasks.data, runs);
-  report_tasks(result, sentence_of(result, tasks.names), tasks.data.set, experiment.out);
+  const json result = run_experiment(experiment, tasks.data, runs);
+  report(result, sentence_about(result, tasks.names), tasks.data.set, experiment.out);
   return 0;
 }
 

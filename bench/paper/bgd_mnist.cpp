@@ -5,54 +5,50 @@
 
 #include "bench/common/bgd.h"
 #include "engine/io/program.h"
-#include "layers/mlp.h"
 
 using namespace baton;
 
 namespace {
 
-BgdPreset preset_of(const std::string& name) {
-  BgdPreset p;
+Preset make_preset(const std::string& name) {
+  Preset p;
   p.batch = 128;
+  p.samples = 10;
+  p.inference = "sampled";
   p.train_limit = 50000;  // the paper's split: the last 10,000 training images are for validation
-  p.sgd.lr = 0.05;
-  p.sgd.momentum = 0.9;
-  p.adam.lr = 1e-3;
-  p.bbb.lr = 1e-3;  // on the summed loss
-  p.bbb.momentum = 0;
-  p.pruned = {0.5, 0.75, 0.9, 0.95, 0.98};
+  p.pruned = "0.5,0.75,0.9,0.95,0.98";
+  p.methods = baseline_methods({"bgd", "sgd", "adam", "bbb", "bbb_mixture"});
+  find_method(p, "sgd").settings = {{"lr", 0.05}, {"momentum", 0.9}};
   if (name == "paper") {
     p.epochs = 600;
-    p.judge_every = 10;
+    p.measure_every = 10;
   } else if (name == "quick") {
     // So few epochs leave sigma at its start, where the paper's 0.05 is mostly noise. This is nearly gradient descent
     // on the mean; pruning by signal-to-noise wants the other end (--widths 1200 --sigma 0.08 --eta 1 --batch 48).
     p.epochs = 4;
-    p.judge_every = 2;
-    p.sigma = 0.01;
-    p.bgd.lr = 36;
-    p.sgd.lr = 0.1;
+    p.measure_every = 2;
+    set_sigma(p, 0.01);
+    find_method(p, "bgd").settings["eta"] = 36;
+    find_method(p, "sgd").settings["lr"] = 0.1;
   } else {
-    throw InputError("unknown preset '" + name + "': quick or paper");
+    refuse_preset(name);
   }
   return p;
 }
 
 // The authors' own values for these widths; between and beyond them their nearest.
-double sigma_of(int width) { return width < 1000 ? 0.05 : width < 1600 ? 0.04 : 0.015; }
+double choose_sigma(int width) { return width < 1000 ? 0.05 : width < 1600 ? 0.04 : 0.015; }
 
-std::string upper(std::string name) {
-  if (name == "bbb_mixture") return "BBB mixture";
-  for (char& c : name) c = char(toupper(c));
-  return name;
+std::string make_label(const Method& method, uint64_t width) {
+  return (method.name == "bbb_mixture" ? "BBB mixture" : upper(method.name)) + " 2x" + std::to_string(width);
 }
 
-std::string sentence_of(const json& result, const std::vector<uint64_t>& widths) {
+std::string sentence_about(const json& result, const std::vector<uint64_t>& widths) {
   std::string sentence;
   char text[300];
   for (uint64_t w : widths) {
     const std::string net = " 2x" + std::to_string(w);
-    const double bgd = final_accuracy_of(result, "BGD" + net), sgd = final_accuracy_of(result, "SGD" + net);
+    const double bgd = final_accuracy(result, "BGD" + net), sgd = final_accuracy(result, "SGD" + net);
     if (!std::isfinite(bgd)) continue;
     snprintf(text, sizeof text, "With 2x%d units BGD ends at %.2f %% test error", int(w), 100 * (1 - bgd));
     sentence += text;
@@ -77,43 +73,35 @@ std::string sentence_of(const json& result, const std::vector<uint64_t>& widths)
 }
 
 int run(int argc, char** argv) {
-  CLI::App app{
+  PaperProgram program(
+      "bgd_mnist",
       "Bayesian gradient descent on MNIST: networks 784-h-h-10 by BGD, SGD and Bayes by Backprop (tables 1 and 2 of\n"
-      "Zeno et al. 2018), and what is left of them when most of their weights are pruned. Writes result.json, "
-      "log.jsonl\n"
-      "and a plot to --out."};
-  const std::string known = "bgd,sgd,adam,bbb,bbb_mixture";
-  BgdOptions options;
-  options.methods = "bgd,sgd";
-  options.out_prefix = "results/bgd_mnist_";
-  std::string widths;
-  options.add_to(app, known,
-                 "quick (2x400, 4 epochs; sigma 0.01, eta with eta sigma^2 batch = 0.46) or paper (600 epochs): sets\n"
-                 "what is not given");
-  app.add_option("--widths", widths, "of the hidden layers [quick: 400; paper: 400,800,1200]");
+      "Zeno et al. 2018), and what is left of them when most of their weights are pruned. Writes result.json,\n"
+      "log.jsonl and a plot to --out.",
+      argc, argv, make_preset);
+  const bool quick = program.preset_name == "quick";
+  program.methods = "bgd,sgd";
+  program.out_prefix = "results/bgd_mnist_";
+  program.add_options(
+      "quick (2x400, 4 epochs; sigma 0.01, eta with eta sigma^2 batch = 0.46) or paper (600 epochs): what the other\n"
+      "options start from");
+  std::string widths = quick ? "400" : "400,800,1200";
+  program.app.add_option("--widths", widths, "of the hidden layers")->capture_default_str();
   bool validate = false;
-  app.add_flag("--validate", validate, "judge on the last 10,000 training images instead of the test images");
-  try {
-    parse(app, argc, argv);
-  } catch (const HelpShown&) {
-    return 0;
-  }
-  const BgdPreset usual = preset_of(options.preset);
-  BgdPreset p = usual;
-  options.apply(p);
+  program.app.add_flag("--validate", validate, "judge on the last 10,000 training images instead of the test images");
+  if (!program.parse()) return 0;
+  Preset& p = program.preset;
+  json& bgd = find_method(p, "bgd").settings;
   // Another sigma0 or batch keeps the step of the means, eta sigma0^2 B, and with it its stability.
-  if (options.preset == "quick" && !options.eta_given())
-    p.bgd.lr = usual.bgd.lr * std::pow(usual.sigma / p.sigma, 2) * usual.batch / p.batch;
-  if (widths.empty()) widths = options.preset == "paper" ? "400,800,1200" : "400";
-  const std::vector<uint64_t> hidden = numbers_of("--widths", widths), seeds = options.seed_numbers();
-  const std::vector<std::string> methods = options.method_names(known);
+  if (quick && !program.given("--eta"))
+    bgd["eta"] = double(bgd["eta"]) * std::pow(0.01 / double(bgd["sigma"]), 2) * 128 / p.batch;
+  const std::vector<uint64_t> hidden = parse_wholes("--widths", widths);
 
   Limits limits;
-  limits.train = p.train_limit;
+  limits.train = validate ? 0 : p.train_limit;
   limits.test = p.test_limit;
-  TaskData data;
-  if (validate) limits.train = 0;
-  data.set = find_mnist(options.data_folder(), 0, limits);
+  ExperimentData data;
+  data.set = find_mnist(program.data_folder(), 0, limits);
   if (validate) {
     constexpr int held_out = 10000;
     const int all = data.set.train.count, learned = all - held_out;
@@ -125,34 +113,29 @@ int run(int argc, char** argv) {
     if (p.test_limit) limit(data.set.test, std::min(held_out, p.test_limit));
   }
   data.test = {data.set.test};
-  const int pixels = data.set.train.channels * data.set.train.height * data.set.train.width;
-  TaskSequence sequence;
-  sequence.examples.emplace_back(data.set.train.count);
-  for (int i = 0; i < data.set.train.count; i++) sequence.examples[0][i] = i;
-
-  std::vector<TaskRun> runs;
+  std::vector<ExperimentRun> runs;
   for (uint64_t width : hidden) {
-    if (width < 1 || width > 100000) throw InputError("--widths: 1 to 100,000 units, not " + std::to_string(width));
-    for (const std::string& method : methods)
-      for (uint64_t seed : seeds) {
-        const int w = int(width);
-        TaskRun r = task_run(
-            p, options, method, upper(method) + " 2x" + std::to_string(w), seed,
-            options.sigma_given() || options.preset == "quick" ? p.sigma : sigma_of(w),
-            [pixels, w] {
-              return std::make_unique<Mlp>(pixels, std::vector<int>{w, w}, 10);
-            },
-            sequence);
-        r.settings["width"] = w;
+    if (width < 1 || width > 65536) throw InputError("--widths: 1 to 65,536 units, not " + std::to_string(width));
+    NetworkSpec network = network_spec("mlp", 10, {{"hidden", {width, width}}});
+    network.image = {data.set.train.channels, data.set.train.height, data.set.train.width};
+    for (Method method : program.chosen_methods()) {
+      if ((method.kind == "bgd" || method.kind == "bbb") && !quick && !program.given("--sigma"))
+        method.settings["sigma"] = choose_sigma(int(width));
+      for (uint64_t seed : program.seed_numbers()) {
+        ExperimentRun r = program.make_run(method, make_label(method, width), network, {seed});
+        r.stages = whole_set(data.set.train.count);
+        r.more["width"] = width;
         r.histogram = true;
+        add_step_scale(r);
         runs.push_back(std::move(r));
       }
+    }
   }
-  print_head("bgd_mnist", "MNIST", data.set, options.preset);
-  TaskExperimentOptions experiment = options.experiment("bgd_mnist");
+  print_head(program, "MNIST", data.set);
+  ExperimentOptions experiment = program.experiment();
   if (validate) experiment.extra["judged_on"] = "the last 10,000 training images";
-  const json result = run_task_experiment(experiment, data, runs);
-  report_tasks(result, sentence_of(result, hidden), data.set, experiment.out);
+  const json result = run_experiment(experiment, data, runs);
+  report(result, sentence_about(result, hidden), data.set, experiment.out);
   return 0;
 }
 

@@ -3,91 +3,59 @@
 // judged on the last --hold-out training images, which no candidate trains on. The test set is not looked at.
 // Candidates come from a JSON file; the table of all that was tried goes to --out as table.csv, a row a candidate,
 // appended as it is found. --resume goes on with the candidates under way.
-#include <CLI/CLI.hpp>
-#include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <map>
 
-#include "bench/common/resume.h"
+#include "bench/common/program.h"
 #include "engine/io/files.h"
 #include "engine/io/program.h"
-#include "engine/io/runlog.h"
 #include "engine/io/stop.h"
-#include "layers/conv3fc3.h"
-#include "layers/lenet5.h"
+#include "trainers/checkpoints.h"
 #include "trainers/metrics.h"
-#include "trainers/parse.h"
+#include "trainers/predictor.h"
 
 using namespace baton;
 
 namespace {
 
+// Settings of a training beside those of the posterior's kind.
+const Schema training_options{whole_option("parts", 5, {1, 1e6}, ""), whole_option("batch", 100, {1, 1 << 20}, ""),
+                              number_option("epochs", 5, positive, ""), whole_option("seed", 0, {0, 2e9}, ""),
+                              flag_option("augment", false, "")};
+
 struct Candidate {
-  PosteriorOptions posterior;
-  ScaleRule rule = ScaleRule::adam;
-  int parts = 5, batch = 100;
-  double epochs = 5;
-  uint64_t seed = 0;
-  TrainingSettings settings;
-  bool augment = false;
-  auto group() const {
-    return std::make_tuple(int(posterior.family), int(rule), parts, batch, epochs, seed, augment, posterior.groups,
-                           posterior.moments, int(posterior.flow), posterior.flow_steps, posterior.flow_hidden,
-                           posterior.z_per_filter, posterior.fixed_base, posterior.path_gradient, posterior.z_log_std);
+  std::string kind;
+  json training, settings;  // complete
+
+  // What candidates that train side by side share.
+  json group() const {
+    json shared{kind, training};
+    for (const Option& option : find_posterior(kind).options)
+      if (!option.by_replica) shared.push_back(settings[option.name]);
+    return shared;
   }
 };
 
-Candidate candidate_of(const json& j) {
+Candidate parse_candidate(const json& j) {
   Candidate c;
-  for (const auto& [key, value] : j.items()) {
-    if (key == "method") {
-      c.posterior.family = family_of(value);
-    } else if (key == "groups") {
-      c.posterior.groups = value;
-    } else if (key == "moments") {
-      c.posterior.moments = value;
-    } else if (key == "flow") {
-      c.posterior.flow = flow_kind_of(value);
-    } else if (key == "flow_steps") {
-      c.posterior.flow_steps = value;
-    } else if (key == "flow_hidden") {
-      c.posterior.flow_hidden = value;
-    } else if (key == "z_per_filter") {
-      c.posterior.z_per_filter = value;
-    } else if (key == "fixed_base") {
-      c.posterior.fixed_base = value;
-    } else if (key == "path_gradient") {
-      c.posterior.path_gradient = value;
-    } else if (key == "z_log_std") {
-      c.posterior.z_log_std = value;
-    } else if (key == "augment") {
-      c.augment = value;
-    } else if (key == "scale_rule") c.rule = scale_rule_of(value);
-    else if (key == "parts") c.parts = value;
-    else if (key == "batch") c.batch = value;
-    else if (key == "epochs") c.epochs = value;
-    else if (key == "seed") c.seed = value;
-    else if (key == "lr") c.settings.lr = value;
-    else if (key == "lr_scale") c.settings.lr_scale = value;
-    else if (key == "prior_sd") c.settings.prior_sd = value;
-    else if (key == "init_log_std") c.settings.init_log_std = value;
-    else if (key == "beta") c.settings.beta = value;
-    else if (key == "warmup_epochs") c.settings.warmup_epochs = value;
-    else if (key == "schedule") c.settings.schedule = schedule_of(value);
-    else throw InputError("unknown setting '" + key + "' in the candidates");
-  }
+  c.kind = j.value("method", "ffg");
+  json training = json::object(), settings = json::object();
+  for (const auto& [key, value] : j.items())
+    if (key != "method") (find_option(training_options, key) ? training : settings)[key] = value;
+  c.training = complete_options(training_options, training, "a candidate");
+  c.settings = complete_options(find_posterior(c.kind).options, settings, "a candidate");
   return c;
 }
 
-// What CFG and MNF have beside the rest, in one column.
-std::string draws_of(const PosteriorOptions& o) {
-  char text[120] = "";
-  if (o.family == Family::channel) snprintf(text, sizeof text, "groups %d%s", o.groups, o.moments ? " moments" : "");
-  if (o.family == Family::multiplicative)
-    snprintf(text, sizeof text, "groups %d %s x%d h%d %s%s%s z_log_std %.3g", o.groups, name_of(o.flow), o.flow_steps,
-             o.flow_hidden, o.z_per_filter ? "z_n" : "z_nc", o.fixed_base ? " fixed-base" : "",
-             o.path_gradient ? " path" : "", o.z_log_std);
+// The options of the kind that have no column of their own, where they are not the standard.
+std::string describe_rest(const Candidate& c) {
+  std::string text;
+  for (const Option& option : find_posterior(c.kind).options) {
+    const json& value = c.settings[option.name];
+    if (option.by_replica || option.name == "scale_rule" || value == option.standard) continue;
+    text +=
+        (text.empty() ? "" : " ") + option.name + " " + (value.is_string() ? value.get<std::string>() : value.dump());
+  }
   return text;
 }
 
@@ -105,37 +73,28 @@ struct Progression {
         path(),
         json{{"identity", identity}, {"groups", groups}, {"table_bytes", std::filesystem::file_size(table)}}.dump());
   }
-  // Of the group under way: its curves so far, and its seconds.
-  json extra(const std::vector<std::string>& curve, double seconds) const {
-    return {{"identity", identity}, {"group", groups}, {"curve", curve}, {"seconds", seconds}};
-  }
 };
 
 void train_group(const Progression& at, const Images& images, const Normalisation& normalisation,
                  const NetworkFactory& make, int train_count, int hold_out_count, const std::vector<Candidate>& group,
                  int samples, std::ofstream& table) {
-  const Candidate& first = group[0];
-  std::vector<int32_t> order, held;
-  std::vector<int> sizes;
-  for (const auto& part : split_parts(train_count, first.parts, first.seed)) {
-    order.insert(order.end(), part.begin(), part.end());
-    sizes.push_back(int(part.size()));
-  }
-  for (int i = images.count - hold_out_count; i < images.count; i++) held.push_back(i);
+  const json& shared = group[0].training;
+  const uint64_t seed = shared["seed"];
   Device device;
   Arena arena;
   const DeviceImages train = upload_images(device, arena, images, normalisation);
+  std::vector<int32_t> held;
+  for (int i = images.count - hold_out_count; i < images.count; i++) held.push_back(i);
   const Images hold_out = subset(images, held);
-  TrainingPlan plan;
-  plan.posterior = first.posterior;
-  plan.augment = first.augment;
-  plan.scale_rule = first.rule;
-  plan.parts = first.parts;
-  plan.batch = first.batch;
-  plan.epochs = first.epochs;
-  for (const Candidate& c : group) plan.seeds.push_back(c.seed), plan.settings.push_back(c.settings);
-  IncrementalTrainer trainer(device, arena, make, train, plan, std::vector<std::vector<int32_t>>(group.size(), order),
-                             sizes);
+  TrainingSettings training;
+  training.kind = group[0].kind;
+  training.batch = shared["batch"];
+  training.epochs = shared["epochs"];
+  training.replicas.clear();
+  for (const Candidate& c : group) training.replicas.push_back({seed, c.settings});
+  const Stages stages =
+      split_into_parts(train_count, shared["parts"], std::vector<uint64_t>(group.size(), seed), shared["augment"]);
+  Trainer trainer(device, arena, make, train, stages, training);
   Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, normalisation));
   std::vector<std::string> curve(group.size());
   std::vector<Metrics> last(group.size());
@@ -148,24 +107,22 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
     curve = left["curve"].get<std::vector<std::string>>();
     before = left["seconds"];
   }
-  const auto start = std::chrono::steady_clock::now();
-  const auto seconds_so_far = [&] {
-    return before + std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-  for (; stage < trainer.stages(); stage++) {
+  const double start = seconds_now();
+  const auto seconds_so_far = [&] { return before + seconds_now() - start; };
+  Checkpoints checkpoints(at.of_group(), at.checkpoint_seconds, [&] {
+    return json{{"identity", at.identity}, {"group", at.groups}, {"curve", curve}, {"seconds", seconds_so_far()}};
+  });
+  for (; stage < stages.count(); stage++) {
     if (trainer.stage() != stage) trainer.begin_stage(stage);
-    finish_stage(trainer, at.of_group(), at.extra(curve, seconds_so_far()), at.checkpoint_seconds);
-    const bool final_stage = stage + 1 == trainer.stages();
+    finish_stage(trainer, checkpoints);
+    const bool final_stage = stage + 1 == stages.count();
     if (!final_stage && stage != 0 && stage != 1 && stage != 4) continue;
-    try {
+    checkpoints.keep_through(trainer, [&] {
       for (size_t r = 0; r < group.size(); r++) {
         const Predictions p = predictor.predict(trainer.posterior(), int(r), final_stage ? samples : samples / 4, 99);
         last[r] = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
       }
-    } catch (const Stopped&) {
-      trainer.save(at.of_group(), at.extra(curve, seconds_so_far()).dump());
-      stop_at_checkpoint();
-    }
+    });
     for (size_t r = 0; r < group.size(); r++) {
       char text[32];
       snprintf(text, sizeof text, "%s%.4f", curve[r].empty() ? "" : " ", last[r].accuracy);
@@ -176,12 +133,14 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
   const std::vector<double> log_std = trainer.posterior().mean_log_std();
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
-    char row[400];
-    snprintf(row, sizeof row, "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f",
-             name_of(c.posterior.family), draws_of(c.posterior).c_str(), c.parts, c.batch, c.epochs,
-             name_of(c.settings.schedule), name_of(c.rule), c.settings.lr, c.settings.lr_scale, c.settings.prior_sd,
-             c.settings.init_log_std, c.settings.beta, c.settings.warmup_epochs, int(c.seed), last[r].accuracy,
-             last[r].nll, last[r].ece, log_std[r], curve[r].c_str(), seconds / double(group.size()));
+    const auto of = [&](const char* name) { return c.settings.value(name, 0.0); };
+    char row[500];
+    snprintf(row, sizeof row, "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
+             describe_rest(c).c_str(), int(shared["parts"]), int(shared["batch"]), double(shared["epochs"]),
+             c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(), of("lr"),
+             of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"), int(seed),
+             last[r].accuracy, last[r].nll, last[r].ece, log_std.empty() ? 0. : log_std[r], curve[r].c_str(),
+             seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row);
     fflush(stdout);
@@ -209,15 +168,12 @@ int run(int argc, char** argv) {
   app.add_flag("--resume", resume, "go on from the checkpoint in --out");
   app.add_option("--checkpoint-seconds", at.checkpoint_seconds, "between checkpoints, at the ends of epochs")
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
+  if (!parse_options(app, argc, argv)) return 0;
 
   const auto folder = data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data);
   const bool mnist = set_name == "mnist";
   const Dataset set = mnist ? find_mnist(folder) : find_cifar10(folder);
-  const NetworkFactory make = [&]() -> std::unique_ptr<Network> {
-    if (mnist) return std::make_unique<LeNet5>();
-    return std::make_unique<Conv3Fc3>();
-  };
+  const NetworkFactory make = network_factory(network_spec(mnist ? "lenet5" : "3conv3fc"));
   const Normalisation normalisation = mnist ? unit_range : standardise(set.train);
   if (train_limit < 1 || hold_out < 1 || train_limit + hold_out > set.train.count)
     throw InputError("--train-limit and --hold-out must share the " + std::to_string(set.train.count) +
@@ -241,13 +197,14 @@ int run(int argc, char** argv) {
   const bool fresh = !std::filesystem::exists(at.table);
   std::ofstream table(at.table, std::ios::app);
   if (fresh)
-    table << "method,draws,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_std,beta,warmup_epochs,"
-             "seed,"
-             "holdout_accuracy,holdout_nll,holdout_ece,mean_log_std,accuracy_after_parts_1_2_5_last,seconds"
-          << std::endl;
+    table
+        << "method,options,parts,batch,epochs,schedule,scale_rule,lr,lr_scale,prior_sd,init_log_std,beta,warmup_epochs,"
+           "seed,"
+           "holdout_accuracy,holdout_nll,holdout_ece,mean_log_std,accuracy_after_parts_1_2_5_last,seconds"
+        << std::endl;
   std::vector<std::vector<Candidate>> groups;
   for (const json& j : list) {
-    const Candidate c = candidate_of(j);
+    const Candidate c = parse_candidate(j);
     if (!groups.empty() && groups.back()[0].group() == c.group() && int(groups.back().size()) < at_once)
       groups.back().push_back(c);
     else groups.push_back({c});
@@ -261,7 +218,8 @@ int run(int argc, char** argv) {
     }
     at.groups++;
     at.save();
-    if (at.groups < groups.size() && stop_requested()) stop_at_checkpoint();
+    if (at.groups < groups.size() && stop_requested())
+      throw_stopped("the checkpoint is written; --resume goes on from it");
   }
   std::filesystem::remove_all(at.folder);
   return 0;

@@ -24,14 +24,14 @@ using Bytes = std::vector<uint8_t>;
 
 constexpr std::array<uint8_t, 2> kGzipMagic{0x1f, 0x8b};
 constexpr std::array<uint8_t, 6> kXzMagic{0xfd, '7', 'z', 'X', 'Z', 0x00};
-constexpr size_t kChunk = size_t{1} << 16;               // more is a system call for each small file
+constexpr size_t kChunk = size_t{1} << 16;               // a larger one would cost small files a system call more
 constexpr uint64_t kMostBytes = uint64_t{1} << 48;       // keeps sums of sizes within 64 bits
 constexpr uint64_t kMostXzMemory = uint64_t{256} << 20;  // "xz -9" needs 65 MB; a header may claim a dictionary of 4 GB
 
-// The system's word for an errno value, without the shared buffer of strerror.
+// The system's text for an errno value, without the shared buffer of strerror.
 std::string reason(int error) { return std::error_code(error, std::generic_category()).message(); }
 
-// Owns a descriptor until close() is asked for, whose result matters when writing.
+// Owns a descriptor. close() is called by hand where its result matters, as after writing.
 class Descriptor {
  public:
   explicit Descriptor(int fd) : fd_(fd) {}
@@ -51,8 +51,8 @@ class Descriptor {
   throw InputError(path.string() + " has more than " + std::to_string(most) + " bytes, the most that are read");
 }
 
-// Doubles the room behind the bytes that are there, so that big files are not copied once a chunk. There is never room
-// for more than one byte beyond the limit: the one that shows that the file is too long.
+// Doubles the size of the buffer, so that big files are not copied for every chunk. It never exceeds the limit by more
+// than one byte, which shows that the file is too long.
 void grow(Bytes& bytes, const fs::path& path, uint64_t most, uint64_t slack = 0) {
   const size_t filled = bytes.size();
   if (filled > most + slack) throw_too_long(path, most);
@@ -60,7 +60,7 @@ void grow(Bytes& bytes, const fs::path& path, uint64_t most, uint64_t slack = 0)
 }
 
 Bytes read_plain(const fs::path& path, uint64_t most) {
-  // What cannot be packed grows by packing, by less than this; what is not packed is measured again.
+  // Packing makes incompressible content larger, but by less than this; content that is not packed is checked again.
   const uint64_t slack = most / 64 + (uint64_t{1} << 20);
   Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.get() < 0) throw InputError("cannot open " + path.string() + ": " + reason(errno));
@@ -149,7 +149,7 @@ Bytes unpack_xz(const fs::path& path, const Bytes& packed, uint64_t most) {
     filled = out.size() - stream.avail_out;
     if (status == LZMA_STREAM_END) break;
     if (status == LZMA_MEM_ERROR) throw RunError("cannot unpack " + path.string() + ": out of memory");
-    // There is always room for output here, so no progress means that input is missing.
+    // There is always space for output here, so no progress means that input is missing.
     if (status == LZMA_BUF_ERROR) throw_packed(path, "xz", "truncated: the file ends too early");
     if (status == LZMA_MEMLIMIT_ERROR) {
       throw_packed(path, "xz",
@@ -229,7 +229,7 @@ void write_file_atomically(const fs::path& path, std::span<const uint8_t> bytes)
   Descriptor file(::open(temporary.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666));
   if (file.get() < 0) {
     const int error = errno;
-    temporary.kept = true;  // nothing of ours to remove
+    temporary.kept = true;  // there is no file of ours to remove
     throw_write(path, error);
   }
   if (exists) (void)!::fchmod(file.get(), old.st_mode & 07777);

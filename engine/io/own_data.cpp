@@ -1,52 +1,30 @@
-// Files are told apart by their first bytes and their length, never by their names. Everything is read in the order of
-// the data set, and what is decoded side by side reports the first error of that order.
+// The format of a file is recognized by its first bytes and its length, never by its name. Everything is read in the
+// order of the data set; of several errors in files that are decoded in parallel, the first in that order is thrown.
 #include "engine/io/own_data.h"
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cctype>
 #include <cstdio>
 #include <cstring>
-#include <exception>
 #include <fstream>
-#include <future>
 #include <map>
 #include <new>
 #include <system_error>
-#include <thread>
-#include <utility>
 
-#include "engine/error.h"
 #include "engine/io/files.h"
 #include "engine/io/npy.h"
 #include "engine/io/npy_images.h"
+#include "engine/io/own_data_parts.h"
 #include "engine/io/picture.h"
 
 namespace baton {
 namespace {
 
-namespace fs = std::filesystem;
+using namespace own_data;
 using Bytes = std::vector<uint8_t>;
 
-constexpr int kMostClasses = 256;  // labels are bytes
-constexpr int64_t kMostPicture = int64_t{1} << 26;
-constexpr uint64_t kRoom = uint64_t{1} << 20;  // for headers and the like, beside pixels or labels
-
-[[noreturn]] void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
-[[noreturn]] void bad(const fs::path& path, const std::string& what) { bad(path.string(), what); }
-
-std::string product(int64_t height, int64_t width) { return std::to_string(height) + " x " + std::to_string(width); }
-
-// "a, b, c", of many the first few.
-std::string listed(const std::vector<std::string>& names) {
-  constexpr size_t kMost = 10;
-  std::string text;
-  for (size_t i = 0; i < std::min(kMost, names.size()); ++i) text += (i ? ", " : "") + names[i];
-  return text + (names.size() > kMost ? ", ..." : "");
-}
-
-// A file's name may hold anything, and a message is one line.
+// Without control characters: the name of a file may have any, and a message is one line.
 std::string one_line(std::string text) {
   for (char& c : text) {
     if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
@@ -54,36 +32,7 @@ std::string one_line(std::string text) {
   return text;
 }
 
-// Calls work(i) for every i below count in any order, on all cores. Throws the error of the lowest i.
-template <class Work>
-void side_by_side(size_t count, const Work& work) {
-  constexpr size_t kMostThreads = 16;
-  const size_t threads = std::min({count, kMostThreads, size_t{std::max(1u, std::thread::hardware_concurrency())}});
-  std::vector<std::exception_ptr> errors(count);
-  std::atomic<size_t> next{0};
-  const auto run = [&] {
-    for (size_t i = next++; i < count; i = next++) {
-      try {
-        work(i);
-      } catch (...) {
-        errors[i] = std::current_exception();
-      }
-    }
-  };
-  {
-    std::vector<std::future<void>> others;
-    try {
-      while (others.size() + 1 < threads) others.push_back(std::async(std::launch::async, run));
-    } catch (const std::system_error&) {  // the system gives no more threads: those that are there do as well
-    }
-    run();
-  }
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-}
-
-// ----------------------------------------------------------------------------------------------- options and the whole
+// ----------------------------------------------------------------------------------------------------------- options
 
 void check_options(const OwnDataOptions& options) {
   const auto refuse = [](const char* what, int value, const char* expected) {
@@ -106,29 +55,8 @@ void check_options(const OwnDataOptions& options) {
   }
 }
 
-// The images [first, second) of those that are there.
-std::pair<size_t, size_t> range_of(const OwnDataOptions& options, size_t count, const fs::path& path) {
-  const size_t first = options.first, last = options.last == 0 ? count : options.last;
-  if (first >= count || last > count) {
-    bad(path, "holds " + std::to_string(count) + " images; those from " + std::to_string(first) +
-                  (options.last ? " to before " + std::to_string(last) : "") + " are asked for");
-  }
-  return {first, last};
-}
-
-void check_total(const std::string& who, uint64_t count, uint64_t image_bytes, const OwnDataOptions& options) {
-  if (count <= INT32_MAX && count <= options.most_bytes / image_bytes) return;
-  bad(who, "holds " + std::to_string(count) + " images of " + std::to_string(image_bytes) + " bytes; at most " +
-               std::to_string(options.most_bytes) + " bytes in all are loaded");
-}
-
-void check_size(const std::string& who, const char* verb, int height, int width, const OwnDataOptions& options) {
-  if ((options.height == 0 || height == options.height) && (options.width == 0 || width == options.width)) return;
-  bad(who, verb + product(height, width) + " pixels; the network takes " +
-               product(options.height ? options.height : height, options.width ? options.width : width));
-}
-
-// Checks a set of any format but pictures against the options, gives labels to one without, and cuts it to its range.
+// Checks a set of any format but pictures against the options, gives it labels if it has none, and cuts it to the range
+// that is asked for.
 void finish(OwnData& data, const fs::path& path, const fs::path& labels_path, const OwnDataOptions& options) {
   Images& images = data.images;
   if (options.channels != 0 && images.channels != options.channels) {
@@ -144,7 +72,7 @@ void finish(OwnData& data, const fs::path& path, const fs::path& labels_path, co
   }
   check_labels(images, labels_path, path);
 
-  const auto [first, last] = range_of(options, images.count, path);
+  const auto [first, last] = find_range(options, images.count, path);
   if (last - first == static_cast<size_t>(images.count)) return;
   const size_t bytes = images.image_bytes();
   images.count = static_cast<int>(last - first);
@@ -157,8 +85,8 @@ void finish(OwnData& data, const fs::path& path, const fs::path& labels_path, co
 
 // ------------------------------------------------------------------------------------------------------------- NumPy
 
-// The images and the labels of an .npz, by the names that are in use for them.
-std::pair<Tensor, std::optional<Tensor>> arrays_of(const fs::path& path, const OwnDataOptions& options) {
+// The images and the labels of an .npz, under any of the names that are in common use.
+std::pair<Tensor, std::optional<Tensor>> find_arrays(const fs::path& path, const OwnDataOptions& options) {
   std::map<std::string, Tensor> arrays = load_npz(path, 8 * options.most_bytes + kRoom);
   const std::string split = options.split == Split::train ? "train" : "test";
   const std::array<std::array<std::string, 2>, 3> pairs{
@@ -181,16 +109,16 @@ bool begins_with(const Bytes& bytes, const char* magic) {
   return bytes.size() >= std::strlen(magic) && std::memcmp(bytes.data(), magic, std::strlen(magic)) == 0;
 }
 
-// What lies in a file. NumPy's are only recognized: their reader opens them itself.
+// The content of a file. NumPy's formats are only recognized, as their reader opens the file itself.
 struct Content {
   bool npy = false, npz = false;
-  Bytes bytes;  // else all of them, unpacked
+  Bytes bytes;  // of any other format: all bytes, unpacked
 };
 
-// At most `most` bytes, or 8 times as many in .npy, where a number may have 8.
+// Throws InputError for more than `most` bytes, or 8 times as many in a .npy file, whose numbers may have 8 bytes.
 Content read_content(const fs::path& path, uint64_t most) {
   std::error_code error;
-  // A pipe would be waited for.
+  // Reading a pipe would wait for its writer.
   if (fs::exists(path, error) && !fs::is_regular_file(path, error)) bad(path, "is not a file");
   const auto recognize = [](const Bytes& bytes) {
     return Content{begins_with(bytes, "\x93NUMPY"), begins_with(bytes, "PK\3\4") || begins_with(bytes, "PK\5\6"), {}};
@@ -218,8 +146,9 @@ Bytes read_labels(const fs::path& path, uint64_t count) {
   return idx_labels(std::move(content.bytes), path);
 }
 
-// What the labels of a file of images are called; empty if that does not follow from its name.
-std::string labels_name(const fs::path& images) {
+// The name of the file of labels that belongs to a file of images; empty if the name of the latter does not determine
+// it.
+std::string guess_labels_name(const fs::path& images) {
   std::string name = images.filename().string();
   for (const char* packed : {".gz", ".xz"}) {
     if (name.ends_with(packed)) name.resize(name.size() - std::strlen(packed));
@@ -235,7 +164,7 @@ std::string labels_name(const fs::path& images) {
   bad(path, "holds its labels itself; the labels of " + labels.string() + " have no place beside them");
 }
 
-// A batch of CIFAR-10 may begin as an IDX file does (label 0, dark pixels 0, 8, 3).
+// A batch of CIFAR-10 may begin with the bytes of an IDX file: label 0, dark pixels 0, 8, 3. Then the length decides.
 bool is_idx(const Bytes& bytes, bool is_cifar) {
   if (bytes.size() < 4 || bytes[0] != 0 || bytes[1] != 0 || bytes[2] != 8 || (bytes[3] != 1 && bytes[3] != 3)) {
     return false;
@@ -256,7 +185,7 @@ OwnData load_file(const fs::path& path, const OwnDataOptions& options) {
   fs::path labels_path = path;
   if (content.npz) {
     data.format = ".npz";
-    auto [pixels, labels] = arrays_of(path, options);
+    auto [pixels, labels] = find_arrays(path, options);
     if (labels && options.labels) throw_own_labels(path, *options.labels);
     images = npy_images(std::move(pixels), options.channels);
     if (labels) {
@@ -289,7 +218,7 @@ OwnData load_file(const fs::path& path, const OwnDataOptions& options) {
   }
 
   if (!data.labelled) {
-    const std::string name = data.format == "IDX" ? labels_name(path) : "";
+    const std::string name = data.format == "IDX" ? guess_labels_name(path) : "";
     auto found = options.labels;
     if (!found && !name.empty()) found = find_packed(path.parent_path(), name);
     if (found) {
@@ -332,7 +261,7 @@ OwnData load_batches(const fs::path& folder, const std::vector<std::string>& nam
   return data;
 }
 
-// A set in the files of MNIST or CIFAR; nothing if there is no file of them.
+// Loads a set in the files of MNIST or CIFAR; returns nothing if the folder has none of these files.
 std::optional<OwnData> load_known(const fs::path& folder, const OwnDataOptions& options) {
   const bool train = options.split == Split::train;
   for (const std::string part : {train ? "train" : "t10k", train ? "t10k" : "train"}) {
@@ -364,119 +293,43 @@ std::optional<OwnData> load_known(const fs::path& folder, const OwnDataOptions& 
   return std::nullopt;
 }
 
-// The names in a folder but for the hidden ones, as bytes compare.
-std::vector<std::string> names_in(const fs::path& folder) {
-  std::vector<std::string> names;
-  std::error_code error;
-  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
-    std::string name = at->path().filename().string();
-    if (!name.starts_with('.')) names.push_back(std::move(name));
-  }
-  if (error) throw InputError("cannot read the folder " + folder.string() + ": " + error.message());
-  std::sort(names.begin(), names.end());
-  return names;
-}
-
-// Lists a folder of pictures, or of classes: fills in names, class_names and the images' labels and classes.
-OwnData list_pictures(const fs::path& folder, const OwnDataOptions& options) {
-  OwnData data;
-  data.format = "folder of pictures";
-  std::vector<std::string> folders, files;
-  std::error_code ignored;
-  for (std::string& name : names_in(folder)) {
-    (fs::is_directory(folder / name, ignored) ? folders : files).push_back(std::move(name));
-  }
-  if (folders.empty()) {
-    if (files.empty()) bad(folder, "holds no pictures");
-    if (options.labels_needed) {
-      bad(folder, "has no labels, and they are needed: a folder for each class is expected");
-    }
-    data.images.labels.assign(files.size(), 0);
-    data.images.classes = options.classes ? options.classes : 1;
-    data.names = std::move(files);
-    return data;
-  }
-  if (!files.empty()) bad(folder / files[0], "lies beside folders of classes; only folders are expected there");
-
-  data.labelled = true;
-  data.class_names = options.class_names.empty() ? folders : options.class_names;
-  const std::vector<std::string>& names = data.class_names;
-  if (names.size() > kMostClasses || (options.classes != 0 && names.size() != static_cast<size_t>(options.classes))) {
-    bad(folder, "has " + std::to_string(names.size()) + " classes (" + listed(names) + "); " +
-                    (options.classes ? "expected " : "at most ") +
-                    std::to_string(options.classes ? options.classes : kMostClasses));
-  }
-  data.images.classes = static_cast<int>(names.size());
-  std::vector<std::pair<size_t, std::string>> classes;  // label, folder
-  for (std::string& name : folders) {
-    const auto known = std::find(names.begin(), names.end(), name);
-    if (known == names.end()) bad(folder / name, "is none of the known classes: " + listed(names));
-    classes.emplace_back(known - names.begin(), std::move(name));
-  }
-  std::sort(classes.begin(), classes.end());
-  for (const auto& [label, name] : classes) {
-    const std::vector<std::string> pictures = names_in(folder / name);
-    if (pictures.empty()) bad(folder / name, "is a class without pictures");
-    for (const std::string& picture : pictures) data.names.push_back(name + "/" + picture);
-    data.images.labels.resize(data.names.size(), static_cast<uint8_t>(label));
-  }
-  return data;
-}
-
-OwnData load_pictures(const fs::path& folder, const OwnDataOptions& options) {
-  if (options.labels) bad(folder, "is a folder of pictures; a file of labels has no place beside it");
-  OwnData data = list_pictures(folder, options);
-  Images& images = data.images;
-  const auto [first, last] = range_of(options, data.names.size(), folder);
-  data.names = {std::make_move_iterator(data.names.begin() + first),
-                std::make_move_iterator(data.names.begin() + last)};
-  images.labels = {images.labels.begin() + first, images.labels.begin() + last};
-
-  const int64_t most_pixels = static_cast<int64_t>(std::min<uint64_t>(kMostPicture, options.most_bytes));
-  const auto decode = [&](const std::string& name) {
-    const fs::path path = folder / name;
-    std::error_code ignored;
-    if (!fs::is_regular_file(path, ignored)) bad(path, "is not a file; a picture is expected");
-    Picture picture = decode_picture(path.string(), read_file(path, 4 * most_pixels + kRoom), most_pixels);
-    check_size(path.string(), "is ", picture.height, picture.width, options);
-    if (options.channels != 0 && picture.channels != options.channels) {
-      picture = with_channels(picture, options.channels);
-    }
-    return picture;
-  };
-  // The first picture says what the others must be where the options do not.
-  const Picture sample = decode(data.names[0]);
-  images.channels = sample.channels;
-  images.height = sample.height;
-  images.width = sample.width;
-  const size_t count = data.names.size(), bytes = images.image_bytes();
-  check_total(folder.string(), count, bytes, options);
-
-  // In blocks, so that memory goes with the pictures that are really there.
-  const size_t block = std::clamp<size_t>((size_t{1} << 26) / bytes, 16, 4096);
-  images.pixels.reserve(count * bytes);
-  for (size_t from = 0; from < count; from += block) {
-    const size_t here = std::min(block, count - from);
-    images.pixels.resize((from + here) * bytes);
-    side_by_side(here, [&](size_t i) {
-      const std::string& name = data.names[from + i];
-      const Picture picture = decode(name);
-      const auto describe = [](const Picture& p) {
-        return product(p.height, p.width) + " pixels " + (p.channels == 1 ? "in grey" : "in colour");
-      };
-      if (picture.pixels.size() != bytes || picture.height != images.height || picture.channels != images.channels) {
-        bad(folder / name, "is " + describe(picture) + "; " + data.names[0] + " is " + describe(sample));
-      }
-      std::copy(picture.pixels.begin(), picture.pixels.end(), images.pixels.begin() + (from + i) * bytes);
-    });
-  }
-  images.count = static_cast<int>(count);
-  return data;
-}
-
 }  // namespace
 
-OwnData load_own_data(const fs::path& path, const OwnDataOptions& asked) {
+std::string own_data::product(int64_t height, int64_t width) {
+  return std::to_string(height) + " x " + std::to_string(width);
+}
+
+std::string own_data::listed(const std::vector<std::string>& names) {
+  constexpr size_t kMost = 10;
+  std::string text;
+  for (size_t i = 0; i < std::min(kMost, names.size()); ++i) text += (i ? ", " : "") + names[i];
+  return text + (names.size() > kMost ? ", ..." : "");
+}
+
+std::pair<size_t, size_t> own_data::find_range(const OwnDataOptions& options, size_t count, const fs::path& path) {
+  const size_t first = options.first, last = options.last == 0 ? count : options.last;
+  if (first >= count || last > count) {
+    bad(path, "holds " + std::to_string(count) + " images; those from " + std::to_string(first) +
+                  (options.last ? " to before " + std::to_string(last) : "") + " are asked for");
+  }
+  return {first, last};
+}
+
+void own_data::check_total(const std::string& who, uint64_t count, uint64_t image_bytes,
+                           const OwnDataOptions& options) {
+  if (count <= INT32_MAX && count <= options.most_bytes / image_bytes) return;
+  bad(who, "holds " + std::to_string(count) + " images of " + std::to_string(image_bytes) + " bytes; at most " +
+               std::to_string(options.most_bytes) + " bytes in all are loaded");
+}
+
+void own_data::check_size(const std::string& who, const char* verb, int height, int width,
+                          const OwnDataOptions& options) {
+  if ((options.height == 0 || height == options.height) && (options.width == 0 || width == options.width)) return;
+  bad(who, verb + product(height, width) + " pixels; the network takes " +
+               product(options.height ? options.height : height, options.width ? options.width : width));
+}
+
+OwnData load_own_data(const std::filesystem::path& path, const OwnDataOptions& asked) {
   OwnDataOptions options = asked;
   options.most_bytes = std::clamp<uint64_t>(asked.most_bytes, 1, uint64_t{1} << 40);  // keeps sums within 64 bits
   check_options(options);

@@ -1,4 +1,4 @@
-// A user's own images, in whatever form they lie: IDX, CIFAR binary, NumPy, or a folder of pictures for each class.
+// A user's own images in any of these forms: IDX, CIFAR binary, NumPy, or a folder of pictures for each class.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -12,7 +12,7 @@ namespace baton {
 
 enum class Split { train, test };  // which half of a data set's folder is meant
 
-// What the network takes, and what is wanted of the data. A 0 or an empty list: whatever the data have.
+// What the network takes, and which data are asked for. 0 or an empty list: as the data are.
 struct OwnDataOptions {
   Split split = Split::train;
   std::optional<std::filesystem::path> labels;  // a file of labels (IDX, .npy) beside a file of images
@@ -20,8 +20,8 @@ struct OwnDataOptions {
   int classes = 0;
   std::vector<std::string> class_names;  // of a folder of classes: label c is the folder class_names[c]
   bool labels_needed = false;
-  int first = 0, last = 0;                  // images first .. last - 1 of what is there; last 0: to the end
-  uint64_t most_bytes = uint64_t(1) << 34;  // of pixels, in all: refused before they are allocated
+  int first = 0, last = 0;                  // the images first .. last - 1; last 0: to the end
+  uint64_t most_bytes = uint64_t(1) << 34;  // of all pixels; more are refused before memory is allocated
 };
 
 struct OwnData {
@@ -46,14 +46,14 @@ struct OwnData {
 //   a folder of folders of PNG and JPEG pictures: one a class, in the order of class_names, or else of their names as
 //     bytes compare; files sorted the same way; files that are no pictures are an InputError, but for hidden ones
 //   a folder of pictures: without labels
-// Pictures are made grey or coloured as options.channels wants; other formats must have its channels. Sizes must agree
-// with one another and with the options: the message names the file, what it has and what is expected, and never
-// resizes. A label >= classes, a class folder that class_names does not know (and an empty set) are InputErrors, and so
-// are labels that are missing though needed. Nothing is allocated by what a header claims alone.
+// Pictures are converted to grey or colour by options.channels; other formats must have these channels. Sizes must
+// agree with one another and with the options, for nothing is resized. Throws InputError, which names the file, what it
+// has and what is expected, for anything else, for a label >= classes, a class folder that is not in class_names,
+// labels that are missing but needed, and an empty set. No memory is allocated on the claim of a header alone.
 OwnData load_own_data(const std::filesystem::path& path, const OwnDataOptions& options = {});
 
-// FNV-1a (64 bits) of count, shape, pixels and labels: tells whether a model has seen these images, whatever their
-// file format. Two orders of the same images differ.
+// FNV-1a (64 bits) of count, shape, pixels and labels: tells whether a model has seen these images, in any file format.
+// Two orders of the same images differ.
 uint64_t content_hash(const Images& images);
 
 // "00c0ffee00c0ffee"

@@ -1,8 +1,8 @@
 // PNG by libpng, JPEG by TurboJPEG.
 //
-// A PNG's rows are appended as they are decoded, and an interlaced one's passes too: they are put in place when all
-// have come. So a header alone costs no more than one row. TurboJPEG wants room for the whole picture, so that a JPEG
-// must be long enough for the pixels that it claims (kPixelsPerByte).
+// The rows of a PNG are appended as they are decoded, and so are the passes of an interlaced one, which are put in
+// place when all have come. So a header alone takes no more memory than one row. TurboJPEG needs memory for the whole
+// picture, so a JPEG must be long enough for the pixels that it claims (kPixelsPerByte).
 #include "engine/io/picture.h"
 
 #include <png.h>
@@ -30,8 +30,8 @@ constexpr std::array<uint8_t, 3> kJpegMagic{0xff, 0xd8, 0xff};
 constexpr int64_t kMostSide = 1 << 14;
 constexpr uint64_t kMostFileBytes = uint64_t{1} << 28;
 
-// A JPEG by Huffman codes spends at least one bit on a component's block of 8 x 8, and TurboJPEG takes no component
-// that has fewer than one block to 256 pixels.
+// A JPEG with Huffman codes has at least one bit for each 8 x 8 block of a component, and TurboJPEG refuses components
+// with fewer than one block for 256 pixels.
 constexpr uint64_t kPixelsPerByte = 8 * 256;
 
 [[noreturn]] void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
@@ -78,8 +78,8 @@ class PngReader {
   Picture read(int64_t most_pixels) {
     check(attempt([this] {
       png_set_read_fn(png_, this, on_read);
-      png_set_user_limits(png_, PNG_UINT_31_MAX, PNG_UINT_31_MAX);  // check_sides() says it better
-      // No text, no colour profiles: what they would unpack to is not wanted.
+      png_set_user_limits(png_, PNG_UINT_31_MAX, PNG_UINT_31_MAX);  // check_sides() has a better message
+      // Texts and colour profiles are not unpacked, for they are not used.
       png_set_keep_unknown_chunks(png_, PNG_HANDLE_CHUNK_NEVER, nullptr, -1);
       png_read_info(png_, info_);
     }));
@@ -138,7 +138,7 @@ class PngReader {
     std::snprintf(message.data(), message.size(), "%s", text);
     png_longjmp(png, 1);
   }
-  static void on_warning(png_structp, png_const_charp) {}  // libpng prints them otherwise
+  static void on_warning(png_structp, png_const_charp) {}  // without it, libpng prints warnings
   static void on_read(png_structp png, png_bytep to, size_t count) {
     std::span<const uint8_t>& rest = of(png_get_io_ptr(png)).rest_;
     if (count > rest.size()) png_error(png, "it is cut short");
@@ -146,7 +146,7 @@ class PngReader {
     rest = rest.subspan(count);
   }
 
-  // Adam7: seven pictures, one after the other, of every eighth to every second row and column.
+  // Adam7: seven pictures one after the other, from every eighth to every second row and column.
   static Bytes from_passes(const Bytes& passes, int channels, int64_t height, int64_t width) {
     Bytes pixels(passes.size());
     const uint8_t* from = passes.data();
@@ -194,8 +194,8 @@ Picture decode_jpeg(const std::string& who, std::span<const uint8_t> bytes, int6
 
   const int channels = space == TJCS_GRAY ? 1 : 3;
   Bytes pixels(claimed * channels);
-  // What libjpeg only warns of is damage, and it would make up the pixels that are missing. Hundreds of progressive
-  // scans are an attack on patience. The exact transform is what PIL decodes with.
+  // Warnings are errors here, for libjpeg warns of damage and makes up the missing pixels. Files with hundreds of
+  // progressive scans are meant to take very long, and are refused. PIL uses the accurate transform too.
   constexpr int kFlags = TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS | TJFLAG_ACCURATEDCT;
   check(tjDecompress2(decoder.get(), bytes.data(), bytes.size(), pixels.data(), width, 0, height,
                       channels == 1 ? TJPF_GRAY : TJPF_RGB, kFlags));

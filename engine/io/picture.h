@@ -13,15 +13,15 @@ struct Picture {
   std::vector<uint8_t> pixels;              // [channels][height][width], 0 to 255
 };
 
-// Decodes PNG or JPEG, told apart by their first bytes. Grey files give one channel, all others three; 16 bits are
-// rounded to 8, palettes expanded, transparency dropped (as PIL's convert("RGB") has it). CMYK JPEGs are refused.
-// `who` names the file in messages. The sides are checked before anything of their size is allocated: at most 2^14 each
-// and most_pixels in all. Throws InputError for anything else, a damaged or truncated file included.
+// Decodes PNG or JPEG, which it recognizes by the first bytes. Grey files give one channel, all others three; 16 bits
+// are rounded to 8, palettes expanded, transparency dropped (as by PIL's convert("RGB")). CMYK JPEGs are refused. `who`
+// names the file in messages. The sides are checked before memory for them is allocated: at most 2^14 each and
+// most_pixels in all. Throws InputError for anything else, and for a damaged or truncated file.
 Picture decode_picture(const std::string& who, std::span<const uint8_t> bytes, int64_t most_pixels = int64_t(1) << 26);
 Picture load_picture(const std::filesystem::path& path);
 
-// One channel from three: ITU-R 601 luma, (19595 R + 38470 G + 7471 B + 2^15) >> 16, as PIL's convert("L"); three from
-// one: three times the same. channels: 1 or 3.
+// Converts to channels = 1 or 3. One from three: ITU-R 601 luma, (19595 R + 38470 G + 7471 B + 2^15) >> 16, as PIL's
+// convert("L"). Three from one: three times the same.
 Picture with_channels(const Picture&, int channels);
 
 // Whether the bytes begin as a PNG or a JPEG file does.

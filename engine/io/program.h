@@ -1,6 +1,6 @@
-// How every program of Baton ends: an error is one line on stderr, naming the program, and the exit status says whose
-// fault it was (2: bad input, 1: a failure). SIGINT and SIGTERM end it through engine/io/stop.h (130, 143): what `body`
-// does for longer than a second must ask stop_requested(), as training and predictions do.
+// The main function of every program of Baton. An error is printed as one line on stderr, which names the program, and
+// the exit status is 2 for bad input and 1 for a failure. SIGINT and SIGTERM end the program by engine/io/stop.h (130,
+// 143): what `body` does for longer than a second must ask stop_requested(), as training and predictions do.
 #pragma once
 #include <cstdio>
 #include <exception>

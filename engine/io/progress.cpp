@@ -12,7 +12,7 @@
 namespace baton {
 namespace {
 
-constexpr double kRedraw = 0.1;   // seconds between two frames: ten a second cost nothing and look alive
+constexpr double kRedraw = 0.1;   // seconds between two frames: ten a second cost nothing and look smooth
 constexpr double kMemory = 15.0;  // seconds after which a measured speed has faded to 1/e
 
 bool starts_character(char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }  // of UTF-8
@@ -32,7 +32,7 @@ std::string fit(const std::string& text, int columns) {
   return text.substr(0, end) + ".";
 }
 
-// A line break or an escape inside a label would break the one-line promise.
+// A line break or an escape sequence in a label would not stay on one line.
 std::string one_line(std::string text) {
   for (char& c : text) {
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = ' ';
@@ -104,7 +104,7 @@ void Progress::update(long images_done, double loss, double accuracy, std::strin
   accuracy_ = accuracy;
   more_ = one_line(std::move(more));
   undrawn_ = true;
-  // The first frame of a terminal comes at once; the first plain line only when there is something to tell.
+  // The first frame on a terminal is drawn at once; the first plain line only after the interval.
   const bool first_frame = terminal_ && !open_line_;
   if (first_frame || t - last_draw_ >= (terminal_ ? kRedraw : options_.interval)) draw();
 }
@@ -127,7 +127,7 @@ std::string Progress::line(bool with_bar) const {
 
   std::string left = title_;
   if (!label_.empty()) left += (left.empty() ? "" : " ") + label_;
-  // Rounded down: 100% is said when nothing is left to do.
+  // Rounded down, so that 100% is shown only when nothing is left to do.
   std::string right = total_ > 0 ? format("%3d%%  ", static_cast<int>(fraction * 100)) : "";
   right += options_.loss_name + format(" %.4g", loss_);
   if (!std::isnan(accuracy_)) right += format("  acc %.2f%%", 100 * accuracy_);
@@ -139,8 +139,8 @@ std::string Progress::line(bool with_bar) const {
   }
   if (!with_bar) return left.empty() ? right : left + "  " + right;
 
-  // The numbers stay; then the stage matters more than the bar, and the bar more than the title, which never changes.
-  // The last column stays empty, because some terminals wrap when it is written.
+  // The numbers are always shown. Then the stage is more important than the bar, and the bar than the title, which
+  // never changes. The last column stays empty, because some terminals wrap when it is written.
   const int width = std::max(1, columns() - 1);
   const int room = width - width_of(right) - 2;
   if (room <= 0) return fit(right, width);
@@ -156,7 +156,7 @@ std::string Progress::line(bool with_bar) const {
   return fit(left, room) + "  " + right;
 }
 
-// One write a line, so that lines of another process never land inside ours.
+// One write for each line, so that lines of another process cannot mix with it.
 void Progress::draw() {
   std::string text;
   if (terminal_) {

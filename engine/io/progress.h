@@ -1,4 +1,4 @@
-// One line that says how a run is doing: redrawn in place on a terminal, printed now and then into a log file.
+// A line that shows the progress of a run: redrawn in place on a terminal, printed at intervals into a log file.
 #pragma once
 #include <cstdio>
 #include <functional>
@@ -8,15 +8,16 @@
 namespace baton {
 
 struct ProgressOptions {
-  std::optional<bool> terminal;  // redraw in place? unset: ask isatty(out)
+  std::optional<bool> terminal;  // whether to redraw in place; unset: isatty(out)
   double interval = 10;          // seconds between two plain lines, at least
-  long images_before = 0;        // what a resumed run had done already: it counts as progress, not as speed
+  long images_before = 0;        // images that a resumed run had done already: progress, but not speed
   std::string loss_name = "loss";
-  int width = 0;                  // columns of the terminal; 0: ask it, 80 if it does not say
+  int width = 0;                  // columns of the terminal; 0: as the terminal says, or 80 if it does not
   std::function<double()> clock;  // seconds, for tests; unset: the steady clock
 };
 
-// Not thread-safe: one thread trains and reports. Writing errors are ignored, for a closed terminal must not end a run.
+// Not thread-safe, as one thread trains and reports. Errors of writing are ignored, so that a closed terminal does not
+// end a run.
 class Progress {
  public:
   // `total_images` is for the whole run, over all of its stages; 0 if unknown (no bar, no remaining time).
@@ -29,7 +30,7 @@ class Progress {
   void stage(std::string label);
 
   // `images_done` counts from the start of the run; it includes images_before. A NaN accuracy (a fraction) is not
-  // shown. more: further figures of the caller's own, shown behind these.
+  // shown. more: further figures of the caller, which are shown after these.
   void update(long images_done, double loss, double accuracy, std::string more = {});
 
   // Ends the last stage; nothing is left half drawn. May be called twice.

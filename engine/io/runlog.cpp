@@ -18,7 +18,7 @@
 namespace baton {
 namespace {
 
-// A message from elsewhere may hold broken UTF-8; a log line with a replacement character beats losing the epoch.
+// A message from elsewhere may hold broken UTF-8; a replacement character in the log is better than losing the line.
 std::string dump(const json& value, int indent) {
   return value.dump(indent, ' ', false, json::error_handler_t::replace);
 }
@@ -28,7 +28,7 @@ struct LogLine {
   json value;
 };
 
-// The lines of a log. A last line without its newline is kept if it is a whole object; one that does not parse was torn
+// The lines of a log. A last line without its newline is kept if it is a whole object. One that does not parse was cut
 // by a crash and is dropped (a crash of the machine may also leave a last line of zero bytes).
 std::vector<LogLine> read_log(const std::filesystem::path& path) {
   const std::vector<uint8_t> bytes = read_file(path);
@@ -82,7 +82,7 @@ void RunLog::truncate_after(const std::function<bool(const json&)>& keep) {
   std::erase_if(lines, [&](const LogLine& line) { return !keep(line.value); });
   if (lines.size() == before) return;
   write_file_atomically(log_path(), join(lines));
-  close_log();  // it is open on the file that was replaced
+  close_log();  // its descriptor is that of the replaced file
   open_log(false);
 }
 
@@ -98,7 +98,7 @@ void RunLog::epoch(const json& line) {
       done += static_cast<std::size_t>(wrote);
     } else if (wrote == 0 || errno != EINTR) {
       const int error = wrote == 0 ? EIO : errno;
-      // A disk that fills up takes the head of a line; take it back, so that the log stays readable.
+      // A full disk may have taken the start of the line; remove it, so that the log stays readable.
       std::string torn;
       if (done > 0 && (!known || ::ftruncate(log_, before.st_size) != 0)) torn = " (its last line is torn)";
       throw RunError(log_path().string() + ": cannot append to the log: " + std::strerror(error) + torn);
@@ -116,7 +116,7 @@ MeanAndSpread mean_and_spread(std::span<const double> values) {
   for (double value : values) sum += value;
   const double mean = sum / static_cast<double>(n);
   if (n == 1) return {mean, nan, 1};
-  // Two passes: accuracies of several seeds differ in their last digits, where E[x^2] - E[x]^2 has none left.
+  // In two passes: accuracies of several seeds differ in digits that E[x^2] - E[x]^2 would lose.
   double squares = 0;
   for (double value : values) squares += (value - mean) * (value - mean);
   return {mean, std::sqrt(squares / static_cast<double>(n - 1)), n};

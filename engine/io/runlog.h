@@ -1,4 +1,4 @@
-// What a paper program leaves behind: log.jsonl, one line an epoch while it runs, and result.json, one object at the
+// The output of a paper program: log.jsonl, a line for each epoch while it runs, and result.json, one object at the
 // end.
 #pragma once
 #include <cstddef>
@@ -15,25 +15,25 @@ using json = nlohmann::ordered_json;
 
 class RunLog {
  public:
-  // Opens `directory`, creating it, and log.jsonl in it. A fresh start empties log.jsonl; a resumed one keeps its
-  // lines, less a last line that a crash tore. result.json is left alone until result() replaces it. Throws InputError
-  // if the directory cannot be made, or if a kept log has a bad line before its end; RunError if log.jsonl cannot be
-  // written.
+  // Makes `directory` where it does not exist, and opens log.jsonl in it. A fresh run empties log.jsonl; a resumed one
+  // keeps its lines, except for a last line that a crash has cut. result.json stays until result() replaces it. Throws
+  // InputError if the directory cannot be made, or if a kept log has a bad line before its end; RunError if log.jsonl
+  // cannot be written.
   explicit RunLog(const std::filesystem::path& directory, bool resume = false);
   ~RunLog();
   RunLog(const RunLog&) = delete;
   RunLog& operator=(const RunLog&) = delete;
 
-  // Drops every line for which `keep` is false: on resume, the epochs later than the checkpoint, which will run again.
-  // The file is replaced in one step. Throws InputError for a bad line, RunError if the log cannot be written.
+  // Drops every line for which `keep` is false. A resumed run drops the epochs after the checkpoint, as they will run
+  // again. The file is replaced atomically. Throws InputError for a bad line, RunError if the log cannot be written.
   void truncate_after(const std::function<bool(const json&)>& keep);
 
-  // Appends one line to log.jsonl; it has left the process when this returns. NaN and infinities become null.
-  // Throws RunError if it cannot be written (a full disk); the log then still ends in a whole line.
+  // Appends a line to log.jsonl, which is written out when this returns. NaN and infinities become null. Throws
+  // RunError if it cannot be written (a full disk); the log then still ends in a whole line.
   void epoch(const json& line);
 
-  // Writes result.json beside and renames it, so a crash leaves the old file or the new one. NaN becomes null.
-  // Throws RunError if it cannot be written; no half-written file stays.
+  // Writes result.json atomically: after a crash there is either the old file or the new one. NaN becomes null. Throws
+  // RunError if it cannot be written; then no partial file is left.
   void result(const json& object);
 
   const std::filesystem::path& directory() const { return directory_; }
@@ -50,7 +50,7 @@ class RunLog {
 
 struct MeanAndSpread {
   double mean;  // NaN for no values
-  double sd;    // with n - 1; NaN (null in JSON) for fewer than two values, which have no spread to speak of
+  double sd;    // with n - 1; NaN (null in JSON) for fewer than two values
   std::size_t n;
 };
 

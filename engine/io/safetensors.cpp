@@ -13,7 +13,7 @@
 namespace baton {
 namespace {
 
-using json = nlohmann::json;  // not ordered_json, which looks every key up among all before it
+using json = nlohmann::json;  // not ordered_json, which compares every key with all before it
 
 constexpr uint64_t kLongestHeader = 100'000'000;  // the format's own limit
 
@@ -43,7 +43,7 @@ std::optional<int64_t> product(std::span<const int64_t> shape) {
   return size;
 }
 
-// What a file says of itself may hold anything, and a message is one line.
+// Without control characters: a text out of a file may have any, and a message is one line.
 std::string printable(std::string text) {
   for (char& c : text) {
     if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
@@ -105,8 +105,9 @@ Entry read_entry(const std::string& name, const json& value, Tensor& tensor) {
   return entry;
 }
 
-// A name given twice is two answers to one question; the parser alone would take the last. It is asked twice, too: when
-// it both watches and keeps values, it goes through all of them at every one's end.
+// Parses the header. Throws InputError for a name that is given twice, of which the parser alone would take the last.
+// The text is parsed twice, as a parser that both calls back and keeps values goes through all of them at the end of
+// each.
 json parse_header(const std::string& who, std::string_view text) {
   std::set<std::string> names;
   std::optional<std::string> twice;
@@ -283,7 +284,8 @@ TensorFile load_safetensors(const std::filesystem::path& path) {
     entries.push_back(read_entry(name, value, tensor));
   }
 
-  // The format allows neither gaps nor shared bytes: laid in order, each tensor begins where the last one ended.
+  // The format allows neither gaps nor shared bytes: in the order of their places, each tensor begins where the one
+  // before it ends.
   std::sort(entries.begin(), entries.end(),
             [](const Entry& a, const Entry& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
   uint64_t reached = 0;

@@ -84,21 +84,20 @@ struct TensorFile {
 
   bool has(const std::string& name) const { return tensors.count(name) != 0; }
 
-  // Throws InputError if there is no such tensor, naming the file and what it does hold.
+  // Throws InputError if there is no such tensor; the message names the file and the tensors that it has.
   const Tensor& at(const std::string& name) const;
 
-  // The same, and the tensor must have this shape: InputError says what was found and what was expected.
+  // The same, and throws InputError for another shape than this; the message has both.
   const Tensor& at(const std::string& name, const std::vector<int64_t>& shape) const;
 };
 
-// Writes beside and renames. The header is padded with blanks, so that the data begin at a multiple of 8, and wider
-// dtypes come first, so that every tensor is aligned to its own type in a mapped file.
-// Throws InputError for a tensor that does not check(), or a name that the format has no place for; RunError if the
-// file cannot be written.
+// Writes the file atomically. The header is padded with blanks, so that the data begin at a multiple of 8, and wider
+// dtypes come first, so that every tensor is aligned to its own type in a mapped file. Throws InputError for a tensor
+// that does not check(), or a name that the format does not allow; RunError if the file cannot be written.
 void save_safetensors(const std::filesystem::path& path, const TensorFile& file);
 
-// Throws InputError, naming the file and the tensor, for a file that is not there, is cut short, or breaks the format
-// in any way; a file that loads is described completely by its header.
+// Throws InputError, which names the file and the tensor, for a file that does not exist, is cut short, or breaks the
+// format in any way. Every byte of a file that loads belongs to its header or to a tensor of the header.
 TensorFile load_safetensors(const std::filesystem::path& path);
 
 // "[20, 1, 5, 5]"

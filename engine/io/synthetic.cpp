@@ -300,7 +300,7 @@ void draw_texture(uint8_t* pixels, int label, SplitMix64& random) {
   const int shape = label % 5, texture = (shape + 2 * (label / 5)) % 5;
   const Layer ground(random, static_cast<int>(random.below(5)), random.uniform(0, 40));
   Layer front(random, texture, random.uniform(22, 70));
-  // A shape in the colour of its ground could not be seen.
+  // A shape in the colour of its background could not be seen.
   float difference = 0;
   for (int k = 0; k < 3; ++k) difference += std::abs(front.base.rgb[k] - ground.base.rgb[k]);
   if (difference < 90) {
@@ -357,7 +357,7 @@ Images generate(int count, uint64_t seed, int channels, int side, Draw draw) {
   Images images{count, channels, side, side, 10, {}, {}};
   images.pixels.resize(count * images.image_bytes());
   images.labels.resize(count);
-  constexpr int at_once = 1000;  // between two looks at whether to stop
+  constexpr int at_once = 1000;  // images between two calls of stop_requested()
   for (int first = 0; first < count; first += at_once) {
     if (stop_requested()) throw_stopped("images were being generated; nothing is lost");
 #pragma omp parallel for schedule(static)

@@ -1,136 +1,166 @@
-// What is believed about the weights, over the flat store, with the prior that it answers to:
-//   ft   a point estimate (fine-tuning)
-//   ffg  fully factorized Gaussian
-//   cfg  Gaussian with a Cholesky factor for each filter and channel of a convolution
-//   (layers/posteriors/channel_blocks.h); dense
-//        layers, whose "kernels" are 1x1, and biases are FFG
-//   mnf  w = z mu + sigma e with multiplicative variables z from a normalizing flow
-//   (layers/posteriors/multiplicative.h)
-// Handing a posterior on as the next prior copies everything that describes it.
+// How the weights of a network are held, drawn, moved and handed on: one class a method, over the flat store. A step is
+//   for each pass over some of the draws:  draw, the network's forward and backward pass      then  step.
+// The registry at the end names every kind; how to add one: layers/README.md.
 #pragma once
-#include <memory>
+#include <functional>
 #include <span>
+#include <utility>
 
-#include "engine/store.h"
-#include "kernels/flow.h"
-#include "kernels/gaussian.h"
-#include "layers/layer.h"
+#include "engine/io/schema.h"
+#include "layers/estimators.h"
 
 namespace baton {
 
 struct TensorFile;
-class ChannelBlocks;
-class Multiplicative;
-
-enum class Family { point, gaussian, channel, multiplicative };
-const char* name_of(Family);  // "ft", "ffg", "cfg", "mnf"
-
-struct PosteriorOptions {
-  PosteriorOptions(Family f = Family::gaussian) : family(f) {}
-  Family family;
-  int groups = 1;  // CFG, MNF: groups of a batch that draw their own weights, or z, to lower the gradient's variance
-  bool moments = false;  // CFG: local reparameterization from the exact marginal moments instead of draws
-  // MNF:
-  FlowKind flow = FlowKind::gated;
-  int flow_steps = 2, flow_hidden = 50;
-  bool z_per_filter = false;  // of convolutions (Louizos and Welling 2017), instead of per filter and channel
-  bool fixed_base = false;
-  bool path_gradient = false;       // drop the score term of ln q(z), whose mean is 0 (Roeder et al. 2017)
-  float z_log_std = -2.302585093f;  // initial ln of the base's standard deviation
-  // Some weights are pruned: mean and sigma are 0 there and stay so (not for CFG, whose kernels' weights are tied).
-  bool masked = false;
-};
+struct PosteriorKind;
 
 // An array of a store that a checkpoint must hold for training to go on bit for bit.
 struct StateArray {
   ParameterStore* store;
   std::string array;
+  bool believed = true;  // a model's file holds it too: it is not the optimizer's, and cannot be computed
 };
 
-class Posterior {
+using Figures = std::vector<std::pair<std::string, double>>;  // named numbers for logs
+
+// The mean diagonal Fisher information of the first `examples` of the stage that ends, in the layout of the store.
+using FisherInformation = std::function<std::vector<float>(int examples)>;
+
+// What a posterior is built with.
+struct PosteriorSetup {
+  Device& device;
+  Arena& arena;
+  const ParameterLayout& layout;
+  const PosteriorKind& kind;
+  std::vector<json> settings;  // one a replica, each complete by the kind's schema
+  bool masked = false;         // some weights are pruned: they are 0 and stay so
+};
+
+class Posterior : public WeightSource {
  public:
-  Posterior(Device&, Arena&, const ParameterLayout&, const PosteriorOptions&, int replicas);
-  ~Posterior();
+  ~Posterior() override;
+  const PosteriorKind& kind() const { return kind_; }
+  const json& settings(int replica = 0) const { return settings_[size_t(replica)]; }
+  bool masked() const { return masked_; }
+  int replicas() const { return int(settings_.size()); }
+  virtual int draws() const { return 1; }          // of the weights, a step (K)
+  virtual int draws_at_once() const { return 1; }  // rows of a pass for each replica; divides draws()
+  virtual bool uncertain() const { return true; }  // false: a point estimate, which has no draws
+  // What multiplies an example's gradient of the cross-entropy: 1 for the batch's sum, 1 / batch for its mean.
+  virtual float loss_scale(int batch) const { return 1.f / float(batch); }
+  // The step size of the means at a stage's start.
+  virtual double step_size(int replica = 0) const { return settings(replica)["lr"]; }
+  // What multiplies the KL to the prior in the objective, for a stage of `examples`.
+  virtual double kl_weight(int /*replica*/, int /*examples*/, int /*batch*/) const { return 0; }
+  // For the network that trains with this posterior: its passes have replicas() * draws_at_once() rows.
+  LayerContext training_context(int batch);
 
-  // Weight means N(0, 2 / fan_in) (He et al. 2015), biases 0, sigma = exp(log_std[r]), prior N(0, prior_sd[r]^2); under
-  // MNF z is near 1 and its prior N(1, 1).
-  void initialise(const StepState* states, const std::vector<float>& log_std, const std::vector<float>& prior_sd);
+  // First weights and prior. states: [replicas].
+  virtual void initialise(const StepState* states) = 0;
   // A pretrained tensor of one replica: its mean is w, its prior N(w, exp(prior_log_std)^2) (one value, or one a
-  // weight), and sigma no wider than the prior. A point posterior takes the mean alone. settle() follows the last one.
-  void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std);
-  void settle();
-  // The stage's end: prior = posterior, and the optimizer's moments start anew (Algorithm 1 of Kochurov et al.).
-  void hand_over();
-  void reset_optimizer();
+  // weight), and sigma no wider than the prior; a point estimate takes the mean alone. settle() follows the last one.
+  virtual void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std);
+  virtual void settle() { refresh(true); }
 
-  // The step's draws, where the family has any: before the forward pass.
-  void draw(const StepState*);
-  // One optimizer step from the gradients; the KL before it is booked.
-  void step(ScaleRule, const StepState*);
+  // A stage begins: the posterior is handed on as the prior, unless it is the first stage of all. Returns whether the
+  // optimizer starts anew.
+  virtual bool begin_stage(bool first) = 0;
+  // A stage has ended; its examples are still there.
+  virtual void end_stage(const FisherInformation&) {}
+  // Gradients that the network will no longer write are 0 from here on: it has taken another head.
+  virtual void clear_gradients() {}
+  virtual void reset_optimizer() = 0;
 
-  // Where the KL is booked: every tensor, and every tensor's z.
-  const std::vector<std::string>& kl_names() const { return kl_names_; }
-  // KL of every replica to its prior, by kl_names(); nats; zeros for a point posterior. Under MNF the mean over 8 draws
-  // of z.
-  std::vector<std::vector<double>> kl_by_name();
+  // The weights of a pass: draws first_draw, first_draw + 1, ... of the step. states: [rows of a pass].
+  virtual void draw(int /*first_draw*/, const StepState*) {}
+  virtual void step(StepState* states) = 0;
+
+  // Where the KL is accumulated: every tensor, and what else the kind has; empty for a kind without a KL.
+  virtual std::vector<std::string> kl_names() const { return {}; }
+  // KL of every replica to its prior by kl_names(), nats.
+  virtual std::vector<std::vector<double>> kl_by_name() { return std::vector<std::vector<double>>(replicas()); }
   std::vector<double> kl();  // summed over the names
-  // The booked sums over the steps since the last call, by replica and name.
-  std::vector<std::vector<double>> take_booked_kl();
-  // The booked sums themselves, as they are, [replicas][names]; and put back where a checkpoint is restored.
-  std::vector<double> booked_sums();
-  void book(const std::vector<double>&);
-  std::vector<double> mean_log_std();  // over all parameters, of every replica; marginal under CFG
+  // The sums of the KL over the steps since the last call, by replica and name.
+  virtual std::vector<std::vector<double>> take_accumulated_kl() { return kl_by_name(); }
+  // The sums themselves, [replicas][names], for a checkpoint; and put back where it is restored.
+  virtual std::vector<double> accumulated_kl() { return {}; }
+  virtual void set_accumulated_kl(const std::vector<double>&) {}
+  // Mean ln sigma over all parameters of every replica; empty for a kind that does not report it.
+  virtual std::vector<double> mean_log_std() { return {}; }
 
-  WeightsView weights() const;
-  GradientsView gradients() const;
-  LayerContext context(int batch);  // for the network that trains with this posterior
+  // What went wrong or may go wrong, of what the device has noted since the last call: a warning (once), or a
+  // RunError's text. Empty: nothing. lr: the step size of the means.
+  virtual std::string warning(int /*batch*/, double /*lr*/) { return {}; }
+  virtual std::string failure(int /*batch*/, double /*lr*/) { return {}; }
+  virtual Figures figures() { return {}; }  // of the newest step
+  // What warning() and failure() have to remember, for a checkpoint; empty: nothing.
+  virtual std::vector<uint8_t> notes() { return {}; }
+  virtual void set_notes(const std::vector<uint8_t>&) {}
+  // How sigma is distributed at the end, for results; null: not of interest. histogram: with bins.
+  virtual json describe_sigma(bool /*histogram*/) { return json(); }
 
   // `count` draws of a replica's weights into w [count][stride], numbered from `first`: they do not depend on how many
   // are made at once.
-  void sample(float* w, int replica, int first, int count, Key);
-  // The weights at the posterior mean (under MNF with z at the flow's image of its base's mean) into w [stride].
-  void mean_weights(float* w, int replica);
+  virtual void sample(float* w, int replica, int first, int count, Key) = 0;
+  // The weights at the posterior mean into w [stride].
+  virtual void mean_weights(float* w, int replica);
+  // A tensor of one replica on the host: ln sigma (marginal, given what else is random), and which weights are pruned.
+  // Empty: there is none.
+  virtual std::vector<float> read_log_std(int replica, const TensorSpec&);
+  std::vector<uint8_t> read_pruned(const TensorSpec&) const;
 
-  Family family() const { return options_.family; }
-  const PosteriorOptions& options() const { return options_; }
-  int replicas() const { return store_.replicas(); }
   ParameterStore& store() { return store_; }
   const ParameterStore& store() const { return store_; }
-  const std::vector<StateArray>& state_arrays() const { return state_arrays_; }
+  const std::vector<StateArray>& state() const { return state_; }
   // What is believed, of the first replica, as tensors "conv1.weight.mean", ".log_std", ".prior_mean",
-  // ".prior_log_std" and the family's own, ".mask" (bytes) where weights are pruned: everything but the optimizer and
+  // ".prior_log_std" and the kind's own, ".mask" (bytes) where weights are pruned: everything but the optimizer and
   // what can be computed. load() takes it back; InputError for what is missing or of another shape, and then nothing
   // has changed.
-  void save(TensorFile&) const;
-  void load(const TensorFile&, bool first_stage);
-  // Prunes: `pruned` over all tensors in the layout's order, without gaps. InputError unless options().masked.
+  virtual void save(TensorFile&) const;
+  virtual void load(const TensorFile&, bool first_stage);
+  // Prunes: `pruned` over all tensors in the layout's order, without gaps. InputError unless masked().
   void mask(const std::vector<uint8_t>& pruned);
-  // Recomputes what is derived after means and scales were written. first_stage: no hand-over has happened.
-  void refresh(bool first_stage);
-  // The same after all of state_arrays() were: what they hold stays bit for bit.
-  void restored(bool first_stage);
+  // Recomputes what is derived after the arrays of a model were written. first_stage: nothing has been handed on yet.
+  virtual void refresh(bool first_stage) { restored(first_stage); }
+  // The same after all of state() was: what they hold stays bit for bit.
+  virtual void restored(bool /*first_stage*/) { apply_mask(); }
 
- private:
-  bool gaussian() const { return options_.family != Family::point; }
-  GaussianArrays arrays() const;
-  void add_state(const char* name);
-  void apply_mask();
-  void sample_all(float* w, int replica, int first, int count, Key);
+ protected:
+  explicit Posterior(const PosteriorSetup&);
+  float* add_state(const std::string& array, bool believed = true);
+  virtual void apply_mask() {}
+  int stride() const { return int(store_.layout().stride()); }
+  // Weights N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010). Biases: 0; or, drawn, as the authors of Bayesian
+  // gradient descent draw them: N(0, 2 / (1 + k k out)), kernels of k x k (1 for dense).
+  void initialise_glorot(float* mean, bool draw_biases, const StepState*);
+  // Weights N(0, 2 / fan_in) (He et al. 2015), biases 0, for every replica.
+  void initialise_he(float* mean, const StepState*);
+
   Device& device_;
   Arena& arena_;
-  PosteriorOptions options_;
+  const PosteriorKind& kind_;
+  std::vector<json> settings_;
+  bool masked_;
   ParameterStore store_;
-  std::vector<StateArray> state_arrays_;
-  std::vector<std::string> kl_names_;
-  std::unique_ptr<ChannelBlocks> channels_;
-  std::unique_ptr<Multiplicative> multipliers_;
-  std::vector<Run> runs_;  // what gaussian_step covers: all tensors but those that have blocks
-  Pieces pieces_{};
-  KlAccumulator accumulator_{}, kl_{};
-  float* draw_ = nullptr;  // [replicas * groups][stride]
-  float* draw_grad_ = nullptr;
-  float* partial_ = nullptr;
-  float* values_ = nullptr;  // [replicas]
+  std::vector<StateArray> state_;
 };
+
+struct PosteriorKind {
+  const char* name;
+  const char* summary;  // "ffg, fully factorized Gaussian: ..."
+  Schema options;
+  std::unique_ptr<Posterior> (*make)(const PosteriorSetup&);
+  bool prunable = true;
+  bool many_replicas = true;  // networks can train side by side
+};
+
+const std::vector<const PosteriorKind*>& posterior_kinds();
+// InputError for an unknown name: it lists those that there are.
+const PosteriorKind& find_posterior(const std::string& name);
+// settings: one a replica, options that differ from the standard; they may differ where the option is by_replica.
+std::unique_ptr<Posterior> make_posterior(Device&, Arena&, const ParameterLayout&, const std::string& kind,
+                                          const std::vector<json>& settings = {json::object()}, bool masked = false);
+// What every kind has: a step size and its schedule over a stage, before its own options.
+Schema with_schedule(double step_size, std::string help, Schema options, std::string name = "lr");
 
 }  // namespace baton

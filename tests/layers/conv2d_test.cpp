@@ -1,8 +1,10 @@
 #include "layers/conv2d.h"
 
 #include <nlohmann/json.hpp>
+#include <optional>
 
-#include "layers/maxpool2d.h"
+#include "kernels/maxpool.h"
+#include "kernels/squares.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -78,7 +80,7 @@ TEST_P(ConvGolden, TheLayerAgrees) {
   const size_t outputs = golden.up.size(), inputs = golden.x.size();
   const Doubles e = conv_noise(bench.state(0), stream_id, r.batch, r.out, r.out_height(), r.out_width());
 
-  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+  layer.forward(bench.x(), bench.pass());
   const Doubles m = golden.z.f64("out_m"), v = golden.z.f64("out_v");
   Doubles want, square;
   double top = 0;
@@ -95,10 +97,10 @@ TEST_P(ConvGolden, TheLayerAgrees) {
   for (double& b : lifted) b += lift;
   bench.set("conv.bias", floats(lifted), floats(squares(golden.bias_sd)));
   const auto backward = [&](const Doubles& up) {
-    layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+    layer.forward(bench.x(), bench.pass());
     bench.write(y.grad, floats(up));
     bench.write(y.grad_square, std::vector<float>(outputs, 0));
-    layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+    layer.backward(bench.x(), bench.pass());
   };
   backward(golden.up);
   for (float one : bench.read(y.value, outputs)) ASSERT_GT(one, 0);
@@ -145,7 +147,43 @@ void append(std::vector<float>& to, const std::vector<float>& more) { to.insert(
 
 int window_of(Pooling pooling) { return pooling == Pooling::none ? 0 : pooling == Pooling::max2 ? 2 : 3; }
 
-// apart: a convolution without pooling, and the pooling as a layer of its own.
+// Max pooling as a pass of its own behind a convolution that has none.
+class PoolingPass {
+ public:
+  PoolingPass(const LayerContext& c, const Activation& x, const ReferenceLayer& r, int window, bool sampled)
+      : stream_(c.device.stream()),
+        x_(x),
+        planes_(c.rows * c.batch * r.out),
+        height_(r.out_height()),
+        width_(r.out_width()),
+        window_(window) {
+    const size_t size = size_t(r.out) * ((height_ - window) / 2 + 1) * ((width_ - window) / 2 + 1);
+    y_ = take_activation(c, size, sampled, true);
+    count_ = y_.stride * c.rows;
+    which_ = c.arena.take<uint8_t>(count_);
+  }
+  const Activation& output() const { return y_; }
+  void forward() {
+    maxpool_forward(y_.signal.value, which_, x_.signal.value, planes_, height_, width_, window_, stream_);
+    if (y_.signal.square) square(y_.signal.square, y_.signal.value, count_, stream_);
+  }
+  void backward(Device& device) {
+    if (y_.signal.grad_square)
+      fold_square_gradient(y_.signal.grad, y_.signal.value, y_.signal.grad_square, count_, stream_);
+    maxpool_backward(x_.signal.grad, y_.signal.grad, which_, planes_, height_, width_, window_, stream_);
+    if (x_.signal.grad_square) fill_zero(device, x_.signal.grad_square, sizeof(float) * planes_ * height_ * width_);
+  }
+
+ private:
+  Stream stream_;
+  const Activation& x_;
+  int planes_, height_, width_, window_;
+  Activation y_;
+  size_t count_;
+  uint8_t* which_;
+};
+
+// apart: a convolution without pooling, and a pass of pooling behind it.
 Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bool apart = false,
          bool input_gradient = true) {
   const ReferenceLayer& r = problems[0].layer;
@@ -154,8 +192,8 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
   const int count = int(problems.size());
   LayerBench bench(layout, count, r.batch, sampled, size_t(r.in) * r.height * r.width, input_gradient);
   layer.prepare(bench.context(), sampled);
-  MaxPool2d pool(r.out, r.out_height(), r.out_width(), std::max(2, window_of(pooling)));
-  if (apart) pool.prepare(bench.context());
+  std::optional<PoolingPass> pool;
+  if (apart) pool.emplace(bench.context(), layer.output(), r, window_of(pooling), sampled);
   std::vector<StepState> states;
   std::vector<float> x, up, up_square;
   for (int i = 0; i < count; i++) {
@@ -167,16 +205,16 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
   }
   bench.set_states(states);
   bench.set_input(x);
-  const Signal& y = (apart ? pool.output() : layer.output()).signal;
-  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
-  if (apart) pool.forward(bench.device(), layer.output());
+  const Signal& y = (apart ? pool->output() : layer.output()).signal;
+  layer.forward(bench.x(), bench.pass());
+  if (apart) pool->forward();
   Left left;
   left.y = bench.read(y.value, up.size());
   if (sampled) left.square = bench.read(y.square, up.size());
   bench.write(y.grad, up);
   if (sampled) bench.write(y.grad_square, up_square);
-  if (apart) pool.backward(bench.device(), layer.output());
-  layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+  if (apart) pool->backward(bench.device());
+  layer.backward(bench.x(), bench.pass());
   if (input_gradient) left.x_grad = bench.read(bench.x().signal.grad, x.size());
   if (input_gradient && sampled) left.x_grad_square = bench.read(bench.x().signal.grad_square, x.size());
   for (int i = 0; i < count; i++) {
@@ -314,79 +352,6 @@ TEST(ConvLayer, RefusesShapesWithoutOutput) {
   Conv2d layer(layout, "conv", 1, 4, 4, 2, 5, 0, Pooling::none, 0);
   LayerBench bench(layout, 1, 1, true, 16);
   EXPECT_THROW(layer.prepare(bench.context(), true), InputError);
-}
-
-// ---------------------------------------------------------------------------------------------------- MaxPool2d
-void check_pool(int channels, int height, int width, int window, bool sampled) {
-  SCOPED_TRACE(testing::Message() << channels << "x" << height << "x" << width << " window " << window);
-  const int replicas = 2, batch = 2;
-  MaxPool2d pool(channels, height, width, window);
-  LayerBench bench(ParameterLayout{}, replicas, batch, sampled, size_t(channels) * height * width);
-  pool.prepare(bench.context());
-  const int planes = replicas * batch * channels;
-  const size_t inputs = size_t(planes) * height * width,
-               outputs = size_t(planes) * pool.out_height() * pool.out_width();
-  // Positive, as behind a ReLU, and distinct.
-  const auto x = random_uniform(inputs, 0.1f, 2, 9), up = random_normal(outputs, 0, 1, 10);
-  const auto up_square = random_normal(outputs, 0, 1, 11);
-  bench.set_input(x);
-  const Signal& y = pool.output().signal;
-  pool.forward(bench.device(), bench.x());
-  ReferencePool want;
-  want.forward(doubles(x), planes, height, width, window);
-  ASSERT_EQ(want.y.size(), outputs);
-  EXPECT_EQ(pool.output().size, outputs / (replicas * batch));
-  const auto got = bench.read(y.value, outputs);
-  EXPECT_TRUE(exact(got, floats(want.y)));
-  EXPECT_EQ(y.square != nullptr, sampled);
-  EXPECT_TRUE(!sampled || close(bench.read(y.square, outputs), squares(want.y), {.l2 = 1e-7}));
-  bench.write(y.grad, up);
-  if (sampled) bench.write(y.grad_square, up_square);
-  bench.write(bench.x().signal.grad, std::vector<float>(inputs, NAN));
-  if (sampled) bench.write(bench.x().signal.grad_square, std::vector<float>(inputs, NAN));
-  pool.backward(bench.device(), bench.x());
-  const Doubles total = total_gradient(got, up, sampled ? up_square : std::vector<float>());
-  EXPECT_TRUE(close(bench.read(bench.x().signal.grad, inputs), want.backward(total, inputs), {.l2 = 2e-7}));
-  if (!sampled) return;
-  for (float g : bench.read(bench.x().signal.grad_square, inputs)) ASSERT_EQ(g, 0);
-}
-
-TEST(MaxPool2dLayer, AgainstReference) {
-  BATON_NEEDS_DEVICE();
-  for (bool sampled : {true, false}) {
-    check_pool(3, 8, 8, 2, sampled);
-    check_pool(3, 7, 9, 2, sampled);
-    check_pool(2, 3, 3, 3, sampled);
-    check_pool(5, 8, 7, 3, sampled);
-    check_pool(4, 15, 15, 3, sampled);
-  }
-}
-
-// 3Conv3FC: 32 -> 15 -> 7 -> 3, and 128 x 3 x 3 = 1152 inputs to fc1.
-TEST(MaxPool2dLayer, ThreeConvolutionSizes) {
-  BATON_NEEDS_DEVICE();
-  int side = 32;
-  std::vector<int> sides;
-  for (int channels : {2, 3, 4}) {
-    ParameterLayout layout;
-    Conv2d conv(layout, "conv", 1, side, side, channels, 5, 2, Pooling::none, 0);
-    LayerBench bench(layout, 1, 1, true, size_t(side) * side);
-    conv.prepare(bench.context(), true);
-    EXPECT_EQ(conv.out_height(), side);
-    MaxPool2d pool(channels, side, side, 3);
-    EXPECT_EQ(pool.out_height(), pool.out_width());
-    check_pool(channels, side, side, 3, true);
-    side = pool.out_height();
-    sides.push_back(side);
-  }
-  EXPECT_EQ(sides, (std::vector<int>{15, 7, 3}));
-}
-
-TEST(MaxPool2dLayer, RefusesWindows) {
-  EXPECT_THROW(MaxPool2d(1, 8, 8, 4), InputError);
-  EXPECT_THROW(MaxPool2d(1, 8, 8, 1), InputError);
-  EXPECT_THROW(MaxPool2d(1, 2, 8, 3), InputError);
-  EXPECT_THROW(MaxPool2d(1, 8, 1, 2), InputError);
 }
 
 }  // namespace

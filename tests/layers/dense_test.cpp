@@ -71,7 +71,7 @@ TEST_P(DenseGolden, TheLayerAgrees) {
   const size_t outputs = golden.up.size(), inputs = golden.x.size();
   const Doubles e = dense_noise(bench.state(0), stream_id, golden.batch, golden.out);
 
-  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+  layer.forward(bench.x(), bench.pass());
   const Doubles m = golden.z.f64("out_m"), v = golden.z.f64("out_v");
   Doubles want, square;
   for (size_t i = 0; i < outputs; i++)
@@ -82,7 +82,7 @@ TEST_P(DenseGolden, TheLayerAgrees) {
   const auto backward = [&](const Doubles& up) {
     bench.write(y.grad, floats(up));
     bench.write(y.grad_square, std::vector<float>(outputs, 0));
-    layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+    layer.backward(bench.x(), bench.pass());
   };
   backward(golden.up);
   expect_golden(golden.z, "g_mu", doubles(bench.mean_gradient("fc.weight")), 1e-6);
@@ -117,7 +117,7 @@ Left run(Shape s, int first, int count, bool check) {
   ParameterLayout layout;
   Dense layer(layout, "fc", s.in, s.out, s.relu, stream_id);
   LayerBench bench(layout, count, s.batch, s.sampled, s.in);
-  layer.prepare(bench.context(), s.feeds_layer);
+  layer.prepare(bench.context(), s.feeds_layer && s.sampled);
   std::vector<StepState> states;
   std::vector<float> x, up, up_square;
   const auto append = [](std::vector<float>& to, const std::vector<float>& more) {
@@ -146,12 +146,12 @@ Left run(Shape s, int first, int count, bool check) {
   const Signal& y = layer.output().signal;
   EXPECT_EQ(y.square != nullptr, s.feeds_layer && s.sampled);
   EXPECT_EQ(y.grad_square != nullptr, s.feeds_layer && s.sampled);
-  layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+  layer.forward(bench.x(), bench.pass());
   Left left;
   left.y = bench.read(y.value, up.size());
   bench.write(y.grad, up);
   if (y.grad_square) bench.write(y.grad_square, up_square);
-  layer.backward(bench.device(), bench.weights(), bench.gradients(), bench.x(), bench.states());
+  layer.backward(bench.x(), bench.pass());
   left.x_grad = bench.read(bench.x().signal.grad, x.size());
   if (s.sampled) left.x_grad_square = bench.read(bench.x().signal.grad_square, x.size());
   for (int r = 0; r < count; r++) {
@@ -229,7 +229,7 @@ TEST(DenseLayer, NoiseFollowsSeedStreamAndStep) {
     bench.set("fc.bias", std::vector<float>(6, 0), std::vector<float>(6, 0));
     bench.set_input(std::vector<float>(8, 0.5f));
     bench.set_states({state_of(seed, step)});
-    layer.forward(bench.device(), bench.weights(), bench.x(), bench.states());
+    layer.forward(bench.x(), bench.pass());
     return bench.read(layer.output().signal.value, 12);
   };
   const auto y = forward(1, 2, 3);

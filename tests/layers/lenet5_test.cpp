@@ -1,9 +1,8 @@
-#include "layers/lenet5.h"
-
 #include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "kernels/softmax_xent.h"
+#include "layers/networks.h"
 #include "layers/posteriors/posterior.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
@@ -103,10 +102,11 @@ struct Net {
   Net(const Weights& weights, int batch, const StepState& step)
       : batch(batch),
         sampled(!weights.sd.empty()),
-        posterior(memory.device(), memory.arena(), network.layout(), sampled ? Family::gaussian : Family::point, 1),
+        network(make_network(network_spec("lenet5"))),
+        posterior(make_posterior(memory.device(), memory.arena(), network->layout(), sampled ? "ffg" : "ft")),
         state(memory, std::vector<StepState>{step}) {
-    network.prepare({memory.device(), memory.arena(), 1, batch, sampled, true}, false);
-    posterior.initialise(state, {-5}, {1});
+    network->prepare(posterior->training_context(batch));
+    posterior->initialise(state);
     const auto log_of = [](Doubles sd) {
       for (double& s : sd) s = std::log(s);
       return floats(sd);
@@ -118,39 +118,34 @@ struct Net {
       write("log_std", layer_names[i] + ".weight", log_of(weights.sd[i]));
       write("log_std", layer_names[i] + ".bias", log_of(weights.bias_sd[i]));
     }
-    posterior.refresh(true);
-  }
-  const TensorSpec& spec(const std::string& tensor) const {
-    for (const TensorSpec& t : network.layout().tensors())
-      if (t.name == tensor) return t;
-    throw InputError("no tensor " + tensor);
+    posterior->refresh(true);
   }
   void write(const std::string& array, const std::string& tensor, const std::vector<float>& values) {
-    posterior.store().write(memory.device(), array, 0, spec(tensor), values);
+    posterior->store().write(memory.device(), array, 0, find_tensor(network->layout(), tensor), values);
   }
   std::vector<float> read(const std::string& array, const std::string& tensor) {
-    return posterior.store().read(memory.device(), array, 0, spec(tensor));
+    return posterior->store().read(memory.device(), array, 0, find_tensor(network->layout(), tensor));
   }
   void forward(const std::vector<float>& x, const std::vector<int64_t>& labels, bool gradient = true) {
-    upload(memory.device(), network.input().signal.value, x);
+    upload(memory.device(), network->input().signal.value, x);
     std::vector<float> square;
     for (float v : x) square.push_back(v * v);
-    if (sampled) upload(memory.device(), network.input().signal.square, square);
-    network.forward(memory.device(), posterior.weights(), state);
+    if (sampled) upload(memory.device(), network->input().signal.square, square);
+    network->forward({state});
     Buffer label(memory, std::vector<int32_t>(labels.begin(), labels.end()));
     Buffer<float> losses(memory, size_t(batch)), hits(memory, size_t(batch));
-    softmax_cross_entropy(losses, hits, gradient ? network.logits_gradient() : nullptr, network.logits(), label, 1,
+    softmax_cross_entropy(losses, hits, gradient ? network->logits_gradient() : nullptr, network->logits(), label, 1,
                           batch, classes, 1.f / float(batch), memory.stream());
     loss = losses.host();
-    logits = download(memory.device(), network.logits(), size_t(batch) * classes);
+    logits = download(memory.device(), network->logits(), size_t(batch) * classes);
   }
-  void backward() { network.backward(memory.device(), posterior.weights(), posterior.gradients(), state); }
+  void backward() { network->backward({state}); }
 
   Memory memory;
   int batch;
   bool sampled;
-  LeNet5 network;
-  Posterior posterior;
+  std::unique_ptr<Network> network;
+  std::unique_ptr<Posterior> posterior;
   Buffer<StepState> state;
   std::vector<float> loss, logits;
 };
@@ -158,18 +153,18 @@ struct Net {
 const StepState step = state_of(21, 9);
 
 TEST(LeNet5Net, Layout) {
-  const LeNet5 net;
-  EXPECT_EQ(net.layout().parameters(), 430500u + 580u);
-  EXPECT_STREQ(net.architecture(), "lenet5");
-  EXPECT_EQ(net.classes(), classes);
+  const auto net = make_network(network_spec("lenet5"));
+  EXPECT_EQ(net->layout().parameters(), 430500u + 580u);
+  EXPECT_STREQ(net->architecture(), "lenet5");
+  EXPECT_EQ(net->classes(), classes);
   const std::vector<std::vector<int64_t>> shapes{{20, 1, 5, 5}, {20},  {50, 20, 5, 5}, {50},
                                                  {500, 800},    {500}, {10, 500},      {10}};
-  ASSERT_EQ(net.layout().tensors().size(), shapes.size());
+  ASSERT_EQ(net->layout().tensors().size(), shapes.size());
   for (int i = 0; i < 8; i++) {
-    EXPECT_EQ(net.layout()[i].name, layer_names[i / 2] + (i % 2 ? ".bias" : ".weight"));
-    EXPECT_EQ(net.layout()[i].shape, shapes[i]);
-    EXPECT_EQ(net.layout()[i].bias, i % 2 == 1);
-    EXPECT_EQ(net.layout()[i].fan_in, (std::vector<int>{25, 500, 800, 500})[i / 2]);
+    EXPECT_EQ(net->layout()[i].name, layer_names[i / 2] + (i % 2 ? ".bias" : ".weight"));
+    EXPECT_EQ(net->layout()[i].shape, shapes[i]);
+    EXPECT_EQ(net->layout()[i].bias, i % 2 == 1);
+    EXPECT_EQ(net->layout()[i].fan_in, (std::vector<int>{25, 500, 800, 500})[i / 2]);
   }
 }
 
@@ -236,7 +231,7 @@ TEST(LeNet5Net, AgreesWithTheReference) {
     EXPECT_TRUE(close(net.logits, r.logits, {.l2 = 5e-6}));
     EXPECT_TRUE(close(net.loss, r.loss, {.l2 = 5e-6}));
     expect_gradients(net, r, 2e-5);
-    EXPECT_NEAR(net.posterior.kl()[0] / g.z.scalar("out_kl"), sampled, 1e-5);
+    EXPECT_NEAR(net.posterior->kl()[0] / g.z.scalar("out_kl"), sampled, 1e-5);
   }
 }
 
@@ -300,7 +295,7 @@ TEST(LeNet5Net, AVanishingSigmaIsThePointPosterior) {
     net.backward();
     EXPECT_TRUE(log_std > -50 ? close(net.logits, point.logits, {.l2 = 1e-7}) : exact(net.logits, point.logits));
     for (const char* array : {"mean.grad", "variance.grad"})
-      for (const TensorSpec& t : net.network.layout().tensors())
+      for (const TensorSpec& t : net.network->layout().tensors())
         for (float d : net.read(array, t.name)) ASSERT_TRUE(std::isfinite(d)) << array << " " << t.name;
   }
 }
@@ -320,10 +315,8 @@ TEST(LeNet5Net, ForwardAloneOnASharedInput) {
   const Golden& g = golden();
   const int replicas = 3, batch = 4;
   Memory memory;
-  LeNet5 network;
-  network.prepare({memory.device(), memory.arena(), replicas, batch, false, false}, true);
-  EXPECT_EQ(network.input().stride, 0u);
-  const size_t stride = network.layout().stride();
+  const auto network = make_network(network_spec("lenet5"));
+  const size_t stride = network->layout().stride();
   std::vector<float> rows(stride * replicas);
   std::vector<std::vector<float>> want;
   for (int r = 0; r < replicas; r++) {
@@ -334,16 +327,20 @@ TEST(LeNet5Net, ForwardAloneOnASharedInput) {
     Net net(weights, batch, step);
     net.forward(g.x, g.labels);
     want.push_back(net.logits);
-    for (const TensorSpec& t : network.layout().tensors()) {
+    for (const TensorSpec& t : network->layout().tensors()) {
       const auto values = net.read("mean", t.name);
       std::copy(values.begin(), values.end(), rows.begin() + long(stride * r + t.offset));
     }
   }
-  Buffer weights(memory, rows);
-  upload(memory.device(), network.input().signal.value, g.x);
-  network.forward(memory.device(), {weights, nullptr, stride}, nullptr);
+  Buffer w(memory, rows);
+  PointWeights weights(w, stride);
+  network->prepare({memory.device(), memory.arena(), weights, replicas, batch, /*training*/ false,
+                    /*shared_input*/ true});
+  EXPECT_EQ(network->input().stride, 0u);
+  upload(memory.device(), network->input().signal.value, g.x);
+  network->forward({});
   const size_t count = size_t(batch) * classes;
-  const auto logits = download(memory.device(), network.logits(), count * replicas);
+  const auto logits = download(memory.device(), network->logits(), count * replicas);
   for (int r = 0; r < replicas; r++)
     EXPECT_TRUE(
         exact(std::vector<float>(logits.begin() + long(r * count), logits.begin() + long((r + 1) * count)), want[r]));

@@ -1,65 +1,62 @@
-#include "layers/mlp.h"
-
 #include <optional>
 
 #include "kernels/softmax_xent.h"
+#include "layers/networks.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
 namespace baton::test {
 namespace {
 
+std::unique_ptr<Network> perceptron(int in, const std::vector<int>& hidden, int classes) {
+  return make_network({"mlp", classes, {1, 1, in}, {{"hidden", hidden}}});
+}
+
 // A perceptron on the device with random weights and inputs, for a Gaussian posterior (sampled) or a point.
 struct Net {
   Net(int in, const std::vector<int>& hidden, int classes, int replicas, int batch, bool sampled, bool shared)
-      : network(in, hidden, classes),
-        store(memory.arena(), network.layout(), replicas),
+      : network(perceptron(in, hidden, classes)),
+        store(memory.arena(), network->layout(), replicas),
+        weights(store, sampled),
         replicas(replicas),
         batch(batch),
         sampled(sampled),
         inputs(shared ? 1 : replicas) {
-    const size_t stride = network.layout().stride();
-    for (const char* name : {"mean", "variance", "mean.grad", "variance.grad"}) store.add(name);
+    const size_t stride = network->layout().stride();
     for (int r = 0; r < replicas; r++) steps.push_back(state_of(uint64_t(7 + r), uint32_t(3 + r)));
     states.emplace(memory, steps);
-    network.prepare({memory.device(), memory.arena(), replicas, batch, sampled, true}, shared);
+    network->prepare({memory.device(), memory.arena(), weights, replicas, batch, /*training*/ true, shared});
     mean = random_normal(stride * replicas, 0, 0.5f, 1);
     variance = random_uniform(stride * replicas, 0.01f, 0.05f, 2);
     x = random_uniform(size_t(inputs) * batch * in, -1.5f, 1.5f, 3);
     for (int i = 0; i < replicas * batch; i++) labels.push_back((3 * i + i / batch) % classes);
   }
-  WeightsView weights() {
-    return {store.at("mean"), sampled ? store.at("variance") : nullptr, network.layout().stride()};
-  }
-  GradientsView gradients() {
-    return {store.at("mean.grad"), sampled ? store.at("variance.grad") : nullptr, network.layout().stride()};
-  }
   void pass() {
     Device& device = memory.device();
     upload(device, store.at("mean"), mean);
     upload(device, store.at("variance"), variance);
-    for (const char* name : {"mean.grad", "variance.grad"})
-      upload(device, store.at(name), std::vector<float>(mean.size(), NAN));
-    upload(device, network.input().signal.value, x);
+    weights.forget_gradients(device);
+    upload(device, network->input().signal.value, x);
     std::vector<float> square;
     for (float v : x) square.push_back(v * v);
-    if (sampled) upload(device, network.input().signal.square, square);
-    network.forward(device, weights(), *states);
+    if (sampled) upload(device, network->input().signal.square, square);
+    network->forward({*states});
     Buffer label(memory, labels);
     Buffer<float> losses(memory, labels.size()), hits(memory, labels.size());
-    softmax_cross_entropy(losses, hits, network.logits_gradient(), network.logits(), label, replicas, batch,
-                          network.classes(), 1.f / float(batch), memory.stream());
+    softmax_cross_entropy(losses, hits, network->logits_gradient(), network->logits(), label, replicas, batch,
+                          network->classes(), 1.f / float(batch), memory.stream());
     loss = losses.host();
-    logits = download(device, network.logits(), labels.size() * network.classes());
-    network.backward(device, weights(), gradients(), *states);
+    logits = download(device, network->logits(), labels.size() * network->classes());
+    network->backward({*states});
   }
   std::vector<float> gradient(const char* array, int replica, const TensorSpec& t) {
     return store.read(memory.device(), array, replica, t);
   }
 
   Memory memory;
-  Mlp network;
+  std::unique_ptr<Network> network;
   ParameterStore store;
+  StoreWeights weights;
   int replicas, batch;
   bool sampled;
   int inputs;
@@ -76,13 +73,13 @@ struct Reference {
     const auto row = [&](const std::vector<float>& all, size_t size, int r) {
       return Doubles(all.begin() + long(size * r), all.begin() + long(size * (r + 1)));
     };
-    const size_t stride = net.network.layout().stride();
+    const size_t stride = net.network->layout().stride();
     mean = row(net.mean, stride, replica), variance = row(net.variance, stride, replica);
     x = row(net.x, size_t(batch) * widths[0], net.inputs == 1 ? 0 : replica);
     labels.assign(net.labels.begin() + replica * batch, net.labels.begin() + (replica + 1) * batch);
     for (size_t l = 0; l + 1 < widths.size(); l++)
       noise.push_back(dense_noise(net.steps[replica], uint32_t(stream_layers + l), batch, widths[l + 1]));
-    tensors = net.network.layout().tensors();
+    tensors = net.network->layout().tensors();
   }
   double forward() {
     Doubles h = x;
@@ -140,41 +137,41 @@ struct Reference {
 };
 
 TEST(Mlp, Layout) {
-  const Mlp net;
-  EXPECT_STREQ(net.architecture(), "mlp-784-400-400-10");
-  EXPECT_EQ(net.classes(), 10);
-  EXPECT_EQ(net.heads(), 1);
+  const auto net = make_network(network_spec("mlp"));
+  EXPECT_STREQ(net->architecture(), "mlp-784-400-400-10");
+  EXPECT_EQ(net->classes(), 10);
+  EXPECT_EQ(net->heads(), 1);
   const std::vector<std::vector<int64_t>> shapes{{400, 784}, {400}, {400, 400}, {400}, {10, 400}, {10}};
-  ASSERT_EQ(net.layout().tensors().size(), shapes.size());
+  ASSERT_EQ(net->layout().tensors().size(), shapes.size());
   for (int i = 0; i < 6; i++) {
-    const TensorSpec& t = net.layout()[i];
+    const TensorSpec& t = net->layout()[i];
     EXPECT_EQ(t.name, "fc" + std::to_string(i / 2 + 1) + (i % 2 ? ".bias" : ".weight"));
     EXPECT_EQ(t.shape, shapes[i]);
     EXPECT_EQ(t.bias, i % 2 == 1);
     EXPECT_EQ(t.fan_in, i / 2 == 0 ? 784 : 400);
   }
-  const Mlp wide(784, {1200, 1200});
+  const auto wide = perceptron(784, {1200, 1200}, 10);
   size_t weights = 0, biases = 0;
-  for (const TensorSpec& t : wide.layout().tensors()) (t.bias ? biases : weights) += t.size;
+  for (const TensorSpec& t : wide->layout().tensors()) (t.bias ? biases : weights) += t.size;
   EXPECT_EQ(weights, 2'392'800u);
   EXPECT_EQ(biases, 2'410u);
-  EXPECT_STREQ(wide.architecture(), "mlp-784-1200-1200-10");
-  const Mlp small(5, {4}, 3);
-  EXPECT_STREQ(small.architecture(), "mlp-5-4-3");
-  EXPECT_EQ(small.classes(), 3);
-  EXPECT_EQ(small.layout().parameters(), 5u * 4 + 4 + 4 * 3 + 3);
+  EXPECT_STREQ(wide->architecture(), "mlp-784-1200-1200-10");
+  const auto small = perceptron(5, {4}, 3);
+  EXPECT_STREQ(small->architecture(), "mlp-5-4-3");
+  EXPECT_EQ(small->classes(), 3);
+  EXPECT_EQ(small->layout().parameters(), 5u * 4 + 4 + 4 * 3 + 3);
 }
 
 TEST(Mlp, Errors) {
-  EXPECT_THROW(Mlp(0, {4}, 3), InputError);
-  EXPECT_THROW(Mlp(5, {}, 3), InputError);
-  EXPECT_THROW(Mlp(5, {4, 0}, 3), InputError);
-  EXPECT_THROW(Mlp(5, {-1, 4}, 3), InputError);
-  EXPECT_THROW(Mlp(5, {4}, 1), InputError);
-  Mlp net(5, {4}, 2);
-  net.use_head(0);
-  EXPECT_THROW(net.use_head(1), InputError);
-  EXPECT_THROW(net.use_head(-1), InputError);
+  EXPECT_THROW(perceptron(0, {4}, 3), InputError);
+  EXPECT_THROW(perceptron(5, {}, 3), InputError);
+  EXPECT_THROW(perceptron(5, {4, 0}, 3), InputError);
+  EXPECT_THROW(perceptron(5, {-1, 4}, 3), InputError);
+  EXPECT_THROW(perceptron(5, {4}, 1), InputError);
+  const auto net = perceptron(5, {4}, 2);
+  net->use_head(0);
+  EXPECT_THROW(net->use_head(1), InputError);
+  EXPECT_THROW(net->use_head(-1), InputError);
 }
 
 // Outputs of every layer, losses, and the slope along every parameter, of two replicas with weights of their own.
@@ -187,9 +184,9 @@ TEST(Mlp, AgreesWithTheReference) {
         SCOPED_TRACE(std::to_string(widths.size() - 1) + " layers" + (sampled ? ", sampled" : ", point") +
                      (shared ? ", one batch" : ", batches"));
         Net net(widths[0], {widths.begin() + 1, widths.end() - 1}, widths.back(), 2, 5, sampled, shared);
-        EXPECT_EQ(net.network.input().stride, shared ? 0 : size_t(5 * widths[0]));
+        EXPECT_EQ(net.network->input().stride, shared ? 0 : size_t(5 * widths[0]));
         for (int again = 0; again < 2; again++) net.pass();  // a pass leaves nothing to the next
-        const std::vector<NamedActivation> activations = net.network.activations();
+        const std::vector<NamedActivation> activations = net.network->activations();
         ASSERT_EQ(activations.size(), widths.size() - 1);
         for (int r = 0; r < 2; r++) {
           Reference reference(net, widths, r);
@@ -204,7 +201,7 @@ TEST(Mlp, AgreesWithTheReference) {
                               reference.outputs[l], {.l2 = 2e-6}))
                 << "fc" << l + 1;
           }
-          for (const TensorSpec& t : net.network.layout().tensors()) {
+          for (const TensorSpec& t : net.network->layout().tensors()) {
             SCOPED_TRACE(t.name + ", replica " + std::to_string(r));
             EXPECT_TRUE(close(net.gradient("mean.grad", r, t), reference.slopes(reference.mean, t), {.l2 = 1e-5}));
             if (!sampled) continue;
@@ -212,9 +209,9 @@ TEST(Mlp, AgreesWithTheReference) {
                 close(net.gradient("variance.grad", r, t), reference.slopes(reference.variance, t), {.l2 = 1e-5}));
           }
         }
-        const size_t stride = net.network.layout().stride();
+        const size_t stride = net.network->layout().stride();
         const auto all = download(net.memory.device(), net.store.at("mean.grad"), stride * 2);
-        for (const auto& gap : net.network.layout().gaps())
+        for (const auto& gap : net.network->layout().gaps())
           for (size_t i = gap.offset; i < gap.offset + gap.size; i++)
             ASSERT_TRUE(std::isnan(all[i]) && std::isnan(all[stride + i])) << "a gap was written";
       }
@@ -225,13 +222,14 @@ TEST(Mlp, ForwardAlone) {
   BATON_NEEDS_DEVICE();
   Net net(13, {11, 8}, 4, 3, 6, false, true);
   net.pass();
-  Mlp alone(13, {11, 8}, 4);
-  alone.prepare({net.memory.device(), net.memory.arena(), 3, 6, false, false}, true);
-  EXPECT_EQ(alone.logits_gradient(), nullptr);
-  EXPECT_EQ(alone.input().signal.square, nullptr);
-  upload(net.memory.device(), alone.input().signal.value, net.x);
-  alone.forward(net.memory.device(), net.weights(), nullptr);
-  EXPECT_TRUE(exact(download(net.memory.device(), alone.logits(), net.logits.size()), net.logits));
+  const auto alone = perceptron(13, {11, 8}, 4);
+  PointWeights weights(net.store.at("mean"), alone->layout().stride());
+  alone->prepare({net.memory.device(), net.memory.arena(), weights, 3, 6, /*training*/ false, /*shared_input*/ true});
+  EXPECT_EQ(alone->logits_gradient(), nullptr);
+  EXPECT_EQ(alone->input().signal.square, nullptr);
+  upload(net.memory.device(), alone->input().signal.value, net.x);
+  alone->forward({});
+  EXPECT_TRUE(exact(download(net.memory.device(), alone->logits(), net.logits.size()), net.logits));
 }
 
 }  // namespace

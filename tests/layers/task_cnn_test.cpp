@@ -1,8 +1,7 @@
-#include "layers/task_cnn.h"
-
 #include <optional>
 
 #include "kernels/softmax_xent.h"
+#include "layers/networks.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -11,6 +10,10 @@ namespace {
 
 const std::vector<std::string> layer_names{"conv1", "conv2", "conv3", "conv4", "fc1"};
 constexpr size_t image = 3 * 32 * 32;
+
+std::unique_ptr<Network> task_cnn(int heads, int classes = 10, bool dropout = true) {
+  return make_network(network_spec("task-cnn", classes, {{"heads", heads}, {"dropout", dropout}}));
+}
 
 // What dropout multiplies the elements of one replica by: kernels/dropout.h's definition.
 Doubles mask_of(const StepState& s, uint32_t stream_id, size_t count, int replica, double rate) {
@@ -85,69 +88,57 @@ struct Reference {
 struct Net {
   Net(int heads, int classes, bool dropout, int replicas, int batch, bool sampled = false, bool training = true,
       bool equal_weights = false)
-      : network(heads, classes, dropout),
-        store(memory.arena(), network.layout(), replicas),
+      : network(task_cnn(heads, classes, dropout)),
+        store(memory.arena(), network->layout(), replicas),
+        weights(store, sampled),
         replicas(replicas),
         batch(batch),
-        sampled(sampled),
-        training(training) {
-    for (const char* name : {"mean", "variance", "mean.grad", "variance.grad"}) store.add(name);
+        sampled(sampled) {
     for (int r = 0; r < replicas; r++) steps.push_back(state_of(uint64_t(7 + r), uint32_t(3 + r)));
     states.emplace(memory, steps);
-    network.prepare({memory.device(), memory.arena(), replicas, batch, sampled, training}, true);
+    network->prepare({memory.device(), memory.arena(), weights, replicas, batch, training, /*shared_input*/ true});
     for (int r = 0; r < replicas; r++)
-      for (const TensorSpec& t : network.layout().tensors()) {
+      for (const TensorSpec& t : network->layout().tensors()) {
         const float sd = t.bias ? 0.1f : std::sqrt(2.f / float(t.fan_in));
         const unsigned seed = unsigned(t.offset) + (equal_weights ? 0u : unsigned(r));
         store.write(memory.device(), "mean", r, t, random_normal(t.size, 0, sd, seed));
         store.write(memory.device(), "variance", r, t, random_uniform(t.size, 1e-4f, 1e-3f, seed));
       }
     x = random_uniform(image * size_t(batch), -1.5f, 1.5f, 3);
-    upload(memory.device(), network.input().signal.value, x);
+    upload(memory.device(), network->input().signal.value, x);
     std::vector<float> square;
     for (float v : x) square.push_back(v * v);
-    if (sampled) upload(memory.device(), network.input().signal.square, square);
+    if (sampled) upload(memory.device(), network->input().signal.square, square);
     for (int i = 0; i < replicas * batch; i++) labels.push_back((3 * i + 1) % classes);
-  }
-  WeightsView weights() {
-    return {store.at("mean"), sampled ? store.at("variance") : nullptr, network.layout().stride()};
   }
   void set_step(uint32_t step) {
     for (StepState& s : steps) s.step = step;
     states->set(steps);
   }
   const std::vector<float>& forward() {
-    network.forward(memory.device(), weights(), *states);
-    logits = download(memory.device(), network.logits(), labels.size() * network.classes());
+    network->forward({*states});
+    logits = download(memory.device(), network->logits(), labels.size() * network->classes());
     return logits;
   }
   void pass() {
-    for (const char* name : {"mean.grad", "variance.grad"})
-      upload(memory.device(), store.at(name), std::vector<float>(network.layout().stride() * replicas, NAN));
+    weights.forget_gradients(memory.device());
     forward();
     Buffer label(memory, labels);
     Buffer<float> losses(memory, labels.size()), hits(memory, labels.size());
-    softmax_cross_entropy(losses, hits, network.logits_gradient(), network.logits(), label, replicas, batch,
-                          network.classes(), 1.f / float(batch), memory.stream());
+    softmax_cross_entropy(losses, hits, network->logits_gradient(), network->logits(), label, replicas, batch,
+                          network->classes(), 1.f / float(batch), memory.stream());
     loss = losses.host();
-    network.backward(memory.device(), weights(),
-                     {store.at("mean.grad"), sampled ? store.at("variance.grad") : nullptr, network.layout().stride()},
-                     *states);
-  }
-  const TensorSpec& spec(const std::string& tensor) const {
-    for (const TensorSpec& t : network.layout().tensors())
-      if (t.name == tensor) return t;
-    throw InputError("no tensor " + tensor);
+    network->backward({*states});
   }
   std::vector<float> read(const char* array, const std::string& tensor, int replica) {
-    return store.read(memory.device(), array, replica, spec(tensor));
+    return store.read(memory.device(), array, replica, find_tensor(network->layout(), tensor));
   }
   std::vector<float> logits_of(int replica) const {
     const long n = long(logits.size()) / replicas;
     return {logits.begin() + n * replica, logits.begin() + n * (replica + 1)};
   }
   Reference reference(int replica, int head) {
-    const int classes = network.classes();
+    const int classes = network->classes();
     Reference r(batch, classes);
     for (int i = 0; i < 6; i++) {
       const std::string name = i < 5 ? layer_names[i] : "head" + std::to_string(head);
@@ -167,10 +158,11 @@ struct Net {
   }
 
   Memory memory;
-  TaskCnn network;
+  std::unique_ptr<Network> network;
   ParameterStore store;
+  StoreWeights weights;
   int replicas, batch;
-  bool sampled, training;
+  bool sampled;
   std::vector<StepState> steps;
   std::optional<Buffer<StepState>> states;
   std::vector<float> x, loss, logits;
@@ -178,17 +170,17 @@ struct Net {
 };
 
 TEST(TaskCnnNet, Layout) {
-  const TaskCnn net;
-  EXPECT_STREQ(net.architecture(), "task-cnn");
-  EXPECT_EQ(net.classes(), 10);
-  EXPECT_EQ(net.heads(), 6);
-  EXPECT_EQ(net.layout().parameters(), 1'276'508u);
+  const auto net = task_cnn(6);
+  EXPECT_STREQ(net->architecture(), "task-cnn");
+  EXPECT_EQ(net->classes(), 10);
+  EXPECT_EQ(net->heads(), 6);
+  EXPECT_EQ(net->layout().parameters(), 1'276'508u);
   const std::vector<std::vector<int64_t>> shapes{{32, 3, 3, 3},  {32}, {32, 32, 3, 3}, {32}, {64, 32, 3, 3}, {64},
                                                  {64, 64, 3, 3}, {64}, {512, 2304},    {512}};
-  ASSERT_EQ(net.layout().tensors().size(), shapes.size() + 12);
+  ASSERT_EQ(net->layout().tensors().size(), shapes.size() + 12);
   size_t weights = 0;
   for (int i = 0; i < 22; i++) {
-    const TensorSpec& t = net.layout()[i];
+    const TensorSpec& t = net->layout()[i];
     const int head = (i - 10) / 2;
     EXPECT_EQ(t.name, (i < 10 ? layer_names[i / 2] : "head" + std::to_string(head)) + (i % 2 ? ".bias" : ".weight"));
     if (i < 10) EXPECT_EQ(t.shape, shapes[i]);
@@ -198,22 +190,25 @@ TEST(TaskCnnNet, Layout) {
     if (!t.bias) weights += t.size;
   }
   EXPECT_EQ(weights, 1'275'744u);
-  const TaskCnn other(2, 3);
-  EXPECT_EQ(other.heads(), 2);
-  EXPECT_EQ(other.classes(), 3);
-  EXPECT_EQ(other.layout().parameters(), net.layout().parameters() - 6 * 5130 + 2 * 3 * 513);
+  const auto other = task_cnn(2, 3);
+  EXPECT_EQ(other->heads(), 2);
+  EXPECT_EQ(other->classes(), 3);
+  EXPECT_EQ(other->layout().parameters(), net->layout().parameters() - 6 * 5130 + 2 * 3 * 513);
 }
 
 TEST(TaskCnnNet, Errors) {
   BATON_NEEDS_DEVICE();
-  EXPECT_THROW(TaskCnn(0), InputError);
-  EXPECT_THROW(TaskCnn(-3), InputError);
-  EXPECT_THROW(TaskCnn(2, 1), InputError);
+  EXPECT_THROW(task_cnn(0), InputError);
+  EXPECT_THROW(task_cnn(-3), InputError);
+  EXPECT_THROW(task_cnn(2, 1), InputError);
   Memory memory;
-  TaskCnn net(2, 2);
-  EXPECT_THROW(net.prepare({memory.device(), memory.arena(), 1, 1, true, true}, true), InputError);
-  EXPECT_THROW(net.use_head(2), InputError);
-  EXPECT_THROW(net.use_head(-1), InputError);
+  const auto net = task_cnn(2, 2);
+  ParameterStore store(memory.arena(), net->layout(), 1);
+  StoreWeights sampled(store, true);
+  const LayerContext context{memory.device(), memory.arena(), sampled, 1, 1, /*training*/ true, /*shared_input*/ true};
+  EXPECT_THROW(net->prepare(context), InputError);
+  EXPECT_THROW(net->use_head(2), InputError);
+  EXPECT_THROW(net->use_head(-1), InputError);
 }
 
 // Two replicas with weights of their own against the reference, and the inactive heads left alone.
@@ -228,10 +223,10 @@ TEST(TaskCnnNet, AgreesWithTheReference) {
     SCOPED_TRACE(c.name);
     const int batch = 2, classes = 5;
     Net net(3, classes, c.dropout, 2, batch, c.sampled);
-    EXPECT_EQ(net.network.input().stride, 0u);
-    net.network.use_head(c.head);
+    EXPECT_EQ(net.network->input().stride, 0u);
+    net.network->use_head(c.head);
     for (int again = 0; again < 2; again++) net.pass();  // a pass leaves nothing to the next
-    const std::vector<NamedActivation> activations = net.network.activations();
+    const std::vector<NamedActivation> activations = net.network->activations();
     ASSERT_EQ(activations.size(), 6u);
     for (int r = 0; r < 2; r++) {
       Reference reference = net.reference(r, c.head);
@@ -269,7 +264,7 @@ TEST(TaskCnnNet, AgreesWithTheReference) {
 TEST(TaskCnnNet, FiniteDifferences) {
   BATON_NEEDS_DEVICE();
   Net net(2, 4, true, 2, 1);
-  net.network.use_head(1);
+  net.network->use_head(1);
   net.pass();
   for (int r = 0; r < 2; r++) {
     Reference reference = net.reference(r, 1);
@@ -303,13 +298,13 @@ TEST(TaskCnnNet, Heads) {
   BATON_NEEDS_DEVICE();
   Net net(3, 4, false, 1, 2);
   const std::vector<float> first = net.forward();
-  net.network.use_head(2);
+  net.network->use_head(2);
   const std::vector<float> last = net.forward();
   EXPECT_FALSE(exact(first, last));
-  EXPECT_THROW(net.network.use_head(3), InputError);
+  EXPECT_THROW(net.network->use_head(3), InputError);
   EXPECT_TRUE(exact(net.forward(), last)) << "an error leaves the head as it was";
-  EXPECT_EQ(net.network.activations().back().layer, "head2");
-  net.network.use_head(0);
+  EXPECT_EQ(net.network->activations().back().layer, "head2");
+  net.network->use_head(0);
   EXPECT_TRUE(exact(net.forward(), first));
 }
 
@@ -327,7 +322,7 @@ TEST(TaskCnnNet, Dropout) {
   EXPECT_TRUE(exact(plain.logits_of(0), plain.logits_of(1)));
   EXPECT_FALSE(exact(step3, plain.logits));
   Net prediction(2, 4, true, 2, 2, false, false, true);
-  EXPECT_EQ(prediction.network.logits_gradient(), nullptr);
+  EXPECT_EQ(prediction.network->logits_gradient(), nullptr);
   EXPECT_TRUE(exact(prediction.forward(), plain.logits));
 }
 

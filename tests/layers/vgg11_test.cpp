@@ -1,8 +1,7 @@
-#include "layers/vgg11.h"
-
 #include <optional>
 
 #include "kernels/softmax_xent.h"
+#include "layers/networks.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -15,6 +14,8 @@ const int widths[] = {3, 64, 128, 256, 256, 512, 512, 512, 512};
 const int sides[] = {32, 16, 8, 8, 4, 4, 2, 2};  // of the convolutions' inputs
 const int windows[] = {2, 2, 0, 2, 0, 2, 0, 2};  // of the pooling behind them
 constexpr size_t image = 3 * 32 * 32;
+
+std::unique_ptr<Network> vgg11(int classes = 10) { return make_network(network_spec("vgg11", classes)); }
 
 // The mean cross-entropy of one replica, and its gradient.
 double cross_entropy(const Doubles& logits, const int32_t* labels, int batch, Doubles* up = nullptr) {
@@ -33,48 +34,40 @@ double cross_entropy(const Doubles& logits, const int32_t* labels, int batch, Do
 // Replicas with weights of their own on one shared batch.
 struct Net {
   Net(int classes, int replicas, int batch, bool sampled)
-      : network(classes),
-        store(memory.arena(), network.layout(), replicas),
+      : network(vgg11(classes)),
+        store(memory.arena(), network->layout(), replicas),
+        weights(store, sampled),
         replicas(replicas),
         batch(batch),
         sampled(sampled) {
     Device& device = memory.device();
-    for (const char* name : {"mean", "variance", "mean.grad", "variance.grad"}) {
-      if (!sampled && name[0] == 'v') continue;
-      store.add(name);
-    }
     for (int r = 0; r < replicas; r++) steps.push_back(state_of(uint64_t(7 + r), uint32_t(3 + r)));
     states.emplace(memory, steps);
-    network.prepare({device, memory.arena(), replicas, batch, sampled, true}, true);
+    network->prepare({device, memory.arena(), weights, replicas, batch, /*training*/ true, /*shared_input*/ true});
     for (int r = 0; r < replicas; r++)
-      for (const TensorSpec& t : network.layout().tensors()) {
+      for (const TensorSpec& t : network->layout().tensors()) {
         const float sd = t.bias ? 0.1f : std::sqrt(2.f / float(t.fan_in));
         store.write(device, "mean", r, t, random_normal(t.size, 0, sd, unsigned(t.offset) + unsigned(r)));
         if (sampled) store.write(device, "variance", r, t, random_uniform(t.size, 1e-5f, 1e-4f, unsigned(t.offset)));
       }
     x = random_uniform(image * size_t(batch), -1.5f, 1.5f, 3);
-    upload(device, network.input().signal.value, x);
+    upload(device, network->input().signal.value, x);
     std::vector<float> square;
     for (float v : x) square.push_back(v * v);
-    if (sampled) upload(device, network.input().signal.square, square);
+    if (sampled) upload(device, network->input().signal.square, square);
     for (int i = 0; i < replicas * batch; i++) labels.push_back((3 * i + 1) % classes);
   }
-  WeightsView weights() {
-    return {store.at("mean"), sampled ? store.at("variance") : nullptr, network.layout().stride()};
-  }
   void forward() {
-    network.forward(memory.device(), weights(), *states);
-    logits = download(memory.device(), network.logits(), labels.size() * network.classes());
+    network->forward({*states});
+    logits = download(memory.device(), network->logits(), labels.size() * network->classes());
   }
   void pass() {
     forward();
     Buffer label(memory, labels);
     Buffer<float> losses(memory, labels.size()), hits(memory, labels.size());
-    softmax_cross_entropy(losses, hits, network.logits_gradient(), network.logits(), label, replicas, batch,
-                          network.classes(), 1.f / float(batch), memory.stream());
-    network.backward(memory.device(), weights(),
-                     {store.at("mean.grad"), sampled ? store.at("variance.grad") : nullptr, network.layout().stride()},
-                     *states);
+    softmax_cross_entropy(losses, hits, network->logits_gradient(), network->logits(), label, replicas, batch,
+                          network->classes(), 1.f / float(batch), memory.stream());
+    network->backward({*states});
   }
   Doubles logits_of(int replica) const {
     const long n = long(logits.size()) / replicas;
@@ -82,12 +75,13 @@ struct Net {
   }
   double loss(int replica) const { return cross_entropy(logits_of(replica), &labels[replica * batch], batch); }
   std::vector<float> read(const char* array, int tensor, int replica) {
-    return store.read(memory.device(), array, replica, network.layout()[tensor]);
+    return store.read(memory.device(), array, replica, network->layout()[tensor]);
   }
 
   Memory memory;
-  Vgg11 network;
+  std::unique_ptr<Network> network;
   ParameterStore store;
+  StoreWeights weights;
   int replicas, batch;
   bool sampled;
   std::vector<StepState> steps;
@@ -97,14 +91,14 @@ struct Net {
 };
 
 TEST(Vgg11Net, Layout) {
-  const Vgg11 net;
-  EXPECT_STREQ(net.architecture(), "vgg11");
-  EXPECT_EQ(net.classes(), 10);
-  EXPECT_EQ(net.heads(), 1);
+  const auto net = vgg11();
+  EXPECT_STREQ(net->architecture(), "vgg11");
+  EXPECT_EQ(net->classes(), 10);
+  EXPECT_EQ(net->heads(), 1);
   size_t weights = 0, biases = 0;
-  ASSERT_EQ(net.layout().tensors().size(), 18u);
+  ASSERT_EQ(net->layout().tensors().size(), 18u);
   for (int i = 0; i < 18; i++) {
-    const TensorSpec& t = net.layout()[i];
+    const TensorSpec& t = net->layout()[i];
     const int in = widths[i / 2], out = i < 16 ? widths[i / 2 + 1] : 10;
     EXPECT_EQ(t.name, layer_names[i / 2] + (i % 2 ? ".bias" : ".weight"));
     const std::vector<int64_t> bias{out}, conv{out, in, 3, 3}, dense{out, in};
@@ -115,11 +109,11 @@ TEST(Vgg11Net, Layout) {
   }
   EXPECT_EQ(weights, 9'222'848u);
   EXPECT_EQ(biases, 2'762u);
-  EXPECT_EQ(Vgg11(100).layout().parameters(), net.layout().parameters() + 90 * 513);
-  EXPECT_EQ(Vgg11(100).classes(), 100);
-  EXPECT_THROW(Vgg11(1), InputError);
-  EXPECT_THROW(Vgg11(-1), InputError);
-  EXPECT_THROW(Vgg11().use_head(1), InputError);
+  EXPECT_EQ(vgg11(100)->layout().parameters(), net->layout().parameters() + 90 * 513);
+  EXPECT_EQ(vgg11(100)->classes(), 100);
+  EXPECT_THROW(vgg11(1), InputError);
+  EXPECT_THROW(vgg11(-1), InputError);
+  EXPECT_THROW(vgg11()->use_head(1), InputError);
 }
 
 // Every layer's output and every gradient of one image, for a point posterior and a Gaussian one.
@@ -130,7 +124,7 @@ TEST(Vgg11Net, AgreesWithTheReference) {
     SCOPED_TRACE(sampled ? "sampled" : "point");
     Net net(classes, 1, 1, sampled);
     for (int again = 0; again < 2; again++) net.pass();  // a pass leaves nothing to the next
-    const std::vector<NamedActivation> activations = net.network.activations();
+    const std::vector<NamedActivation> activations = net.network->activations();
     ASSERT_EQ(activations.size(), 9u);
     std::vector<ReferenceLayer> layers;
     ReferencePool pools[8];
@@ -179,9 +173,9 @@ TEST(Vgg11Net, FiniteDifferences) {
   Net net(10, replicas, 2, false);
   net.pass();
   Device& device = net.memory.device();
-  const size_t stride = net.network.layout().stride();
+  const size_t stride = net.network->layout().stride();
   for (int tensor = 0; tensor < 18; tensor++) {
-    const TensorSpec& t = net.network.layout()[tensor];
+    const TensorSpec& t = net.network->layout()[tensor];
     SCOPED_TRACE(t.name);
     std::vector<float*> place;
     std::vector<float> got, before;
@@ -214,16 +208,16 @@ TEST(Vgg11Net, ReplicasDoNotSeeEachOther) {
   Net both(7, 2, 2, false);
   both.pass();
   Memory& memory = both.memory;
-  Vgg11 one(7);
-  one.prepare({memory.device(), memory.arena(), 1, 2, false, false}, true);
-  EXPECT_EQ(one.logits_gradient(), nullptr);
-  EXPECT_EQ(both.network.input().stride, 0u);
-  upload(memory.device(), one.input().signal.value, both.x);
+  EXPECT_EQ(both.network->input().stride, 0u);
+  const size_t stride = both.network->layout().stride();
   for (int r = 0; r < 2; r++) {
-    WeightsView weights = both.weights();
-    weights.mean += weights.stride * r;
-    one.forward(memory.device(), weights, nullptr);
-    EXPECT_TRUE(exact(doubles(download(memory.device(), one.logits(), 2 * 7)), both.logits_of(r)));
+    const auto one = vgg11(7);
+    PointWeights weights(both.store.at("mean") + stride * r, stride);
+    one->prepare({memory.device(), memory.arena(), weights, 1, 2, /*training*/ false, /*shared_input*/ true});
+    EXPECT_EQ(one->logits_gradient(), nullptr);
+    upload(memory.device(), one->input().signal.value, both.x);
+    one->forward({});
+    EXPECT_TRUE(exact(doubles(download(memory.device(), one->logits(), 2 * 7)), both.logits_of(r)));
   }
   EXPECT_FALSE(exact(both.logits_of(0), both.logits_of(1)));
 }

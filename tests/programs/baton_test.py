@@ -113,9 +113,9 @@ class BatonTest(ProgramTest):
             self.assertIn(word, lines[0])
         return lines[0]
 
-    def model(self, name="m.safetensors", family="ffg", *more):
-        self.baton("init", "--architecture", "mlp", "--image", "1x8x8", "--hidden", "24,16", "--classes", 4, "--family",
-                   family, "--epochs", 12, "--batch", 32, "--out", name, *more)
+    def model(self, name="m.safetensors", kind="ffg", *more):
+        self.baton("init", "--architecture", "mlp", "--image", "1x8x8", "--hidden", "24,16", "--classes", 4, "--kind",
+                   kind, "--epochs", 12, "--batch", 32, "--out", name, *more)
         return name
 
     def read(self, name):
@@ -123,16 +123,17 @@ class BatonTest(ProgramTest):
 
 
 class RoundTrip(BatonTest):
-    def test_every_family_learns_and_every_command_answers(self):
-        for family in ("ft", "ffg", "mnf"):
-            with self.subTest(family):
-                first = self.model(f"{family}0.safetensors", family)
-                second, third = f"{family}1.safetensors", f"{family}2.safetensors"
+    def test_every_kind_learns_and_every_command_answers(self):
+        steps = {"sgd": ("--lr", 0.3), "bbb": ("--lr", 0.01, "--prior-sd", 0.3)}
+        for kind in ("ft", "ffg", "mnf", "bgd", "bbb", "sgd", "adam", "si", "ewc"):
+            with self.subTest(kind):
+                first = self.model(f"{kind}0.safetensors", kind, *steps.get(kind, ()))
+                second, third = f"{kind}1.safetensors", f"{kind}2.safetensors"
                 one = self.ask("update", "--model", first, "--data", "new.npz", "--out", second)
                 self.assertEqual((one["stage"], one["images"]), (1, 320))
                 two = self.ask("update", "--model", second, "--data", "newer.npz", "--out", third, "--epochs", 3)
                 self.assertEqual(two["stage"], 2)
-                if family != "ft":
+                if kind in ("ffg", "mnf"):
                     self.assertGreater(one["kl"], 0)
                     self.assertAlmostEqual(sum(one["kl_by_layer"].values()), one["kl"], delta=1e-6 * one["kl"])
                 judged = self.ask("evaluate", "--model", third, "--data", "test.npz", "--samples", 10, "--ood",
@@ -140,6 +141,9 @@ class RoundTrip(BatonTest):
                 self.assertGreater(judged["accuracy"]["accuracy"], 0.9)
                 shown = self.ask("inspect", "--model", third)
                 self.assertEqual([stage["images"] for stage in shown["history"]], [320, 320])
+                self.assertEqual(shown["model"]["kind"], kind)
+                self.assertEqual("kl" in shown["all_layers"], kind in ("ffg", "mnf"))
+                self.assertEqual("sigma" in shown["all_layers"], kind in ("ffg", "mnf", "bgd", "bbb"))
                 for command in (("inspect", "--model", third),
                                 ("compare", "--model", second, "--other", third, "--data", "test.npz"),
                                 ("evaluate", "--model", third, "--data", "test.npz", "--ood", "foreign.npz"),
@@ -240,6 +244,27 @@ class RoundTrip(BatonTest):
         self.baton("export", "--model", "q", "--out", "e")
         self.assertTrue((load_file(self.folder / "e")["fc1.weight"][gone] == 0).all())
         self.assertTrue(np.isfinite(self.ask("inspect", "--model", "q")["history"][-1]["kl"]))
+
+
+    def test_a_network_with_several_heads(self):
+        images, labels = blobs(60, 6, 32)
+        np.savez(self.folder / "colour.npz", images=np.repeat(images[..., None], 3, 3), labels=labels)
+        self.baton("init", "--architecture", "task-cnn", "--heads", 3, "--classes", 4, "--kind", "adam", "--batch", 20,
+                   "--epochs", 8, "--out", "m")
+        stage = self.ask("update", "--model", "m", "--data", "colour.npz", "--head", 2, "--out", "n")
+        self.assertEqual(stage["settings"]["head"], 2)
+        moved = {row["layer"]: row["means_relative_l2"] for row in self.ask("compare", "--model", "m", "--other",
+                                                                            "n")["layers"]}
+        self.assertEqual((moved["head0"], moved["head1"]), (0, 0))
+        self.assertGreater(moved["head2"], 0)
+        judged = [self.ask("evaluate", "--model", "n", "--data", "colour.npz", "--head", head) for head in (0, 2)]
+        self.assertGreater(judged[1]["accuracy"]["accuracy"], judged[0]["accuracy"]["accuracy"] + 0.2)
+        self.assertEqual(judged[1]["head"], 2)
+
+    def test_python_knows_the_networks(self):
+        printed = self.baton("inspect", "--networks").stdout
+        self.assertEqual(printed, (ROOT / "tools/networks.json").read_text(),
+                         "baton inspect --networks > tools/networks.json")
 
 
 class Interruptions(BatonTest):
@@ -451,6 +476,10 @@ class Refusals(BatonTest):
             (2, ["--epochs"], (*update, "new.npz", "--epochs", 0)),
             (2, ["--epochs"], (*update, "new.npz", "--epochs", "many")),
             (2, ["--lr"], (*update, "new.npz", "--lr", -1)),
+            (2, ["ffg", "momentum"], (*update, "new.npz", "--momentum", 0.9)),
+            (2, ["--flow"], (*update, "new.npz", "--flow", "planar")),
+            (2, ["--schedule", "linear"], (*update, "new.npz", "--schedule", "fast")),
+            (2, ["1 heads"], ("predict", "--model", model, "--data", "test.npz", "--head", 1)),
             (2, ["--out", "--in-place"], ("update", "--model", model, "--data", "new.npz")),
             (2, ["--nonsense", "baton update --help"], (*update, "new.npz", "--nonsense")),
             (2, ["text"], ("inspect", "--model", "text")),
@@ -458,7 +487,7 @@ class Refusals(BatonTest):
             (2, ["there already", "--overwrite"], ("init", "--architecture", "lenet5", "--out", model)),
             (2, ["resnet", "lenet5"], ("init", "--architecture", "resnet", "--out", "x")),
             (2, ["lenet5", "28 x 28"], ("init", "--architecture", "lenet5", "--image", "3x32x32", "--out", "x")),
-            (2, ["bayes", "ffg"], ("init", "--architecture", "lenet5", "--family", "bayes", "--out", "x")),
+            (2, ["bayes", "ffg"], ("init", "--architecture", "lenet5", "--kind", "bayes", "--out", "x")),
             (2, ["--std"], ("init", "--architecture", "lenet5", "--std", "0", "--out", "x")),
             (2, ["subcommand"], ()),
         ):
@@ -473,8 +502,8 @@ class Refusals(BatonTest):
         tensors = load_file(self.folder / "m.safetensors")
         with safe_open(self.folder / "m.safetensors", "numpy") as file:
             metadata = file.metadata()
-        save_file(tensors, self.folder / "newer", dict(metadata, format="baton-model-2"))
-        self.refuse(2, ["newer", "another version", "baton-model-2", "baton-model-1"], "inspect", "--model", "newer")
+        save_file(tensors, self.folder / "newer", dict(metadata, format="baton-model-3"))
+        self.refuse(2, ["newer", "another version", "baton-model-3", "baton-model-2"], "inspect", "--model", "newer")
         save_file(tensors, self.folder / "other", dict(metadata, architecture=metadata["architecture"].replace("24", "25")))
         self.refuse(2, ["other", "fc1", "[24, 64]", "[25, 64]"], "inspect", "--model", "other")
         save_file({"fc1.weight": tensors["fc1.weight.mean"]}, self.folder / "plain")

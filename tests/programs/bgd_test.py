@@ -4,7 +4,6 @@ images: the files they write, the models they save, SIGKILL, SIGTERM, SIGINT and
 
 Usage: bgd_test.py FOLDER_OF_THE_PROGRAMS
 """
-import array
 import json
 import math
 import pathlib
@@ -17,42 +16,10 @@ import time
 import unittest
 import xml.etree.ElementTree
 
-from support import ProgramTest
+from support import LOG_KEYS, ProgramTest, options
 
 FOLDER = pathlib.Path(sys.argv.pop(1)).resolve()
 INFERENCES = ["map", "sampled", "softmax", "committee"]
-RUN_KEYS = ("method", "label", "parts", "seed", "settings", "parameters", "inference", "stages", "final_test_accuracy")
-STAGE_KEYS = ("stage", "epoch", "train_examples", "test_accuracy", "test_nll", "test_ece", "by_inference", "by_task",
-              "seconds", "examples_per_second", "test_seconds")
-LOG_KEYS = ("run", "method", "label", "seed", "stage", "epoch", "step", "train_loss", "train_accuracy", "seconds")
-WIDTH = {"F32": (4, "f"), "I32": (4, "i")}
-
-
-def options(defaults, changes):
-    pairs = {**defaults, **changes}.items()
-    return [word for key, value in pairs for word in ("--" + key.replace("_", "-"), str(value))]
-
-
-def read_tensors(path):
-    """{name: (shape, values)} of a safetensors file, and its metadata, by the format's definition."""
-    data = path.read_bytes()
-    size, = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8:8 + size])
-    body = data[8 + size:]
-    metadata = header.pop("__metadata__")
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        width, code = WIDTH[entry["dtype"]]
-        if first != end or last - first != width * math.prod(entry["shape"]):
-            raise ValueError(f"{path}: {name} at {first} to {last}, shape {entry['shape']}")
-        tensors[name] = entry["shape"], array.array(code, body[first:last])
-        end = last
-    if end != len(body):
-        raise ValueError(f"{path}: {len(body)} bytes of tensors, the header says {end}")
-    return tensors, metadata
-
-
 def write_cifar10(folder, count=20, classes=10):
     folder.mkdir()
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
@@ -109,8 +76,7 @@ class BgdTest(ProgramTest):
     def check_contract(self, out, name, dataset):
         """What every program's result.json and log.jsonl hold; gives the result and the log."""
         result, log = self.result(out), self.log(out)
-        for key in ("experiment", "preset", "dataset", "device", "peak_device_bytes", "settings", "runs"):
-            self.assertIn(key, result)
+        self.check_form(result, log)
         self.assertEqual(result["experiment"], name)
         self.assertGreater(result["peak_device_bytes"], 0)
         self.assertTrue(result["device"])
@@ -118,8 +84,6 @@ class BgdTest(ProgramTest):
         self.assertEqual("generated" in result["dataset"]["source"], dataset["generated"])
         self.assertNotIn(str(self.folder), result["dataset"]["source"])
         for run in result["runs"]:
-            for key in RUN_KEYS:
-                self.assertIn(key, run)
             self.check_stages(run)
             self.check_settings(run)
             if run["method"].startswith("bgd"):
@@ -133,8 +97,7 @@ class BgdTest(ProgramTest):
         self.assertIn(run["inference"], INFERENCES)
         self.assertTrue(run["stages"])
         for stage in run["stages"]:
-            for key in STAGE_KEYS:
-                self.assertIn(key, stage)
+            self.check_keys(stage, ("by_inference", "by_task"))
             ways = stage["by_inference"]
             # Every way at the end; before it, those that the run's own inference takes.
             if stage is run["stages"][-1]:
@@ -146,7 +109,6 @@ class BgdTest(ProgramTest):
             self.assertAlmostEqual(stage["test_accuracy"], sum(stage["by_task"]) / len(stage["by_task"]), places=12)
             if not run["method"].startswith("b"):  # a point estimate has one answer
                 self.assertEqual(len(set(ways.values())), 1, ways)
-        self.assertEqual(run["final_test_accuracy"], run["stages"][-1]["test_accuracy"])
         order = [(stage["stage"], stage["epoch"]) for stage in run["stages"]]
         self.assertEqual(order, sorted(set(order)))
 
@@ -156,11 +118,14 @@ class BgdTest(ProgramTest):
             self.assertGreater(settings[key], 0)
         if run["method"].startswith("bgd"):
             self.assertAlmostEqual(settings["step_scale"], settings["eta"] * settings["sigma"] ** 2 * settings["batch"])
-            self.assertEqual(settings["trip_wire"], [10, 100])
+            self.assertEqual((settings["warn_ratio"], settings["halt_ratio"]), (10, 100))
+            self.check_keys(settings, ("clamp", "least_sigma", "largest_sigma", "draws_at_once"))
             self.assertGreaterEqual(settings["draws"], 1)
         else:
             self.assertGreater(settings["lr"], 0)
-            self.assertEqual("draws" in settings, run["method"].startswith("bbb"))
+            for key in ("draws", "sigma", "prior"):
+                self.assertEqual(key in settings, run["method"].startswith("bbb"))
+        self.assertEqual("decay" in settings, settings["schedule"] == "steps")
 
     def check_sigma(self, run):
         sigma = run["sigma"]
@@ -186,15 +151,12 @@ class BgdTest(ProgramTest):
         for number, run in enumerate(result["runs"]):
             lines = [line for line in log if line["run"] == number]
             for line in lines:
-                for key in LOG_KEYS:
-                    self.assertIn(key, line)
-                for key in ("method", "label", "seed"):
-                    self.assertEqual(line[key], run[key])
+                self.assertEqual([line[key] for key in LOG_KEYS[1:5]], [run[key] for key in LOG_KEYS[1:5]])
                 self.assertTrue(math.isfinite(line["train_loss"]))
                 self.check_fraction(line["train_accuracy"])
             steps = [line["step"] for line in lines]
             self.assertEqual(steps, sorted(set(steps)))
-            # Every judgement stands at a line, and a stage ends with one.
+            # Every measurement stands at a line, and a stage ends with one.
             at = [(line["stage"], line["epoch"]) for line in lines]
             for stage in run["stages"]:
                 self.assertIn((stage["stage"], stage["epoch"]), at)
@@ -219,17 +181,6 @@ class BgdTest(ProgramTest):
             self.assertAlmostEqual(left, one["weights_left"], places=3)
             self.assertEqual(one["bytes_dense"], 4 * values * weights)
             self.assertEqual(one["bytes_sparse"], 4 * (values + 1) * one["weights_left"])
-
-    def expect_refusal(self, code, words, *arguments, **more):
-        """As of the other programs, but that the progress lines are of another form."""
-        done = self.run_program(*arguments, **more)
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        lines = [line for line in done.stderr.strip().splitlines() if not re.match(r"bgd_\w+ .* \d+%  loss ", line)]
-        self.assertEqual(len(lines), 1, done.stderr)
-        self.assertTrue(lines[0].startswith(self.program.name + ": "), lines[0])
-        for word in words:
-            self.assertIn(word, lines[0])
-        return lines[0]
 
     def check_refusals(self, defaults, *cases):
         """Each is refused in one line that says what is wrong, before anything is written."""
@@ -256,14 +207,14 @@ class BgdMnist(BgdTest):
 
     def test_files(self):
         arguments = options(self.SMALL, {"methods": "bgd,sgd,bbb", "prune": "0.5,0.95", "inference": "committee",
-                                        "judge_every": 1})
+                                        "measure_every": 1})
         done = self.finish(*arguments, "--save-models", out="whole", plot=True)
         result, log = self.check_contract("whole", "bgd_mnist", self.DATASET)
         self.assertEqual([(run["method"], run["label"]) for run in result["runs"]],
                          [("bgd", "BGD 2x16"), ("sgd", "SGD 2x16"), ("bbb", "BBB 2x16")])
         self.assertEqual(len(log), 6)  # a line an epoch
         for run in result["runs"]:
-            self.assertEqual([stage["epoch"] for stage in run["stages"]], [1, 2])  # judged after every epoch
+            self.assertEqual([stage["epoch"] for stage in run["stages"]], [1, 2])  # measured after every epoch
             self.assertEqual({stage["train_examples"] for stage in run["stages"]}, {600})
             self.assertEqual(run["inference"], "committee")
             self.assertEqual(run["parameters"], sum(self.LAYERS.values()) + 16 + 16 + 10)
@@ -289,41 +240,38 @@ class BgdMnist(BgdTest):
         """The model, and what is left of it when it is pruned by the first ranking."""
         stem = f"{run['label'].replace(' ', '_')}_seed0"
         drawn = run["method"] != "sgd"
-        whole, metadata = read_tensors(self.folder / out / f"{stem}.safetensors")
-        self.assertEqual((metadata["format"], metadata["architecture"], metadata["method"], metadata["seed"]),
-                         ("baton-posterior-1", "mlp-784-16-16-10", run["method"], "0"))
-        sizes = {f"fc{i}.{kind}": n for i, counts in ((1, (12544, 16)), (2, (256, 16)), (3, (160, 10)))
-                 for kind, n in zip(("weight", "bias"), counts)}
-        self.assertEqual(sorted(whole), sorted(f"{name}.{array}" for name in sizes
-                                               for array in (["mean", "log_std"] if drawn else ["mean"])))
-        for name, size in sizes.items():
-            shape, mean = whole[name + ".mean"]
-            self.assertEqual(math.prod(shape), size)
-            self.assertTrue(all(map(math.isfinite, mean)))
-            if drawn:
-                self.assertEqual(whole[name + ".log_std"][0], shape)
+        whole, metadata = self.read_model(f"{out}/{stem}", run)
+        self.assertEqual((metadata["masked"], metadata["pruned"]), (False, None))
+        self.assertEqual({key: metadata["architecture"][key] for key in ("name", "classes", "height", "options")},
+                         {"name": "mlp", "classes": 10, "height": 28, "options": {"hidden": [16, 16]}})
+        shapes = {f"fc{i}.{kind}": shape for i, (outputs, inputs) in ((1, (16, 784)), (2, (16, 16)), (3, (10, 16)))
+                  for kind, shape in (("weight", [outputs, inputs]), ("bias", [outputs]))}
+        arrays = ["mean", "log_std"] if drawn else ["mean"]
+        self.assertEqual({name: shape for name, (shape, _) in whole.items()},
+                         {f"{name}.{array}": shape for name, shape in shapes.items() for array in arrays})
+        for _, values in whole.values():
+            self.assertTrue(all(map(math.isfinite, values)))
         for one in run["pruning"]["results"][:2]:
-            pruned, metadata = read_tensors(self.folder / out / f"{stem}_pruned{100 * one['fraction']:g}.safetensors")
-            self.assertEqual(sorted(pruned), sorted(f"{name}.{array}" for name in sizes for array in
-                                                    (["index", "mean", "std"] if drawn else ["index", "mean"])))
+            pruned, metadata = self.read_model(f"{out}/{stem}_pruned{100 * one['fraction']:g}", run)
+            self.assertEqual((metadata["masked"], metadata["pruned"]), (True, {"fraction": one["fraction"]}))
+            self.assertEqual({name: shape for name, (shape, _) in pruned.items()},
+                             {f"{name}.{array}": shape for name, shape in shapes.items() for array in arrays + ["mask"]})
             left = 0
-            for name in sizes:
-                shape, index = pruned[name + ".index"]
-                count = len(index)
-                self.assertEqual(shape, [count])
-                self.assertEqual(list(index), sorted(set(index)))
-                self.assertTrue(count == 0 or 0 <= index[0] and index[-1] < sizes[name])
-                dimensions = [int(n) for n in re.findall(r"\d+", metadata[name + ".shape"])]
-                self.assertEqual(dimensions, whole[name + ".mean"][0])
+            for name in shapes:
+                mask = pruned[name + ".mask"][1]
+                self.assertTrue(set(mask) <= {0, 1})
                 if name.endswith("bias"):
-                    self.assertEqual(count, sizes[name])  # biases are not pruned
+                    self.assertEqual(set(mask), {1})  # biases are not pruned
                 else:
-                    left += count
-                self.assertEqual(list(pruned[name + ".mean"][1]), [whole[name + ".mean"][1][i] for i in index])
+                    left += sum(mask)
+                    self.assertAlmostEqual(sum(mask) / len(mask), one["layers"][name])
+                # What is left is the whole model's, and what is pruned is 0.
+                means = zip(mask, pruned[name + ".mean"][1], whole[name + ".mean"][1])
+                self.assertTrue(all(after == (before if kept else 0) for kept, after, before in means))
                 if drawn:
-                    self.assertEqual(len(pruned[name + ".std"][1]), count)
-                    for i, sd in zip(index, pruned[name + ".std"][1]):
-                        self.assertAlmostEqual(sd / math.exp(whole[name + ".log_std"][1][i]), 1, places=5)
+                    deviations = zip(mask, pruned[name + ".log_std"][1], whole[name + ".log_std"][1])
+                    self.assertTrue(all(math.isfinite(after) and after == before if kept else math.isfinite(after)
+                                        for kept, after, before in deviations))
             self.assertEqual(left, one["weights_left"])
 
     def test_resume(self):
@@ -343,22 +291,30 @@ class BgdMnist(BgdTest):
         def figures(out, **changes):
             self.finish(*options(self.SMALL, {"methods": "bgd", "epochs": 1, **changes}), out=out)
             return [line["train_loss"] for line in self.log(out)]
-        one = figures("one", at_once=1)
-        self.assertEqual(figures("again", at_once=1), one)
-        for a, b in zip(figures("two", at_once=2), one):
+        one = figures("one", draws_at_once=1)
+        self.assertEqual(figures("again", bgd_draws_at_once=1), one)
+        for a, b in zip(figures("two", draws_at_once=2), one):
             self.assertLess(abs(a - b), 1e-5 * b)
-        for number, changes in enumerate(({"eta": 2}, {"sigma": 0.04}, {"draws": 2}, {"seeds": 1})):
-            self.assertNotEqual(figures(f"other{number}", at_once=1, **changes), one)
+        for number, changes in enumerate(({"eta": 2}, {"sigma": 0.04}, {"bgd_draws": 2}, {"seeds": 1})):
+            self.assertNotEqual(figures(f"other{number}", draws_at_once=1, **changes), one)
         # Another sigma keeps the means' step of the preset: eta follows unless it is given.
         first, other = (self.result(out)["runs"][0]["settings"] for out in ("one", "other1"))
         self.assertAlmostEqual(other["step_scale"], first["step_scale"])
         self.assertNotEqual(other["eta"], first["eta"])
         self.assertEqual(self.result("other0")["runs"][0]["settings"]["eta"], 2)
 
+    def test_options_of_one_method(self):
+        """An option goes to every method that has it, and --METHOD-OPTION to that method, in whatever order."""
+        self.finish(*options(self.SMALL, {"methods": "bgd,sgd,bbb", "epochs": 1, "bbb_draws": 2, "draws": 3,
+                                          "lr": 0.002, "sgd_lr": 0.05}), "--judge-every", "1", out="one")
+        settings = {run["method"]: run["settings"] for run in self.result("one")["runs"]}
+        self.assertEqual({method: s.get("draws") for method, s in settings.items()}, {"bgd": 3, "sgd": None, "bbb": 2})
+        self.assertEqual({method: s.get("lr") for method, s in settings.items()}, {"bgd": None, "sgd": 0.05, "bbb": 0.002})
+
     def test_a_sigma_that_diverges(self):
         hot = {"widths": 20, "sigma": 0.5, "eta": 8, "batch": 256, "train_limit": 512, "test_limit": 50, "epochs": 1,
                "draws": 2, "samples": 2, "methods": "sgd,bgd", "out": "hot"}
-        message = self.expect_refusal(1, ["task 1 (seed 0)", "sigma diverged at step 1", "eta sigma0^2 B",
+        message = self.expect_refusal(1, ["stage 1 (seed 0)", "sigma diverged at step 1", "eta sigma0^2 B",
                                           "8 x 0.5^2 x 256 = 512", "lower", "sigma0, the batch or eta", "draws than 2"],
                                       *options(hot, {}))
         # What came before it stays, and a resumed run comes to the same end.
@@ -390,8 +346,10 @@ class BgdMnist(BgdTest):
             (["unknown method", "si"], {"methods": "si"}),  # other programs'
             (["preset", "slow", "quick"], {"preset": "slow"}),
             (["inference", "vote", "committee"], {"inference": "vote"}),
-            (["--draws"], {"draws": 0}),
-            (["--at-once", "10", "3"], {"draws": 10, "at_once": 3}),
+            (["--draws is 0", "from 1 to"], {"draws": 0}),
+            (["--bgd-draws", "'x'"], {"bgd_draws": "x"}),
+            (["--sgd-draws"], {"sgd_draws": 3}),  # it has none
+            (["10", "3"], {"methods": "sgd,bgd", "draws": 10, "draws_at_once": 3}),
             (["--samples"], {"samples": 0}),
             (["--batch"], {"batch": 0}),
             (["--epochs"], {"epochs": 0}),
@@ -401,13 +359,15 @@ class BgdMnist(BgdTest):
             (["--sigma"], {"sigma": "nan"}),
             (["--eta"], {"eta": -1}),
             (["--lr"], {"methods": "sgd", "lr": 0}),
-            (["--halt-ratio"], {"halt_ratio": 5}),
+            (["halt_ratio", "warn_ratio"], {"halt_ratio": 5}),
+            (["--halt-ratio"], {"halt_ratio": 0.5}),
+            (["sigma", "exchanged"], {"least_sigma": 2, "largest_sigma": 1}),
             (["--widths"], {"widths": "8,x"}),
             (["--widths"], {"widths": 0}),
             (["--seeds", "x"], {"seeds": "0,x"}),
             (["schedule", "steep"], {"methods": "sgd", "schedule": "steep"}),
             (["--prior", "flat"], {"methods": "bbb", "prior": "flat"}),
-            (["prior"], {"methods": "bbb", "prior_sd": 0}),
+            (["--prior-sd"], {"methods": "bbb", "prior_sd": 0}),
             (["--train-limit"], {"train_limit": -1}),
             (["100000", "60000"], {"train_limit": 100000}),
             (["nowhere"], {"data": "nowhere"}),
@@ -426,7 +386,7 @@ class BgdPermutedMnist(BgdTest):
                "bgd_continuous": "BGD, continuous", "sgd_continuous": "SGD, continuous"}
 
     def test_files_and_resume(self):
-        arguments = options(self.SMALL, {"methods": ",".join(self.METHODS)})
+        arguments = [*options(self.SMALL, {"methods": ",".join(self.METHODS)}), "--save-models"]
         done = self.finish(*arguments, out="whole", plot=True)
         dataset = {"name": "mnist", "generated": True, "train": 320, "test": 60}
         result, log = self.check_contract("whole", "bgd_permuted_mnist", dataset)
@@ -439,13 +399,14 @@ class BgdPermutedMnist(BgdTest):
             stages = [stage["stage"] for stage in run["stages"]]
             lines = [line for line in log if line["run"] == number]
             self.assertEqual(lines[-1]["step"], 3 * 10)
-            if continuous:  # one stage, all of the tasks judged at every check
+            if continuous:  # one stage, all of the tasks measured at every check
                 self.assertEqual((seen, stages), ([3, 3, 3], [1, 1, 1]))
                 self.assertEqual([stage["epoch"] for stage in run["stages"]], [1, 2, 3])
-            else:  # a task is judged from when it has been learned
+            else:  # a task is measured from when it has been learned
                 self.assertEqual((seen, stages), ([1, 2, 3], [1, 2, 3]))
                 self.assertEqual([line["stage"] for line in lines], [1, 2, 3])
             self.assertNotIn("pruning", run)
+            self.check_model(run)
         runs = {run["method"]: run for run in result["runs"]}
         for setting, method in (("strength", "si"), ("xi", "si"), ("strength", "ewc"), ("fisher_examples", "ewc")):
             self.assertIn(setting, runs[method]["settings"])
@@ -460,14 +421,27 @@ class BgdPermutedMnist(BgdTest):
         # Three lines a run: killed in BGD's second task, in SI's and EWC's, and between the checks of a stage.
         self.finish_with_kills(*arguments, out="killed", lines=[1, 10, 14, 17])
         self.check_same_runs("killed", "whole")
+        for path in (self.folder / "whole").glob("*.safetensors"):
+            self.assertEqual((self.folder / "killed" / path.name).read_bytes(), path.read_bytes(), path.name)
+
+    def check_model(self, run):
+        """A network of one head, whatever the tasks, and a history of the stages that it learned."""
+        tensors, metadata = self.read_model(f"whole/{run['label'].replace(', ', '__')}_seed0", run)
+        self.assertEqual((metadata["architecture"]["name"], metadata["architecture"]["options"]),
+                         ("mlp", {"hidden": [12, 12]}))
+        self.assertEqual([stage["images"] for stage in metadata["history"]],
+                         [320] * (1 if run["settings"]["continuous"] else 3))
+        self.assertEqual(metadata["step"], 30)
+        self.assertEqual([tensors[f"fc{i}.weight.mean"][0] for i in (1, 2, 3)], [[12, 784], [12, 12], [10, 12]])
+        self.assertEqual("fc3.bias.log_std" in tensors, run["method"].startswith("bgd"))
 
     def test_signals(self):
-        """SIGTERM and SIGINT in the middle of tasks, in their judgements and in EWC's Fisher information."""
+        """SIGTERM and SIGINT in the middle of tasks, in measurements and in EWC's Fisher information."""
         arguments = options({**self.SMALL, "samples": 40, "epochs": 2, "batch": 8, "fisher_examples": 320},
                             {"methods": "bgd,si,ewc,bgd_continuous"})
         self.finish(*arguments, out="whole")
         places = []
-        # Six lines a run, two a task, and a judgement after the second.
+        # Six lines a run, two a task, and a measurement after the second.
         self.finish_with_stops(*arguments, out="stopped", when=[1, (2, 0.02), 5, (8, 0.01), 13, (14, 0.01), 15, 20],
                                check=lambda: places.append(self.where("stopped/checkpoint/run.safetensors")))
         self.check_same_runs("stopped", "whole")
@@ -497,7 +471,7 @@ class BgdPermutedMnist(BgdTest):
             (["--strength"], {"methods": "si", "strength": -1}),
             (["--xi"], {"methods": "si", "xi": 0}),
             (["--fisher-examples"], {"methods": "ewc", "fisher_examples": 0}),
-            (["--at-once", "10", "3"], {"draws": 10, "at_once": 3}),
+            (["10", "3"], {"methods": "sgd,bgd", "draws": 10, "draws_at_once": 3}),
             (["nowhere"], {"data": "nowhere"}))
 
 
@@ -532,7 +506,7 @@ class BgdCifar10(BgdTest):
         self.assertIn(f"SGD, seed 0: MAP {100 * sgd['final_test_accuracy']:.2f} %\n", done.stdout)
 
     def test_signals(self):
-        """In a step, and when VGG11 is judged and pruned: nothing of that is done twice, and all is judged."""
+        """In a step, and when VGG11 is measured and pruned: nothing of that is done twice, and all is measured."""
         write_cifar10(self.folder / "few", 40)
         arguments = options({"train_limit": 48, "test_limit": 40, "epochs": 2, "batch": 8, "draws": 1, "samples": 2},
                             {"methods": "bgd", "prune": "0.5,0.9", "data": "few"})
@@ -604,11 +578,17 @@ class BgdCifarTasks(BgdTest):
             self.assertEqual(run["settings"]["tasks"], names)
             self.assertEqual(run["parameters"], 1276508)
         self.check_said(done, result, "CIFAR-10")
-        tensors, metadata = read_tensors(self.folder / "whole/BGD_seed0.safetensors")
-        self.assertEqual(metadata["architecture"], "task-cnn")
-        for head in range(6):
-            self.assertEqual(tensors[f"head{head}.weight.mean"][0], [10, 512])
-            self.assertIn(f"head{head}.bias.log_std", tensors)
+        for run in result["runs"]:
+            tensors, metadata = self.read_model(f"whole/{run['label']}_seed0", run)
+            self.assertEqual({key: metadata["architecture"][key] for key in ("name", "classes", "options")},
+                             {"name": "task-cnn", "classes": 10, "options": {"heads": 6, "dropout": True}})
+            self.assertEqual([stage["images"] for stage in metadata["history"]], [12] * 6)
+            for head in range(6):
+                self.assertEqual(tensors[f"head{head}.weight.mean"][0], [10, 512])
+                self.assertEqual(f"head{head}.bias.log_std" in tensors, run["method"] == "bgd")
+            self.assertNotIn("head6.weight.mean", tensors)
+            values = sum(len(values) for name, (_, values) in tensors.items() if name.endswith(".mean"))
+            self.assertEqual(values, run["parameters"])
 
         # Six lines a run: killed between BGD's tasks, and in SI's.
         self.finish_with_kills(*arguments, "--methods", "bgd,si", "--save-models", out="killed", lines=[2, 8])
@@ -638,7 +618,7 @@ class BgdCifarTasks(BgdTest):
             {**self.SMALL, "data": "ten", "methods": "sgd"},
             (["unknown method", "bbb"], {"methods": "sgd,bbb"}),
             (["preset", "slow"], {"preset": "slow"}),
-            (["--at-once", "10", "3"], {"draws": 10, "at_once": 3}),
+            (["10", "3"], {"methods": "sgd,bgd", "draws": 10, "draws_at_once": 3}),
             (["nowhere"], {"data": "nowhere"}),
             (["nowhere"], {"cifar100": "nowhere"}),
             (["train.bin", "3074"], {"cifar100": "cut"}),

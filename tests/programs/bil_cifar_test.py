@@ -9,15 +9,10 @@ import pathlib
 import sys
 import unittest
 
-from support import ProgramTest
+from support import ProgramTest, options
 
 FOLDER = pathlib.Path(sys.argv.pop(1)).resolve()
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2", "fc3"]
-
-
-def options(defaults, changes):
-    pairs = {**defaults, **changes}.items()
-    return [word for key, value in pairs for word in ("--" + key.replace("_", "-"), str(value))]
 
 
 def tiny(**changes):
@@ -90,7 +85,7 @@ class BilCifar10(BilCifar):
         self.finish(*arguments, out="whole")
         places = []
         self.finish_with_stops(*arguments, out="stopped", when=[1, (4, 0.1), (6, 0.1)],
-                               check=lambda: places.append(self.where("stopped/checkpoint/job.safetensors")))
+                               check=lambda: places.append(self.where("stopped/checkpoint/run.safetensors")))
         self.check_same_runs("stopped", "whole")
         self.assertTrue(any(steps % 5 for _, steps in places), places)
 
@@ -189,7 +184,7 @@ class BilCifar5p5(BilCifar):
         self.assertFalse((self.folder / "stopped/checkpoint").exists())
         self.assertEqual([list(p) for p in places],
                          [["pretraining_seed0.safetensors"], [], *[["sd_search.safetensors"]] * 2,
-                          *[["job.safetensors"]] * 2])
+                          *[["run.safetensors"]] * 2])
         self.assertIn("pretrained network is kept", messages[1])
 
         # Each of them is of its own options.
@@ -224,9 +219,10 @@ class BilSearch(BilCifar):
     program = FOLDER / "bil_search"
 
     def test_signals(self):
-        candidates = [{"method": "ffg", "lr": lr, "epochs": 2, "batch": 10, "parts": 2, "prior_sd": sd}
-                      for lr, sd in ((1e-3, 1), (1e-3, 0.5), (2e-3, 1))]
-        candidates[2]["method"] = "ft"
+        candidates = [{"epochs": 2, "batch": 10, "parts": 2, **more}
+                      for more in ({"method": "ffg", "lr": 1e-3, "prior_sd": 1},
+                                   {"method": "cfg", "lr": 1e-3, "prior_sd": 0.5, "groups": 2},
+                                   {"method": "ft", "lr": 2e-3})]
         (self.folder / "list.json").write_text(json.dumps(candidates))
         arguments = ["list.json", "--set", "cifar10", *self.small_set(), "--train-limit", 120, "--hold-out", 50,
                      "--samples", 8]
@@ -234,7 +230,8 @@ class BilSearch(BilCifar):
         def table(out):  # less the clock's column, the last
             return [row.rsplit(",", 1)[0] for row in (self.folder / out / "table.csv").read_text().splitlines()]
         self.finish(*arguments, out="whole")
-        self.assertEqual([row.split(",")[0] for row in table("whole")], ["method", "ffg", "ffg", "ft"])
+        self.assertEqual([row.split(",")[:3] for row in table("whole")],
+                         [["method", "options", "parts"], ["ffg", "", "2"], ["cfg", "groups 2", "2"], ["ft", "", "2"]])
         checkpoint, first = pathlib.Path("checkpoint/search.json"), "ffg,"
         places = []
         self.finish_with_stops(*arguments, out="stopped", when=[(checkpoint, 0.3), (first, 0.2), (checkpoint, 0.4)],
@@ -249,8 +246,10 @@ class BilSearch(BilCifar):
         self.finish_with_stops(*arguments, out="stopped", when=[(checkpoint, 0.2)])
         self.assertEqual(table("stopped"), table("whole") + table("whole")[3:])
         self.expect_another_experiment(*arguments, changed=["list.json", *arguments[1:]], when=checkpoint, out="other")
-        (self.folder / "bad.json").write_text('[{"speed": 1}]')
-        self.expect_refusal(2, ["unknown setting", "speed"], "bad.json", *arguments[1:], "--out", "bad")
+        for candidate, words in (({"speed": 1}, ["speed"]), ({"method": "ft", "prior_sd": 1}, ["prior_sd"]),
+                                 ({"batch": 0}, ["batch", "0"]), ({"method": "sfg"}, ["sfg"])):
+            (self.folder / "bad.json").write_text(json.dumps([candidate]))
+            self.expect_refusal(2, ["bil_search: ", *words], "bad.json", *arguments[1:], "--out", "bad")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class BilMnist(ProgramTest):
         self.assertEqual(sorted(figures(self.result("side"))["runs"], key=key), sorted(figures(whole)["runs"], key=key))
 
     def test_resume_under_cfg_and_mnf(self):
-        arguments = [*TINY, "--methods", "cfg,mnf", "--epochs", "2"]
+        arguments = [*TINY, "--methods", "cfg,mnf", "--epochs", "2", "--save-models"]
         self.finish(*arguments, out="whole")
         whole = self.result("whole")
         self.check_result(whole, self.log("whole"), LAYERS)
@@ -68,6 +68,15 @@ class BilMnist(ProgramTest):
         # A stage has two lines: killed in the middle of CFG's first, between MNF's, and in the middle of its second.
         self.finish_with_kills(*arguments, out="killed", lines=[1, 6, 7])
         self.check_same_runs("killed", "whole")
+        for run in whole["runs"]:
+            name = f"{run['method']}_seed0"
+            tensors, metadata = self.read_model(f"whole/{name}", run)
+            self.assertEqual(metadata["architecture"]["name"], "lenet5")
+            self.assertEqual([stage["images"] for stage in metadata["history"]], [120, 120])
+            for layer in LAYERS:
+                self.check_keys(tensors, (f"{layer}.weight.mean", f"{layer}.weight.prior_mean"))
+            one, other = (self.folder / out / f"{name}.safetensors" for out in ("whole", "killed"))
+            self.assertEqual(one.read_bytes(), other.read_bytes())
 
     def test_signals(self):
         """SIGTERM and SIGINT in the middle of epochs, at their ends and in predictions, several times over."""
@@ -76,11 +85,11 @@ class BilMnist(ProgramTest):
                      "--stage-samples", "2"]
         self.finish(*arguments, out="whole")
         # Two lines an epoch, 6 to learn all at once and 18 to do so in parts, for each method. The last line before a
-        # judgement by 20 draws: 30 and 48.
+        # prediction by 20 draws: 30 and 48.
         places = []
         messages = self.finish_with_stops(
             *arguments, out="stopped", when=[(2, 0.05), 8, 24, 26, (30, 0.2), 32, (46, 0.05), (48, 0.1)],
-            check=lambda: places.append(self.where("stopped/checkpoint/job.safetensors")))
+            check=lambda: places.append(self.where("stopped/checkpoint/run.safetensors")))
         self.assertEqual({m.split(": ")[2] for m in messages},
                          {"the checkpoint is written; --resume goes on from it"})
         self.check_same_runs("stopped", "whole")
@@ -117,7 +126,7 @@ class BilMnist(ProgramTest):
     def test_resume_of_another_experiment(self):
         process = subprocess.Popen([str(PROGRAM), *SMALL, "--out", "one", "--checkpoint-seconds", "0"], cwd=self.folder,
                                    env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (self.folder / "one/checkpoint/job.safetensors").exists():
+        while process.poll() is None and not (self.folder / "one/checkpoint/run.safetensors").exists():
             time.sleep(0.002)
         process.kill()
         process.wait()
@@ -134,7 +143,7 @@ class BilMnist(ProgramTest):
         self.expect_refusal(2, ["--epochs"], *SMALL, "--epochs", "0", *out)
         for words, *options in ((["--groups", "40", "7"], "--groups", 7),
                                 (["flow", "glow", "realnvp"], "--flow", "glow"), (["--flow-steps"], "--flow-steps", 9),
-                                (["--flow-hidden"], "--flow-hidden", 0), (["--z-sd"], "--z-sd", 0),
+                                (["--flow-hidden"], "--flow-hidden", 0), (["--z-log-std"], "--z-log-std", -31),
                                 (["--z", "per-weight"], "--z", "per-weight"),
                                 (["--beta"], "--beta", -1), (["--transfer"], "--transfer", "conv")):
             self.expect_refusal(2, words, *TINY, "--methods", "mnf", *options, *out)

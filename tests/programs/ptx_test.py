@@ -4,8 +4,6 @@ within a tolerance, two runs have the same bits, and a run that was killed and r
 
 Usage: ptx_test.py BUILD_FOLDER HOST_BUILD_FOLDER     (LD_LIBRARY_PATH names the folder of the interpreter)
 """
-import array
-import json
 import math
 import pathlib
 import signal
@@ -15,7 +13,7 @@ import sys
 import time
 import unittest
 
-from support import ProgramTest, figures
+from support import ProgramTest, figures, read_tensors
 
 BUILD, HOST = (pathlib.Path(sys.argv.pop(1)).resolve() for _ in range(2))
 
@@ -30,18 +28,6 @@ def leaves(x, path=""):
             yield from leaves(value, f"{path}[{index}]")
     elif isinstance(x, (int, float)) and not isinstance(x, bool):
         yield path, x
-
-
-def tensors(path):
-    """{name: numbers} of a safetensors file of float32."""
-    data = path.read_bytes()
-    length, = struct.unpack_from("<Q", data)
-    found = {}
-    for name, entry in json.loads(data[8:8 + length]).items():
-        if name != "__metadata__" and entry["dtype"] == "F32":
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            found[name] = array.array("f", data[begin:end])
-    return found
 
 
 class OnPtx(ProgramTest):
@@ -118,7 +104,7 @@ class OnPtx(ProgramTest):
 
         self.write_images("part", 160, 0)
         ours = BUILD / "bin/baton"
-        baton(ours, "init", "--architecture", "mlp", "--image", "1x8x8", "--hidden", "24,16", "--classes", 4, "--family",
+        baton(ours, "init", "--architecture", "mlp", "--image", "1x8x8", "--hidden", "24,16", "--classes", 4, "--kind",
               "ffg", "--out", "m")
         update = ["update", "--model", "m", "--data", "part", "--epochs", 6, "--batch", 32]
         start = time.monotonic()
@@ -139,11 +125,12 @@ class OnPtx(ProgramTest):
         self.assertEqual((self.folder / "killed").read_bytes(), (self.folder / "whole").read_bytes())
 
         baton(self.host("bin/baton"), *update, "--out", "host")
-        whole, host = tensors(self.folder / "whole"), tensors(self.folder / "host")
+        whole, host = (read_tensors(self.folder / name)[0] for name in ("whole", "host"))
         self.assertEqual(whole.keys(), host.keys())
-        for name, values in whole.items():
-            largest = max(map(abs, host[name]))
-            worst = max(abs(a - b) for a, b in zip(values, host[name]))
+        for name, (shape, values) in whole.items():
+            self.assertEqual(shape, host[name][0])
+            largest = max(map(abs, host[name][1]))
+            worst = max(abs(a - b) for a, b in zip(values, host[name][1]))
             self.assertLessEqual(worst, 2e-3 * largest, name)
 
 

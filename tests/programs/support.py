@@ -1,6 +1,8 @@
-"""What the tests of the paper programs share: a program run as a user would run it, killed and gone on with, refused.
-"""
+"""What the tests of the paper programs share: a program run as a user would run it, killed and resumed, or refused, and
+its result.json and log.jsonl, which have one form whatever the program."""
+import array
 import json
+import math
 import os
 import pathlib
 import re
@@ -11,8 +13,43 @@ import tempfile
 import time
 import unittest
 
-STAGE_KEYS = ("stage", "train_examples", "test_accuracy", "test_nll", "test_ece", "kl", "seconds",
-              "examples_per_second")
+RESULT_KEYS = ("experiment", "preset", "dataset", "device", "peak_device_bytes", "settings", "runs")
+RUN_KEYS = ("method", "label", "parts", "seed", "settings", "parameters", "split_hash", "stages", "final_test_accuracy")
+STAGE_KEYS = ("stage", "epoch", "train_examples", "samples", "test_accuracy", "test_nll", "test_ece",
+              "predictive_entropy", "mutual_information", "seconds", "examples_per_second", "test_seconds")
+LOG_KEYS = ("run", "method", "label", "parts", "seed", "stage", "epoch", "step", "train_loss", "train_accuracy",
+            "seconds")
+CODES = {"F32": "f", "U8": "B"}  # of the module array
+
+
+def options(defaults, changes):
+    """The words of a command line for {option: value}."""
+    pairs = {**defaults, **changes}.items()
+    return [word for key, value in pairs for word in ("--" + key.replace("_", "-"), str(value))]
+
+
+def read_header(path):
+    """The header of a safetensors file, and the bytes of its tensors, by the format's definition."""
+    data = path.read_bytes()
+    size, = struct.unpack("<Q", data[:8])
+    return json.loads(data[8:8 + size]), data[8 + size:]
+
+
+def read_tensors(path):
+    """{name: (shape, values)} of a safetensors file, and its metadata."""
+    header, body = read_header(path)
+    metadata = header.pop("__metadata__")
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        values = array.array(CODES[entry["dtype"]], body[first:last])
+        if first != end or len(values) != math.prod(entry["shape"]):
+            raise ValueError(f"{path}: {name} at {first} to {last}, shape {entry['shape']}")
+        tensors[name] = entry["shape"], values
+        end = last
+    if end != len(body):
+        raise ValueError(f"{path}: {len(body)} bytes of tensors, the header says {end}")
+    return tensors, metadata
 
 
 def figures(x):
@@ -49,28 +86,58 @@ class ProgramTest(unittest.TestCase):
     def log(self, out):
         return [json.loads(line) for line in (self.folder / out / "log.jsonl").read_text().splitlines()]
 
-    def check_result(self, result, log, layers):
-        """The contract of result.json and log.jsonl, whatever the program."""
-        for key in ("experiment", "preset", "dataset", "device", "peak_device_bytes", "settings", "runs"):
-            self.assertIn(key, result)
-        for key in ("name", "source", "generated", "train", "test"):
-            self.assertIn(key, result["dataset"])
+    def check_keys(self, found, keys):
+        self.assertEqual([key for key in keys if key not in found], [], found)
+
+    def check_form(self, result, log):
+        """The form of result.json and log.jsonl, whatever the program."""
+        self.check_keys(result, RESULT_KEYS)
+        self.check_keys(result["dataset"], ("name", "source", "generated", "train", "test"))
         for run in result["runs"]:
-            self.assertEqual(len(run["stages"]), run["parts"])
-            self.assertEqual(run["final_test_accuracy"], run["stages"][-1]["test_accuracy"])
-            for number, stage in enumerate(run["stages"], 1):
-                for key in STAGE_KEYS:
-                    self.assertIn(key, stage)
-                self.assertEqual(stage["stage"], number)
+            self.check_keys(run, RUN_KEYS)
+            self.check_keys(run["settings"], ("epochs", "batch", "schedule", "samples"))
+            for stage in run["stages"]:
+                self.check_keys(stage, STAGE_KEYS)
                 self.assertTrue(0 <= stage["test_accuracy"] <= 1)
+            self.assertEqual(run["final_test_accuracy"], run["stages"][-1]["test_accuracy"])
+        for line in log:
+            self.check_keys(line, LOG_KEYS)
+        self.assertEqual(sorted({line["run"] for line in log}), list(range(len({line["run"] for line in log}))))
+
+    def check_result(self, result, log, layers):
+        """What a program of incremental learning writes beside: parts of one set, and the KL by layer."""
+        self.check_form(result, log)
+        for run in result["runs"]:
+            self.assertEqual(run["label"], run["method"])
+            self.assertEqual([stage["stage"] for stage in run["stages"]], list(range(1, run["parts"] + 1)))
+            self.assertEqual({stage["epoch"] for stage in run["stages"]}, {run["settings"]["epochs"]})
             self.assertEqual(sum(stage["train_examples"] for stage in run["stages"]), result["dataset"]["train"])
-        for line in log + [stage for run in result["runs"] for stage in run["stages"]]:
-            if "kl_by_layer" in line:
-                self.assertEqual(list(line["kl_by_layer"]), layers)
-                total = sum(line["kl_by_layer"].values())
-                self.assertLessEqual(abs(total - line["kl"]), 1e-9 * abs(line["kl"]) + 1e-9)
-            else:
-                self.assertEqual(line["kl"], 0)  # of a point estimate
+        stages = [(run["method"], stage) for run in result["runs"] for stage in run["stages"]]
+        for method, line in stages + [(line["method"], line) for line in log]:
+            if method.startswith("ft"):  # a point estimate
+                self.assertFalse({"kl", "kl_by_layer", "mean_log_std"} & set(line), line)
+                continue
+            self.assertEqual(list(line["kl_by_layer"]), layers)
+            total = sum(line["kl_by_layer"].values())
+            self.assertLessEqual(abs(total - line["kl"]), 1e-9 * abs(line["kl"]) + 1e-9)
+        for method, stage in stages:
+            self.assertEqual("mean_log_std" in stage, not method.startswith("ft"))
+
+    def read_model(self, name, run):
+        """The tensors of a saved model, as `baton` reads it, and its metadata, with the JSON in them read."""
+        tensors, metadata = read_tensors(self.folder / f"{name}.safetensors")
+        self.assertEqual((metadata["format"], metadata["kind"]), ("baton-model-2", run["method"].split("_")[0]))
+        metadata = {key: text if key in ("format", "kind") else json.loads(text) for key, text in metadata.items()}
+        self.assertEqual(metadata["origin"], {"experiment": self.program.name,
+                                              **{key: run[key] for key in ("method", "label")}})
+        self.assertEqual(metadata["seed"], run["seed"])
+        training = metadata["training"]
+        self.assertEqual([training[key] for key in ("epochs", "batch")],
+                         [run["settings"][key] for key in ("epochs", "batch")])
+        known = {key: value for key, value in training["settings"].items() if key in run["settings"]}
+        self.assertTrue({"eta", "lr"} & set(known))
+        self.assertEqual(known, {key: run["settings"][key] for key in known})
+        return tensors, metadata
 
     def finish_with_kills(self, *arguments, out, lines, program=None, often=("--checkpoint-seconds", "0")):
         """Kills the run when the log has so many lines, one after another, and lets it end at last. Every time but the
@@ -158,8 +225,7 @@ class ProgramTest(unittest.TestCase):
 
     def where(self, checkpoint):
         """(stage, steps in it) of a trainer's checkpoint."""
-        data = (self.folder / checkpoint).read_bytes()
-        metadata = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+        metadata = read_header(self.folder / checkpoint)[0]["__metadata__"]
         return int(metadata["stage"]), int(metadata["stage_step"])
 
     def check_same_runs(self, one, other):
@@ -168,11 +234,13 @@ class ProgramTest(unittest.TestCase):
         self.assertEqual(figures(self.log(one)), figures(self.log(other)))
 
     def expect_refusal(self, code, words, *arguments, program=None, **more):
+        """It ends with this status and one line that has these words; progress may stand before it."""
         done = self.run_program(*arguments, program=program, **more)
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        # Progress may stand before the message; the message is one line, and the last.
-        lines = [line for line in done.stderr.strip().splitlines() if not re.match(r"bil_\w+ \w+ T=\d+ ", line)]
+        name = pathlib.Path(program or self.program).name
+        lines = [line for line in done.stderr.strip().splitlines() if not re.match(rf"{name} .* loss ", line)]
         self.assertEqual(len(lines), 1, done.stderr)
+        self.assertTrue(lines[0].startswith(name + ": "), lines[0])
         for word in words:
             self.assertIn(word, lines[0])
         return lines[0]

@@ -1,11 +1,11 @@
-// What the tests of layers and trainers share: a network that trains in a blink, the noise that layers draw, a layer
-// alone on the device, and a Gaussian layer in double precision, by plain loops over the definition.
+// What the tests of layers and trainers share: a network that trains in a blink, the noise that layers draw, weights in
+// a store of a test's own, a layer alone on the device, and a Gaussian layer in double precision, by plain loops over
+// the definition.
 #pragma once
 #include <cmath>
 #include <random>
 
-#include "layers/conv2d.h"
-#include "layers/dense.h"
+#include "layers/estimators.h"
 #include "layers/network.h"
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
@@ -16,44 +16,11 @@ namespace baton::test {
 // 1x28x28  conv1 5x5, 3, ReLU, max 2x2/2 -> 3x12x12  fc1 16, ReLU  fc2 10
 class SmallNetwork : public Network {
  public:
-  SmallNetwork()
-      : conv1_(layout_, "conv1", 1, 28, 28, 3, 5, 0, Pooling::max2, stream_layers + 0),
-        fc1_(layout_, "fc1", 3 * 12 * 12, 16, true, stream_layers + 1),
-        fc2_(layout_, "fc2", 16, 10, false, stream_layers + 2) {}
-  const char* architecture() const override { return "small"; }
-  int classes() const override { return 10; }
-  const ParameterLayout& layout() const override { return layout_; }
-  void prepare(const LayerContext& c, bool shared_input) override {
-    LayerContext input = c;
-    if (shared_input) input.replicas = 1;
-    x_ = take_activation(input, 28 * 28, c.convolutions_sampled(), false);
-    if (shared_input) x_.stride = 0;
-    conv1_.prepare(c, c.sampled);
-    fc1_.prepare(c, true);
-    fc2_.prepare(c, false);
+  SmallNetwork() : Network("small", {1, 28, 28}, 10) {
+    add_convolution("conv1", 3, 5, 0, Pooling::max2);
+    add_dense("fc1", 16);
+    add_head("fc2");
   }
-  const Activation& input() const override { return x_; }
-  const float* logits() const override { return fc2_.output().signal.value; }
-  float* logits_gradient() override { return fc2_.output().signal.grad; }
-  void forward(Device& device, WeightsView w, const StepState* states) override {
-    conv1_.forward(device, w, x_, states);
-    fc1_.forward(device, w, conv1_.output(), states);
-    fc2_.forward(device, w, fc1_.output(), states);
-  }
-  void backward(Device& device, WeightsView w, GradientsView g, const StepState* states) override {
-    fc2_.backward(device, w, g, fc1_.output(), states);
-    fc1_.backward(device, w, g, conv1_.output(), states);
-    conv1_.backward(device, w, g, x_, states);
-  }
-  std::vector<NamedActivation> activations() const override {
-    return {{"conv1", conv1_.output()}, {"fc1", fc1_.output()}, {"fc2", fc2_.output()}};
-  }
-
- private:
-  ParameterLayout layout_;
-  Conv2d conv1_;
-  Dense fc1_, fc2_;
-  Activation x_;
 };
 
 // ------------------------------------------------------------------------------------------------------------ noise
@@ -213,33 +180,58 @@ struct ReferencePool {
   }
 };
 
-// ------------------------------------------------------------------------------------------ a layer on the device
-// Weights, gradients (NaN until a layer writes them), step states and input of layers whose tensors `layout` lists.
+// --------------------------------------------------------------------------------------------- weights, and a layer
+// The tensor of that name. InputError: there is none.
+inline const TensorSpec& find_tensor(const ParameterLayout& layout, const std::string& name) {
+  for (const TensorSpec& t : layout.tensors())
+    if (t.name == name) return t;
+  throw InputError("no tensor " + name);
+}
+
+// Weights from the arrays "mean" and "variance" of a store, whose gradients go to "mean.grad" and "variance.grad":
+// Gaussians by local reparameterization (sampled), or points.
+class StoreWeights : public WeightSource {
+ public:
+  StoreWeights(ParameterStore& store, bool sampled) : store_(store), sampled_(sampled) {
+    for (const char* name : {"mean", "variance", "mean.grad", "variance.grad"}) store.add(name);
+  }
+  std::unique_ptr<Estimator> make_estimator(Linear& layer, const LayerContext& c) override {
+    const RowWeights means{store_.at("mean"), store_.at("mean.grad"), store_.layout().stride()};
+    if (!sampled_) return std::make_unique<PointEstimator>(layer, c, means);
+    const GaussianWeights w{means.weights, store_.at("variance"), means.gradients, store_.at("variance.grad"),
+                            means.stride};
+    return std::make_unique<LocalReparameterization>(layer, c, w, means);
+  }
+  void forget_gradients(Device& device) {  // NaN until a layer writes them
+    for (const char* name : {"mean.grad", "variance.grad"})
+      upload(device, store_.at(name), std::vector<float>(store_.layout().stride() * store_.replicas(), NAN));
+  }
+
+ private:
+  ParameterStore& store_;
+  bool sampled_;
+};
+
+// Weights, gradients, step states and input of a layer whose tensors `layout` lists, for `rows` networks side by side.
 class LayerBench {
  public:
-  LayerBench(const ParameterLayout& layout, int replicas, int batch, bool sampled, size_t input_size,
+  LayerBench(const ParameterLayout& layout, int rows, int batch, bool sampled, size_t input_size,
              bool input_gradient = true)
-      : store_(memory_.arena(), layout, replicas), batch_(batch), sampled_(sampled) {
-    for (const char* name : {"mean", "variance", "mean.grad", "variance.grad"}) store_.add(name);
-    for (const char* name : {"mean.grad", "variance.grad"})
-      write(store_.at(name), std::vector<float>(layout.stride() * replicas, NAN));
-    for (int r = 0; r < replicas; r++) states_.push_back(state_of(uint64_t(100 + r), uint32_t(5 + r)));
-    device_states_ = memory_.arena().take<StepState>(replicas);
+      : store_(memory_.arena(), layout, rows), weights_(store_, sampled), batch_(batch), sampled_(sampled) {
+    weights_.forget_gradients(device());
+    for (int r = 0; r < rows; r++) states_.push_back(state_of(uint64_t(100 + r), uint32_t(5 + r)));
+    device_states_ = memory_.arena().take<StepState>(rows);
     x_ = take_activation(context(), input_size, sampled, input_gradient);
     set_states(states_);
   }
 
   Device& device() { return memory_.device(); }
-  LayerContext context() { return {memory_.device(), memory_.arena(), store_.replicas(), batch_, sampled_, true}; }
-  WeightsView weights() const {
-    return {store_.at("mean"), sampled_ ? store_.at("variance") : nullptr, store_.layout().stride()};
-  }
-  GradientsView gradients() const {
-    return {store_.at("mean.grad"), sampled_ ? store_.at("variance.grad") : nullptr, store_.layout().stride()};
+  LayerContext context() {
+    return {memory_.device(), memory_.arena(), weights_, store_.replicas(), batch_, /*training*/ true};
   }
   const Activation& x() const { return x_; }
-  const StepState* states() const { return device_states_; }
-  const StepState& state(int replica) const { return states_[replica]; }
+  Pass pass() const { return {device_states_}; }
+  const StepState& state(int row) const { return states_[row]; }
   void set_states(const std::vector<StepState>& states) {
     states_ = states;
     upload(device(), device_states_, states_);
@@ -248,22 +240,21 @@ class LayerBench {
   void write(float* to, const std::vector<float>& values) { upload(device(), to, values); }
   std::vector<float> read(const float* from, size_t count) { return download(device(), from, count); }
 
-  void set(const std::string& tensor, const std::vector<float>& mean, const std::vector<float>& variance,
-           int replica = 0) {
-    store_.write(device(), "mean", replica, spec(tensor), mean);
-    if (sampled_) store_.write(device(), "variance", replica, spec(tensor), variance);
+  void set(const std::string& tensor, const std::vector<float>& mean, const std::vector<float>& variance, int row = 0) {
+    store_.write(device(), "mean", row, spec(tensor), mean);
+    if (sampled_) store_.write(device(), "variance", row, spec(tensor), variance);
   }
-  void set_input(const std::vector<float>& x) {  // of every replica
+  void set_input(const std::vector<float>& x) {  // of every row
     write(x_.signal.value, x);
     std::vector<float> squares;
     for (float v : x) squares.push_back(v * v);
     if (sampled_) write(x_.signal.square, squares);
   }
-  std::vector<float> mean_gradient(const std::string& tensor, int replica = 0) {
-    return store_.read(device(), "mean.grad", replica, spec(tensor));
+  std::vector<float> mean_gradient(const std::string& tensor, int row = 0) {
+    return store_.read(device(), "mean.grad", row, spec(tensor));
   }
-  std::vector<float> variance_gradient(const std::string& tensor, int replica = 0) {
-    return store_.read(device(), "variance.grad", replica, spec(tensor));
+  std::vector<float> variance_gradient(const std::string& tensor, int row = 0) {
+    return store_.read(device(), "variance.grad", row, spec(tensor));
   }
   // Whether what lies between the tensors' gradients is as it was.
   bool gaps_untouched() {
@@ -279,14 +270,11 @@ class LayerBench {
   }
 
  private:
-  const TensorSpec& spec(const std::string& tensor) const {
-    for (const TensorSpec& t : store_.layout().tensors())
-      if (t.name == tensor) return t;
-    throw InputError("no tensor " + tensor);
-  }
+  const TensorSpec& spec(const std::string& tensor) const { return find_tensor(store_.layout(), tensor); }
 
   Memory memory_;
   ParameterStore store_;
+  StoreWeights weights_;
   int batch_;
   bool sampled_;
   std::vector<StepState> states_;

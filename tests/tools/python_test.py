@@ -351,9 +351,9 @@ class Matching(Case):
                           "  not in lenet5: bn1.running_mean [20]"])
 
     def test_architectures(self):
-        """Names, shapes and sizes as the README has them; any number of classes."""
+        """Names, shapes and sizes as tools/baton/README.md has them; any number of classes."""
         for name, weights, biases in (("lenet5", 430500, 580), ("3conv3fc", 2420400, 2234), ("vgg11", 9222848, 2762)):
-            shapes = self.script.expected(name, {"x": np.zeros((10, 500))})
+            shapes = self.script.expected(name, {"x": np.zeros((10, 500))})  # of tools/networks.json
             self.assertEqual(sum(np.prod(s) for s in shapes.values() if len(s) > 1), weights)
             self.assertEqual(sum(np.prod(s) for s in shapes.values() if len(s) == 1), biases)
         torch_save(self.input, state_dict(numbers({**LENET5, "fc2.weight": (26, 500), "fc2.bias": (26,)})))
@@ -552,7 +552,8 @@ class WithTorch(Case):
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-ARCHITECTURE = {"name": "lenet5", "classes": 10, "channels": 1, "height": 28, "width": 28, "hidden": []}
+ARCHITECTURE = {"name": "lenet5", "classes": 10, "channels": 1, "height": 28, "width": 28, "options": {}}
+POINTS = ("ft", "sgd", "adam", "si", "ewc")
 SMALL = {"conv1.weight": (2, 3, 2, 2), "conv1.bias": (2,), "conv10.weight": (2, 2, 3, 3), "conv10.bias": (2,),
          "conv2.weight": (2, 2, 2, 1), "conv2.bias": (2,), "fc.weight": (3, 4), "fc.bias": (3,)}
 
@@ -562,16 +563,16 @@ class Models(Case):
         super().setUp()
         self.path = self.folder / "model.safetensors"
 
-    def model(self, family, shapes=SMALL, more=None, drop=(), **metadata):
+    def model(self, kind, /, shapes=SMALL, more=None, drop=(), **metadata):
         rng = np.random.default_rng(3)
         tensors = {}
         for name, shape in shapes.items():
             tensors[name + ".mean"] = rng.standard_normal(shape).astype(np.float32)
-            if family != "ft":
+            if kind not in POINTS:
                 tensors[name + ".log_std"] = rng.uniform(-2, 0.5, shape).astype(np.float32)
                 tensors[name + ".prior_mean"] = np.zeros(shape, np.float32)
                 tensors[name + ".prior_log_std"] = np.zeros(shape, np.float32)
-            if family == "cfg" and len(shape) == 4:
+            if kind == "cfg" and len(shape) == 4:
                 d = shape[2] * shape[3]
                 packed = (*shape[:2], d * (d + 1) // 2)
                 tensors[name + ".scale_tril"] = rng.uniform(-1, 0.5, packed).astype(np.float32)
@@ -580,7 +581,7 @@ class Models(Case):
         for name in drop:
             del tensors[name]
         save_file(tensors, self.path, {
-            "format": "baton-model-1", "architecture": json.dumps(ARCHITECTURE), "family": family,
+            "format": "baton-model-2", "architecture": json.dumps(ARCHITECTURE), "kind": kind,
             "normalisation": json.dumps({"scale": [0.01], "shift": [-0.4]}), "history": json.dumps([{"stage": 1}]),
             "class_names": json.dumps(["zero", "one"]), "seed": "18446744073709551615", "pruned": "null",
             "note": "plain text", **metadata})
@@ -605,7 +606,7 @@ class Models(Case):
     def test_what_it_says(self):
         model = self.model("ffg")
         self.assertEqual(model.architecture, ARCHITECTURE)
-        self.assertEqual(model.family, "ffg")
+        self.assertEqual(model.kind, "ffg")
         self.assertEqual(model.names, ["conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "conv10.weight",
                                        "conv10.bias", "fc.weight", "fc.bias"])
         self.assertEqual(model.metadata["normalisation"], {"scale": [0.01], "shift": [-0.4]})
@@ -618,8 +619,16 @@ class Models(Case):
             model.mean("fc9")
         self.assertEqual(self.model("ft", architecture="lenet5").architecture, {"name": "lenet5"})
 
+    def test_a_file_of_the_version_before(self):
+        before = self.model("bgd", format="baton-model-1", kind="", family="bgd")
+        self.assertEqual(before.kind, "bgd")
+        self.same(before.sample(1), self.model("bgd").sample(1))
+
     def test_point(self):
-        model = self.model("ft")
+        for model in map(self.model, POINTS):
+            self.check_point(model)
+
+    def check_point(self, model):
         for state in (model.mean_state(), model.sample(1)):
             self.assertEqual(list(state), model.names)
             for name, values in state.items():
@@ -630,8 +639,8 @@ class Models(Case):
         self.assertFalse(model.std("fc.weight").any())
 
     def test_gaussian(self):
-        for family in ("ffg", "bgd"):
-            draws = self.check_moments(self.model(family))
+        for kind in ("ffg", "bgd", "bbb"):
+            draws = self.check_moments(self.model(kind))
             w = draws["fc.weight"].reshape(len(draws["fc.weight"]), -1)
             correlation = np.corrcoef(w.T) - np.eye(w.shape[1])
             self.assertLess(np.abs(correlation).max(), 5 / np.sqrt(len(w)))
@@ -686,8 +695,9 @@ class Models(Case):
                 call()
 
     def test_refuses(self):
-        for family, change, words in (
+        for kind, change, words in (
                 ("ffg", {"drop": ["fc.bias.log_std"]}, "no tensor 'fc.bias.log_std'"),
+                ("bbb", {"drop": ["fc.bias.log_std"]}, "no tensor 'fc.bias.log_std'"),
                 ("cfg", {"drop": ["conv2.weight.scale_tril"]}, "no tensor 'conv2.weight.scale_tril'"),
                 ("ffg", {"more": {"fc.bias.log_std": np.zeros(4, np.float32)}}, r"is \[4\], expected \[3\]"),
                 ("ffg", {"more": {"fc.bias.mask": np.zeros(4, np.uint8)}}, r"is \[4\], expected \[3\]"),
@@ -696,7 +706,7 @@ class Models(Case):
                 ("ft", {"format": "baton-training-2"}, "not a model of Baton"),
                 ("ft", {"history": "[{"}, "'history' is not JSON")):
             with self.subTest(words=words), self.assertRaisesRegex(baton_files.FileError, words):
-                self.model(family, **change)
+                self.model(kind, **change)
         whole = self.path.read_bytes()
         for cut in (0, 7, 100, len(whole) - 1):
             self.path.write_bytes(whole[:cut])

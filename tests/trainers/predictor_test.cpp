@@ -1,9 +1,11 @@
+// Predictions against a network's own forward passes, and what a signal leaves of them.
 #include "trainers/predictor.h"
 
 #include <csignal>
 
 #include "engine/io/stop.h"
 #include "engine/io/synthetic.h"
+#include "kernels/gaussian.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 #include "trainers/device_data.h"
@@ -19,32 +21,31 @@ NetworkFactory small() {
 
 // Digits on the device, and a posterior of `replicas` networks.
 struct Bench {
-  explicit Bench(Family family, int replicas = 1)
+  explicit Bench(const std::string& kind, int replicas = 1)
       : digits(generate_digits(images, 4)),
         set(upload_images(memory.device(), memory.arena(), digits, unit_range)),
-        posterior(memory.device(), memory.arena(), SmallNetwork().layout(), family, replicas) {
+        posterior(make_posterior(
+            memory.device(), memory.arena(), SmallNetwork().layout(), kind,
+            std::vector<json>(size_t(replicas), kind == "ft" ? json::object() : json{{"init_log_std", -2.5}}))) {
     std::vector<StepState> all;
-    std::vector<float> log_std, prior_sd;
-    for (int r = 0; r < replicas; r++) {
-      all.push_back(state_of(uint64_t(r), 0));
-      log_std.push_back(-2.5f), prior_sd.push_back(1);
-    }
+    for (int r = 0; r < replicas; r++) all.push_back(state_of(uint64_t(r), 0));
     Buffer<StepState> states(memory, all);
-    posterior.initialise(states, log_std, prior_sd);
+    posterior->initialise(states);
   }
   Predictions predict(int samples, uint64_t seed = 1, int at_once = 0, int batch = 0, int replica = 0) {
     Predictor predictor(memory.device(), memory.arena(), small(), set, at_once, batch);
     EXPECT_EQ(predictor.images(), images);
-    return predictor.predict(posterior, replica, samples, seed);
+    return predictor.predict(*posterior, replica, samples, seed);
   }
   // The softmax of every image for given weights, in double from the network's own logits.
   Doubles softmax(const float* weights) {
     SmallNetwork network;
-    network.prepare({memory.device(), memory.arena(), 1, images, false, false}, true);
+    PointWeights source(weights, network.layout().stride());
+    network.prepare({memory.device(), memory.arena(), source, 1, images, /*training*/ false, /*shared_input*/ true});
     std::vector<float> x;
     for (uint8_t pixel : digits.pixels) x.push_back(float(pixel) / 255);
     upload(memory.device(), network.input().signal.value, x);
-    network.forward(memory.device(), {weights, nullptr, network.layout().stride()}, nullptr);
+    network.forward({});
     const auto logits = download(memory.device(), network.logits(), size_t(images) * classes);
     Doubles p;
     for (int i = 0; i < images; i++) {
@@ -58,7 +59,7 @@ struct Bench {
   Memory memory;
   Images digits;
   DeviceImages set;
-  Posterior posterior;
+  std::unique_ptr<Posterior> posterior;
 };
 
 Doubles entropies(const Doubles& p) {
@@ -74,10 +75,10 @@ Doubles square_sums(const Doubles& p) {
 
 TEST(Predictor, AtTheMeanIsOneForwardPass) {
   BATON_NEEDS_DEVICE();
-  for (Family family : {Family::gaussian, Family::point}) {
-    Bench bench(family);
+  for (const char* kind : {"ffg", "ft"}) {
+    Bench bench(kind);
     const Predictions got = bench.predict(0);
-    const Doubles want = bench.softmax(bench.posterior.weights().mean);
+    const Doubles want = bench.softmax(bench.posterior->store().at("mean"));
     ASSERT_EQ(got.probability.size(), size_t(images) * classes);
     EXPECT_TRUE(close(got.probability, want, {.l2 = 2e-6}));
     EXPECT_TRUE(close(got.entropy, entropies(want), {.l2 = 2e-6}));
@@ -86,7 +87,7 @@ TEST(Predictor, AtTheMeanIsOneForwardPass) {
     Doubles aleatoric = square_sums(want);
     for (double& v : aleatoric) v = 1 - v;
     EXPECT_TRUE(close(got.aleatoric_variance, aleatoric, {.l2 = 2e-6}));
-    if (family == Family::gaussian) continue;
+    if (bench.posterior->uncertain()) continue;
     const Predictions sampled = bench.predict(5);  // a point posterior has nothing to sample
     EXPECT_TRUE(exact(sampled.probability, got.probability));
     EXPECT_TRUE(exact(sampled.mutual_information, got.mutual_information));
@@ -97,14 +98,14 @@ TEST(Predictor, AtTheMeanIsOneForwardPass) {
 
 TEST(Predictor, AveragesOverDraws) {
   BATON_NEEDS_DEVICE();
-  Bench bench(Family::gaussian, 2);
+  Bench bench("ffg", 2);
   const int samples = 7;
-  const size_t stride = bench.posterior.store().layout().stride();
+  const ParameterStore& store = bench.posterior->store();
+  const size_t stride = store.layout().stride();
   for (int replica : {0, 1}) {
-    const WeightsView all = bench.posterior.weights();
     Buffer<float> draws(bench.memory, stride * samples);
-    sample_weights(draws, all.mean + stride * replica, 0, all.variance + stride * replica, int(stride), stride, 0,
-                   samples, key_of(3, 7), bench.memory.stream());
+    sample_weights(draws, store.at("mean") + stride * replica, 0, store.at("variance") + stride * replica, int(stride),
+                   stride, 0, samples, key_of(3, 7), bench.memory.stream());
     Doubles mean(size_t(images) * classes, 0), entropy(images, 0), squares(images, 0);
     for (int s = 0; s < samples; s++) {
       const Doubles p = bench.softmax(draws + stride * s), h = entropies(p);
@@ -130,7 +131,7 @@ TEST(Predictor, AveragesOverDraws) {
 
 TEST(Predictor, DoesNotDependOnHowTheWorkIsCut) {
   BATON_NEEDS_DEVICE();
-  Bench bench(Family::gaussian);
+  Bench bench("ffg");
   const int samples = 7;
   const Predictions want = bench.predict(samples, 3, 1, images);
   for (int at_once : {1, 2, 7, 9, 0})
@@ -156,14 +157,14 @@ TEST(Predictor, DoesNotDependOnHowTheWorkIsCut) {
 
 TEST(Predictor, APredictorServesManyTimes) {
   BATON_NEEDS_DEVICE();
-  Bench bench(Family::gaussian, 2);
+  Bench bench("ffg", 2);
   Predictor predictor(bench.memory.device(), bench.memory.arena(), small(), bench.set, 2, 10);
-  const Predictions first = predictor.predict(bench.posterior, 0, 5, 3);
+  const Predictions first = predictor.predict(*bench.posterior, 0, 5, 3);
   bench.memory.arena().freeze();
-  const Predictions other_replica = predictor.predict(bench.posterior, 1, 5, 3);
-  const Predictions other_seed = predictor.predict(bench.posterior, 0, 5, 4);
-  const Predictions mean = predictor.predict(bench.posterior, 0, 0, 3);
-  const Predictions again = predictor.predict(bench.posterior, 0, 5, 3);
+  const Predictions other_replica = predictor.predict(*bench.posterior, 1, 5, 3);
+  const Predictions other_seed = predictor.predict(*bench.posterior, 0, 5, 4);
+  const Predictions mean = predictor.predict(*bench.posterior, 0, 0, 3);
+  const Predictions again = predictor.predict(*bench.posterior, 0, 5, 3);
   EXPECT_TRUE(exact(again.probability, first.probability));
   EXPECT_TRUE(exact(again.entropy, first.entropy));
   EXPECT_TRUE(exact(again.mutual_information, first.mutual_information));
@@ -176,7 +177,7 @@ TEST(Predictor, APredictorServesManyTimes) {
 
 TEST(Predictor, ProbabilitiesAndInformation) {
   BATON_NEEDS_DEVICE();
-  Bench bench(Family::gaussian);
+  Bench bench("ffg");
   for (int samples : {0, 1, 20}) {
     const Predictions p = bench.predict(samples);
     ASSERT_EQ(p.probability.size(), size_t(images) * classes);
@@ -230,14 +231,14 @@ void expect_stopped(F predict) {
 TEST(Predictor, StopsOnASignal) {
   BATON_NEEDS_DEVICE();
   const TakeBack take_back;
-  Bench bench(Family::gaussian);
+  Bench bench("ffg");
   Predictor predictor(bench.memory.device(), bench.memory.arena(), small(), bench.set, 2, 10);
-  const Predictions want = predictor.predict(bench.posterior, 0, 5, 3);
+  const Predictions want = predictor.predict(*bench.posterior, 0, 5, 3);
   for (int samples : {0, 5}) {
     pretend_signal(SIGTERM);
-    expect_stopped([&] { predictor.predict(bench.posterior, 0, samples, 3); });
+    expect_stopped([&] { predictor.predict(*bench.posterior, 0, samples, 3); });
     pretend_signal(0);
-    const Predictions again = predictor.predict(bench.posterior, 0, 5, 3);
+    const Predictions again = predictor.predict(*bench.posterior, 0, 5, 3);
     EXPECT_TRUE(exact(again.probability, want.probability));
     EXPECT_TRUE(exact(again.epistemic_variance, want.epistemic_variance));
   }
@@ -246,38 +247,36 @@ TEST(Predictor, StopsOnASignal) {
 // A network in whose pass number `at` (from 1) the signal comes; 0: never.
 struct Interrupted : SmallNetwork {
   Interrupted(int& passes, const int& at) : passes(passes), at(at) {}
-  void forward(Device& device, WeightsView w, const StepState* states) override {
-    SmallNetwork::forward(device, w, states);
+  void forward(const Pass& pass) override {
+    SmallNetwork::forward(pass);
     if (++passes == at) pretend_signal(SIGTERM);
   }
   int& passes;
   const int& at;
 };
 // Draws that are all zeros, counted.
-struct CountedDraws : Learner {
-  CountedDraws(Memory& memory, const ParameterLayout& layout) : Learner(memory.device(), memory.arena(), layout) {}
-  const char* method() const override { return "none"; }
-  float loss_scale(int) const override { return 1; }
+const PosteriorKind counted_kind{"counted", "draws that are counted", {}, nullptr};
+struct CountedDraws : Posterior {
+  CountedDraws(Memory& memory, const ParameterLayout& layout)
+      : Posterior({memory.device(), memory.arena(), layout, counted_kind, {json::object()}}) {}
   void initialise(const StepState*) override {}
-  WeightsView weights() const override { return {nullptr, nullptr, store_.layout().stride()}; }
-  GradientsView gradients(int) override { return {nullptr, nullptr, store_.layout().stride()}; }
+  bool begin_stage(bool) override { return false; }
+  void reset_optimizer() override {}
   void step(StepState*) override {}
-  bool uncertain() const override { return true; }
-  void sample(float* w, int, int count, Key) override {
-    fill_zero(device_, w, store_.layout().stride() * count * sizeof(float));
+  void sample(float* w, int, int, int count, Key) override {
+    fill_zero(device_, w, store_.row_bytes() * size_t(count));
     drawn += count;
   }
-  void mean_weights(float* w) override { fill_zero(device_, w, store_.layout().stride() * sizeof(float)); }
-  float* means() override { return nullptr; }
+  void mean_weights(float* w, int) override { fill_zero(device_, w, store_.row_bytes()); }
+  std::unique_ptr<Estimator> make_estimator(Linear&, const LayerContext&) override { return nullptr; }
   int drawn = 0;
 };
 
 TEST(Predictor, StopsBetweenBatchesAndBetweenDraws) {
   BATON_NEEDS_DEVICE();
   const TakeBack take_back;
-  Bench bench(Family::gaussian);
-  const SmallNetwork shape;  // the layout must outlive the learner
-  CountedDraws learner(bench.memory, shape.layout());
+  Bench bench("ffg");
+  CountedDraws posterior(bench.memory, SmallNetwork().layout());
   int passes = 0, at = 0;
   Predictor predictor(
       bench.memory.device(), bench.memory.arena(), [&] { return std::make_unique<Interrupted>(passes, at); }, bench.set,
@@ -285,10 +284,10 @@ TEST(Predictor, StopsBetweenBatchesAndBetweenDraws) {
   constexpr int batches = 5, samples = 3;
   const auto expect = [&](int draws, int signal_in, int expected_passes, int expected_draws) {
     SCOPED_TRACE(testing::Message() << draws << " draws, the signal in pass " << signal_in);
-    passes = learner.drawn = 0, at = signal_in;
-    expect_stopped([&] { predictor.predict(learner, draws, 1); });
+    passes = posterior.drawn = 0, at = signal_in;
+    expect_stopped([&] { predictor.predict(posterior, 0, draws, 1); });
     EXPECT_EQ(passes, expected_passes);
-    EXPECT_EQ(learner.drawn, expected_draws);
+    EXPECT_EQ(posterior.drawn, expected_draws);
     pretend_signal(0);
   };
   pretend_signal(SIGTERM);
@@ -296,10 +295,10 @@ TEST(Predictor, StopsBetweenBatchesAndBetweenDraws) {
   for (int draws : {0, samples}) expect(draws, 2, 2, draws ? 1 : 0);
   expect(samples, batches, batches, 1);  // in the last batch of the first draw: no second one is made
   expect(samples, batches + 3, batches + 3, 2);
-  passes = learner.drawn = 0, at = samples * batches;  // too late to matter: nothing is left to do
-  const Predictions p = predictor.predict(learner, samples, 1);
+  passes = posterior.drawn = 0, at = samples * batches;  // too late to matter: nothing is left to do
+  const Predictions p = predictor.predict(posterior, 0, samples, 1, /*choices*/ true);
   EXPECT_EQ(passes, samples * batches);
-  EXPECT_EQ(learner.drawn, samples);
+  EXPECT_EQ(posterior.drawn, samples);
   EXPECT_EQ(p.chosen, std::vector<uint8_t>(size_t(samples) * images, 0));
   for (float v : p.aleatoric_variance) EXPECT_NEAR(v, 0.9, 1e-6);
 }

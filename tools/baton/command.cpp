@@ -1,6 +1,5 @@
 #include "tools/baton/command.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "trainers/device_data.h"
@@ -9,13 +8,84 @@ namespace baton {
 
 namespace fs = std::filesystem;
 
-CLI::Option* DataArguments::add_to(CLI::App& app, const std::string& what, bool required) {
-  CLI::Option* option =
-      app.add_option(flag_, path_,
-                     what +
-                         ": an IDX file, a CIFAR batch, .npy, .npz, a data set's folder, or a folder of PNG/JPEG for "
-                         "each class");
-  if (required) option->required();
+namespace {
+
+template <class Kind>
+Schema merge_options(const std::vector<const Kind*>& kinds) {
+  Schema all;
+  for (const Kind* kind : kinds)
+    for (const Option& option : kind->options) {
+      if (find_option(all, option.name)) continue;
+      all.push_back(option);
+      std::string names;
+      bool everywhere = true;
+      for (const Kind* other : kinds) {
+        const Option* same = find_option(other->options, option.name);
+        everywhere = everywhere && same;
+        if (!same) continue;
+        names += (names.empty() ? "" : ", ") + std::string(other->name);
+        if (same->standard != option.standard) all.back().standard = nullptr;
+      }
+      std::string& help = all.back().help;
+      if (!everywhere && help.rfind(names + ": ", 0) != 0) help = names + ": " + help;
+    }
+  return all;
+}
+
+// As --help shows it behind an option: "FLOAT", "TEXT:{adam,natural}".
+std::string type_text(const Option& option) {
+  if (option.type == Option::Type::number) return "FLOAT";
+  if (option.type == Option::Type::whole) return "INT";
+  std::string choices;
+  for (const std::string& choice : option.choices) choices += (choices.empty() ? ":{" : ",") + choice;
+  return "TEXT" + choices + (choices.empty() ? "" : "}");
+}
+
+}  // namespace
+
+void SchemaArguments::add_to(CLI::App& app, const Schema& schema, bool standards) {
+  for (const Option& option : schema) {
+    const std::string flag = option_flag(option);
+    const json& value = option.standard;
+    if (option.type == Option::Type::flag) {
+      const std::string off = standards && value == true ? " (it is; " + flag + "=false turns it off)" : "";
+      app.add_flag_function(
+          flag, [this, name = option.name](int64_t n) { given_[name] = n > 0; }, option.help + off);
+      continue;
+    }
+    const auto take = [this, option](const std::string& text) {
+      given_[option.name] = parse_option(option, text, option_flag(option));
+    };
+    CLI::Option* added = app.add_option_function<std::string>(flag, take, option.help)->type_name(type_text(option));
+    if (!standards || value.is_null() || value.is_array()) continue;
+    char number[32];
+    snprintf(number, sizeof number, "%g", value.is_number() ? double(value) : 0.);
+    added->default_str(value.is_string() ? std::string(value) : number);
+  }
+}
+
+Schema posterior_options() {
+  Schema all = merge_options(posterior_kinds());
+  for (Option& option : all)
+    if (option.name == "lr") option.help = "step size, of the means where there is a sigma (bgd: --eta)";
+  return all;
+}
+
+Schema network_options() { return merge_options(network_kinds()); }
+
+bool decided_by_init(const Option& option) {
+  for (const char* name : {"groups", "moments", "flow", "flow_steps", "flow_hidden", "z", "fixed_base", "path_gradient",
+                           "z_log_std", "init_log_std", "sigma", "prior", "prior_sd", "prior_sd2", "prior_weight"})
+    if (option.name == name) return true;
+  return false;
+}
+
+void DataArguments::add_to(CLI::App& app, const std::string& what, bool required) {
+  app.add_option(flag_, path_,
+                 what +
+                     ": an IDX file, a CIFAR batch, .npy, .npz, a data set's folder, or a folder of PNG/JPEG for "
+                     "each class")
+      ->required(required);
   app.add_option(companion("labels"), labels_, "their labels, where they lie in a file of their own (IDX or .npy)");
   split_text_ = split_ == Split::train ? "train" : "test";
   app.add_option(companion("split"), split_text_, "train or test: which half of a data set's folder or file")
@@ -23,7 +93,6 @@ CLI::Option* DataArguments::add_to(CLI::App& app, const std::string& what, bool 
       ->capture_default_str();
   app.add_option(companion("images"), range_,
                  "FIRST:LAST, as 0:6000 for the first 6,000 (LAST is not among them); either may be left out");
-  return option;
 }
 
 OwnData DataArguments::load(const Model& model, bool labels_needed) const {
@@ -52,96 +121,37 @@ void PredictionArguments::add_to(CLI::App& app) {
   app.add_option("--samples", samples_, "draws of the weights that a prediction averages")->capture_default_str();
   app.add_flag("--mean", mean_, "one pass with the posterior's mean instead");
   app.add_option("--seed", seed_, "of the draws")->capture_default_str();
+  app.add_option("--head", head_, "which output layer, of a network with several; the first is 0")
+      ->capture_default_str();
 }
 
 int PredictionArguments::samples(const Model& model) const {
   if (!mean_ && (samples_ < 1 || samples_ > 1000000))
     throw InputError("--samples is " + std::to_string(samples_) + "; expected 1 to 1000000 (or --mean)");
-  return mean_ || model.posterior.family == Family::point ? 0 : samples_;
+  return mean_ || !model.uncertain() ? 0 : samples_;
 }
 
-Predictions PredictionArguments::predict(Device& device, const Model& model, const Images& images) const {
-  Arena arena;
-  const auto posterior = posterior_of(device, arena, model);
-  Predictor predictor(device, arena, model.architecture.network(),
+void PredictionArguments::describe(json& result, const Model& model) const {
+  result["samples"] = samples(model);
+  result["seed"] = seed_;
+  if (head_) result["head"] = head_;
+}
+
+Predictions PredictionArguments::predict(Device& device, const LoadedModel& loaded, const Images& images) const {
+  const Model& model = loaded.model;
+  const int draws = samples(model);
+  Arena arena;  // for one prediction
+  Predictor predictor(device, arena, network_factory(model.network),
                       upload_images(device, arena, images, model.normalisation));
-  return predictor.predict(*posterior, 0, samples(model), seed_);
-}
-
-std::string table(const std::vector<std::vector<std::string>>& rows) {
-  std::vector<size_t> widths;
-  for (const auto& row : rows)
-    for (size_t c = 0; c < row.size(); c++) {
-      if (c == widths.size()) widths.push_back(0);
-      widths[c] = std::max(widths[c], row[c].size());
-    }
-  std::string text;
-  for (const auto& row : rows) {
-    std::string line;
-    for (size_t c = 0; c < row.size(); c++) {
-      const std::string blanks(widths[c] - row[c].size(), ' ');
-      line += (c ? "  " : "") + (c ? blanks + row[c] : row[c] + blanks);
-    }
-    line.erase(line.find_last_not_of(' ') + 1);
-    text += line + "\n";
-  }
-  return text;
-}
-
-std::string decimals(double value, int digits) {
-  if (std::isnan(value)) return "-";
-  char text[64];
-  snprintf(text, sizeof text, "%.*f", digits, value);
-  return text;
-}
-
-std::string percent(double fraction, int digits) {
-  return std::isnan(fraction) ? "-" : decimals(100 * fraction, digits) + " %";
-}
-
-std::string grouped(int64_t n) {
-  std::string text = std::to_string(n < 0 ? -n : n);
-  for (int at = int(text.size()) - 3; at > 0; at -= 3) text.insert(size_t(at), ",");
-  return (n < 0 ? "-" : "") + text;
-}
-
-std::string json_text(const json& j) {
-  const std::string pretty = j.dump(2, ' ', false, json::error_handler_t::replace);  // a path need not be UTF-8
-  // Lists that hold no object and no list: on one line.
-  std::string text;
-  for (size_t i = 0; i < pretty.size(); i++) {
-    if (pretty[i] == '"') {  // a string, whole
-      size_t end = i + 1;
-      while (pretty[end] != '"') end += pretty[end] == '\\' ? 2 : 1;
-      text.append(pretty, i, end + 1 - i);
-      i = end;
-      continue;
-    }
-    if (pretty[i] == '[') {
-      size_t end = i + 1;
-      std::string flat = "[";
-      for (; pretty[end] != ']' && pretty[end] != '[' && pretty[end] != '{'; end++) {
-        if (pretty[end] == '"') {
-          const size_t from = end++;
-          while (pretty[end] != '"') end += pretty[end] == '\\' ? 2 : 1;
-          flat.append(pretty, from, end + 1 - from);
-        } else if (pretty[end] == '\n') {
-          if (flat != "[") flat += ' ';
-          while (pretty[end + 1] == ' ') end++;
-        } else {
-          flat += pretty[end];
-        }
-      }
-      if (pretty[end] == ']') {
-        if (flat.back() == ' ') flat.pop_back();
-        text += flat + "]";
-        i = end;
-        continue;
-      }
-    }
-    text += pretty[i];
-  }
-  return text;
+  predictor.look_as(head_, nullptr);
+  fprintf(stderr, "baton: predicting %s, %s\n", plural(images.count, "image").c_str(),
+          draws ? (plural(draws, "draw") + " of the weights").c_str() : "one pass");
+  Predictions p = predictor.predict(*loaded.posterior, 0, draws, seed_);
+  for (size_t i = 0; i < p.entropy.size(); i++)
+    if (!std::isfinite(p.entropy[i]))
+      throw RunError("the prediction for image " + std::to_string(i) +
+                     " is not finite: the model's weights or their standard deviations are too large");
+  return p;
 }
 
 void check_free(const std::string& path, bool overwrite) {

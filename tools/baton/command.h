@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "tools/baton/format.h"
 #include "trainers/model.h"
 #include "trainers/predictor.h"
 
@@ -12,14 +13,19 @@ namespace baton {
 
 class Command {
  public:
+  const char* const name;
+  const char* const summary;   // one line
+  const char* const examples;  // the end of --help: whole command lines, each with what it does
+
   virtual ~Command() = default;
-  virtual const char* name() const = 0;
-  virtual const char* summary() const = 0;   // one line
-  virtual const char* examples() const = 0;  // the end of --help: whole command lines, each with what it does
   virtual void add_options(CLI::App&) = 0;
   // Throws InputError for options that make no sense together, and whatever the work throws. Progress goes to stderr.
   virtual json run() = 0;
   virtual std::string text(const json& result) const = 0;
+
+ protected:
+  Command(const char* own_name, const char* own_summary, const char* own_examples)
+      : name(own_name), summary(own_summary), examples(own_examples) {}
 };
 
 std::unique_ptr<Command> init_command();
@@ -31,13 +37,31 @@ std::unique_ptr<Command> inspect_command();
 std::unique_ptr<Command> compare_command();
 std::unique_ptr<Command> export_command();
 
+// The options of a schema: --init-log-std for "init_log_std".
+class SchemaArguments {
+ public:
+  // standards: --help shows the standard values.
+  void add_to(CLI::App&, const Schema&, bool standards);
+  // What the command line gives, by the names in the schema. Parsing throws InputError for a value that does not fit.
+  const json& given() const { return given_; }
+
+ private:
+  json given_ = json::object();
+};
+// Of all kinds, each option once: its help names the kinds that have it, and its standard value is null where they
+// differ in it.
+Schema posterior_options();
+Schema network_options();
+// `baton init` alone decides it: the shape of a posterior and where it begins.
+bool decided_by_init(const Option&);
+
 // --data and what says more about it. `flag` may be another, as "--ood": then the others are "--ood-labels", ...
 // foreign: images of other classes than the model's, whatever they are.
 class DataArguments {
  public:
   explicit DataArguments(std::string flag = "--data", Split split = Split::test, bool foreign = false)
       : flag_(flag), split_(split), foreign_(foreign) {}
-  CLI::Option* add_to(CLI::App&, const std::string& what, bool required);
+  void add_to(CLI::App&, const std::string& what, bool required);
   bool given() const { return !path_.empty(); }
   // The images, read as the model takes them.
   OwnData load(const Model&, bool labels_needed) const;
@@ -49,28 +73,23 @@ class DataArguments {
   bool foreign_;
 };
 
-// --samples, --mean, --seed.
+// --samples, --mean, --seed, --head.
 class PredictionArguments {
  public:
   void add_to(CLI::App&);
-  int samples(const Model&) const;  // 0: at the mean; a point posterior has nothing else
+  int samples(const Model&) const;  // 0: at the mean; a point estimate has nothing else
   uint64_t seed() const { return seed_; }
-  // Of all images. Device memory is taken for one pass and given back.
-  Predictions predict(Device&, const Model&, const Images&) const;
+  // Sets "samples", "seed" and, where it is not the first, "head".
+  void describe(json& result, const Model&) const;
+  // Of all images, after a line on stderr. RunError where the network has overflowed.
+  Predictions predict(Device&, const LoadedModel&, const Images&) const;
 
  private:
-  int samples_ = 100;
+  int samples_ = 100, head_ = 0;
   bool mean_ = false;
   uint64_t seed_ = 0;
 };
 
-// A table of texts with columns padded to their widest; the first column left-aligned, the others right.
-std::string table(const std::vector<std::vector<std::string>>& rows);
-std::string decimals(double value, int digits);        // "0.9931"; "-" for a NaN or a null
-std::string percent(double fraction, int digits = 2);  // "99.31 %"
-// "1,234,567"
-std::string grouped(int64_t n);
-std::string json_text(const json& j);  // two blanks a level, lists of numbers on one line
 // Refuses to write over a file that is there, but with --overwrite; what: "--out".
 void check_free(const std::string& path, bool overwrite);
 

@@ -2,30 +2,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tools/baton/layers.h"
-#include "tools/baton/predictions.h"
+#include "tools/baton/describe.h"
 
 namespace baton {
 
 namespace {
-
-// What differs between two architectures, in words; empty: nothing.
-std::string difference(const Architecture& a, const Architecture& b) {
-  const auto hidden = [](const Architecture& x) {
-    std::string text;
-    for (int width : x.hidden) text += (text.empty() ? "" : "-") + std::to_string(width);
-    return text;
-  };
-  const auto image = [](const Architecture& x) {
-    return std::to_string(x.channels) + " x " + std::to_string(x.height) + " x " + std::to_string(x.width);
-  };
-  if (a.name != b.name) return "the architecture is " + a.name + " and " + b.name;
-  if (a.hidden != b.hidden) return "the hidden layers have " + hidden(a) + " and " + hidden(b) + " units";
-  if (image(a) != image(b)) return "an image has " + image(a) + " and " + image(b) + " values";
-  if (a.classes != b.classes)
-    return "there are " + std::to_string(a.classes) + " and " + std::to_string(b.classes) + " classes";
-  return "";
-}
 
 // Sums over weights, and what is made of them.
 struct Distances {
@@ -95,11 +76,11 @@ json relation(const Model& a, const Model& b) {
 }
 
 // Everything of a model that a person chose, by name.
-json settings_of(const Model& m) {
+json collect_settings(const Model& m) {
   json s = training_json(m);
   s["seed"] = m.seed;
-  s["posterior"] = in_words(m.posterior);
-  s["normalisation"] = in_words(m.normalisation, m.architecture.channels);
+  s["posterior"] = describe_posterior(m);
+  s["normalisation"] = describe_normalisation(m);
   s["class_names"] = m.class_names;
   s["pruned"] = m.pruned;
   s["first_prior"] = text_in(m.origin, "prior");
@@ -109,25 +90,29 @@ json settings_of(const Model& m) {
 
 class CompareCommand : public Command {
  public:
-  const char* name() const override { return "compare"; }
-  const char* summary() const override { return "how far apart two models of one architecture are"; }
-  const char* examples() const override {
-    return "  baton compare --model model.safetensors --other next.safetensors\n"
-           "      how far an update has moved the weights, by layer, in units of their uncertainty\n"
-           "  baton compare --model ffg.safetensors --other pruned.safetensors --data photos/\n"
-           "      and on which share of images they predict the same\n";
-  }
+  CompareCommand()
+      : Command("compare", "how far apart two models of one architecture are",
+                "  baton compare --model model.safetensors --other next.safetensors\n"
+                "      how far an update has moved the weights, by layer, in units of their uncertainty\n"
+                "  baton compare --model ffg.safetensors --other pruned.safetensors --data photos/\n"
+                "      and on which share of images they predict the same\n") {}
+
   void add_options(CLI::App& app) override {
     app.add_option("--model", model_, "a model, A")->required();
-    app.add_option("--other", other_, "another of the same architecture, B; the families may differ")->required();
+    app.add_option("--other", other_, "another of the same architecture, B; the kinds of posterior may differ")
+        ->required();
     data_.add_to(app, "images to compare the predictions on, with or without labels", false);
     prediction_.add_to(app);
   }
 
   json run() override {
-    const Model a = load_model(model_), b = load_model(other_);
-    if (const std::string what = difference(a.architecture, b.architecture); !what.empty())
-      throw InputError(model_ + " and " + other_ + " cannot be compared: " + what);
+    Device device;
+    Arena arena;
+    const LoadedModel loaded_a = load_model(device, arena, model_), loaded_b = load_model(device, arena, other_);
+    const Model &a = loaded_a.model, &b = loaded_b.model;
+    if (a.network.description() != b.network.description())
+      throw InputError(model_ + " and " + other_ + " cannot be compared: one is " + a.network.description() +
+                       ", the other " + b.network.description());
     OwnData data;
     if (data_.given()) {
       if (!a.class_names.empty() && !b.class_names.empty() && a.class_names != b.class_names)
@@ -135,35 +120,35 @@ class CompareCommand : public Command {
                          " have other names or another order: predictions cannot be compared");
       data = data_.load(a.class_names.empty() ? b : a, false);
     }
-    Device device;
     json r;
     r["command"] = "compare";
-    r["model"] = description_of(a);
-    r["other"] = description_of(b);
+    r["model"] = describe_model(a);
+    r["other"] = describe_model(b);
     r["history"] = relation(a, b);
     r["settings"] = json::array();
-    const json of_a = settings_of(a), of_b = settings_of(b);
-    for (const auto& [key, value] : of_a.items())
-      if (value != of_b[key]) r["settings"].push_back({{"setting", key}, {"model", value}, {"other", of_b[key]}});
-
-    std::vector<Belief> beliefs_a, beliefs_b;
-    for (auto [model, beliefs] : {std::pair{&a, &beliefs_a}, {&b, &beliefs_b}}) {
-      Arena arena;
-      *beliefs = beliefs_of(device, *posterior_of(device, arena, *model));
+    const json of_a = collect_settings(a), of_b = collect_settings(b);
+    json names = of_a;
+    names.update(of_b);
+    for (const auto& [name, ignored] : names.items()) {
+      const json value_a = of_a.value(name, json()), value_b = of_b.value(name, json());
+      if (value_a != value_b) r["settings"].push_back({{"setting", name}, {"model", value_a}, {"other", value_b}});
     }
+
+    const std::vector<Belief> beliefs_a = read_beliefs(device, *loaded_a.posterior),
+                              beliefs_b = read_beliefs(device, *loaded_b.posterior);
     Distances all;
     r["layers"] = json::array();
-    for (const std::string& layer : layers_of(a.architecture.network()()->layout())) {
+    for (const std::string& layer : list_layers(loaded_a.posterior->store().layout())) {
       Distances of_layer;
       for (size_t i = 0; i < beliefs_a.size(); i++)
-        if (layer_of(beliefs_a[i].tensor.name) == layer) of_layer.add(beliefs_a[i], beliefs_b[i]);
+        if (layer_name(beliefs_a[i].tensor.name) == layer) of_layer.add(beliefs_a[i], beliefs_b[i]);
       json row{{"layer", layer}};
       row.update(of_layer.object());
       r["layers"].push_back(row);
       all.add(of_layer);
     }
     r["all_layers"] = all.object();
-    if (data_.given()) add_predictions(r, device, a, b, data);
+    if (data_.given()) add_predictions(r, device, loaded_a, loaded_b, data);
     return r;
   }
 
@@ -172,7 +157,7 @@ class CompareCommand : public Command {
     t += "history     " + r["history"]["in_words"].get<std::string>() + "\n";
     if (r["settings"].empty()) t += "settings    the same\n";
     else {
-      std::vector<std::vector<std::string>> rows{{"Settings that differ", "A", "B"}};
+      TextRows rows{{"Settings that differ", "A", "B"}};
       std::string long_ones;  // whole sentences would tear the table apart
       for (const json& s : r["settings"]) {
         const std::string of_a = shown(s["model"]), of_b = shown(s["other"]), key = words(s["setting"]);
@@ -187,23 +172,23 @@ class CompareCommand : public Command {
   }
 
  private:
-  void add_predictions(json& r, Device& device, const Model& a, const Model& b, const OwnData& data) const {
-    const Predictions of_a = predict_images(prediction_, device, a, data.images),
-                      of_b = predict_images(prediction_, device, b, data.images);
-    const size_t classes = size_t(a.architecture.classes);
+  void add_predictions(json& r, Device& device, const LoadedModel& a, const LoadedModel& b, const OwnData& data) const {
+    const Predictions of_a = prediction_.predict(device, a, data.images),
+                      of_b = prediction_.predict(device, b, data.images);
+    const size_t classes = size_t(a.model.network.classes);
     double agree = 0, variation = 0;
     for (size_t i = 0; i < size_t(data.images.count); i++) {
       const float *p = &of_a.probability[i * classes], *q = &of_b.probability[i * classes];
       agree += std::max_element(p, p + classes) - p == std::max_element(q, q + classes) - q;
       for (size_t c = 0; c < classes; c++) variation += std::abs(double(p[c]) - q[c]) / 2;
     }
-    r["data"] = description_of(data);
-    r["seed"] = prediction_.seed();
-    r["samples"] = {prediction_.samples(a), prediction_.samples(b)};
+    r["data"] = describe_data(data);
+    prediction_.describe(r, a.model);
+    r["samples"] = {prediction_.samples(a.model), prediction_.samples(b.model)};
     json p{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
     if (data.labelled) {
-      p["model"] = judged(of_a, data.images, int(classes));
-      p["other"] = judged(of_b, data.images, int(classes));
+      p["model"] = judge(of_a, data.images, int(classes));
+      p["other"] = judge(of_b, data.images, int(classes));
     }
     r["predictions"] = p;
   }
@@ -229,7 +214,7 @@ class CompareCommand : public Command {
     const json& all = r["all_layers"];
     const bool in_sigma = all.contains("mean_difference_in_sigma"), both = all.contains("kl");
     const bool pruned = all["pruned_in_one"] > 0;
-    std::vector<std::vector<std::string>> rows{{"layer", "parameters", "distance of means"}};
+    TextRows rows{{"layer", "parameters", "distance of means"}};
     if (in_sigma) rows[0].push_back("in sigmas of A");
     if (both) rows[0].push_back("sigma B / A"), rows[0].push_back("KL of B to A");
     if (pruned) rows[0].push_back("pruned in one");
@@ -247,15 +232,15 @@ class CompareCommand : public Command {
     std::string t =
         table(rows) + "distance of means: |B - A| / |A|, Euclidean, of all weights and biases of a layer.\n";
     if (in_sigma) t += "in sigmas of A: |B - A| of the means over A's standard deviation, the weights' average.\n";
-    else t += "A has no standard deviations (ft): nothing to measure the differences by.\n";
+    else t += "A is a point estimate: it has no standard deviations to measure the differences by.\n";
     if (both)
       t += "sigma B / A: ratio of the standard deviations, geometric mean. KL of B to A: in nats, as of independent "
            "Gaussians.\n";
     for (const char* side : {"model", "other"}) {
-      const std::string name = std::string(side) == "model" ? "A" : "B", family = r[side]["family"];
-      if (family == "mnf") t += name + " is mnf: w given z, with z at its flow's mean, stands for the weights.\n";
-      if (family == "cfg") t += name + " is cfg: marginal standard deviations, without the covariances.\n";
-      if (family == "ft" && name == "B") t += "B has no standard deviations (ft).\n";
+      const std::string name = std::string(side) == "model" ? "A" : "B", kind = r[side]["kind"];
+      if (kind == "mnf") t += name + " is mnf: w given z, with z at its flow's mean, stands for the weights.\n";
+      if (kind == "cfg") t += name + " is cfg: marginal standard deviations, without the covariances.\n";
+      if (name == "B" && !r[side]["uncertain"]) t += "B is a point estimate: it has no standard deviations.\n";
     }
     if (pruned) t += "Weights that are pruned in one of the two count in the distance of means alone.\n";
     return t;
@@ -269,15 +254,14 @@ class CompareCommand : public Command {
     };
     std::string t = "Predictions of " + data_text(r["data"]) + ": " + draws(of_a) +
                     (of_a == of_b ? "" : " (A), " + draws(of_b) + " (B)") + "\n";
-    std::vector<std::vector<std::string>> rows{
+    TextRows rows{
         {"the same class", percent(p["agree"]) + " of images"},
         {"total variation", decimals(p["total_variation"], 4) + " (mean; 0: the same probabilities, 1: disjoint)"}};
     if (p.contains("model"))
       for (const char* side : {"model", "other"})
         rows.push_back({std::string(side) == "model" ? "accuracy of A" : "accuracy of B",
                         percent(p[side]["accuracy"]) + ", NLL " + decimals(p[side]["nll"], 4) + " nats an image"});
-    for (const auto& row : rows) t += row[0] + std::string(17 - row[0].size(), ' ') + row[1] + "\n";
-    return t;
+    return t + list(rows);
   }
 
   std::string model_, other_;

@@ -5,13 +5,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <optional>
 #include <tuple>
 
 #include "engine/io/files.h"
-#include "tools/baton/predictions.h"
+#include "tools/baton/describe.h"
 #include "trainers/metrics.h"
 
 extern char** environ;
@@ -21,8 +20,6 @@ namespace baton {
 namespace {
 
 namespace fs = std::filesystem;
-
-using Rows = std::vector<std::vector<std::string>>;
 
 constexpr int calibration_bins = 15, entropy_bins = 40;
 constexpr size_t most_confusions = 10;
@@ -38,7 +35,7 @@ std::pair<double, double> wilson(int64_t hits, int64_t n) {
 }
 
 // {"images", "correct", "accuracy", "low", "high"}; of no images the last three are null.
-json accuracy_of(int64_t correct, int64_t images) {
+json estimate_accuracy(int64_t correct, int64_t images) {
   json j{{"images", images}, {"correct", correct}, {"accuracy", nullptr}, {"low", nullptr}, {"high", nullptr}};
   if (images == 0) return j;
   j["accuracy"] = double(correct) / double(images);
@@ -50,12 +47,6 @@ std::vector<int64_t> histogram(const std::vector<float>& values, double high) {
   std::vector<int64_t> counts(entropy_bins);
   for (float v : values) counts[std::clamp(int(v / high * entropy_bins), 0, entropy_bins - 1)]++;
   return counts;
-}
-
-double mean(const std::vector<float>& values) {
-  double sum = 0;
-  for (float v : values) sum += v;
-  return sum / double(values.size());
 }
 
 // 1 - the chosen class's probability.
@@ -90,17 +81,14 @@ bool plot(const fs::path& folder) {
 
 class Evaluate : public Command {
  public:
-  const char* name() const override { return "evaluate"; }
-  const char* summary() const override {
-    return "accuracy, calibration and confusions on labelled images; how well foreign images are told";
-  }
-  const char* examples() const override {
-    return "  baton evaluate --model model.safetensors --data mnist/\n"
-           "      on the test images of MNIST's folder: the numbers, as text\n"
-           "  baton evaluate --model model.safetensors --data mnist/ --ood fashion-mnist/ --out report/\n"
-           "      whether clothes are told from digits, too; report/ gets result.json and a figure (PNG, SVG)\n"
-           "  baton evaluate --model model.safetensors --data photos/ --samples 20 --json > evaluation.json\n"
-           "      a folder of pictures for each class; 20 draws of the weights; everything as one JSON object\n";
+  Evaluate()
+      : Command("evaluate", "accuracy, calibration and confusions on labelled images; how well foreign images are told",
+                "  baton evaluate --model model.safetensors --data mnist/\n"
+                "      on the test images of MNIST's folder: the numbers, as text\n"
+                "  baton evaluate --model model.safetensors --data mnist/ --ood fashion-mnist/ --out report/\n"
+                "      whether clothes are told from digits, too; report/ gets result.json and a figure (PNG, SVG)\n"
+                "  baton evaluate --model model.safetensors --data photos/ --samples 20 --json > evaluation.json\n"
+                "      a folder of pictures for each class; 20 draws of the weights; everything as one JSON object\n") {
   }
 
   void add_options(CLI::App& app) override {
@@ -116,28 +104,30 @@ class Evaluate : public Command {
   json run() override {
     const fs::path file = fs::path(out_) / "result.json";
     if (!out_.empty()) check_free(file.string(), overwrite_);
-    const Model model = load_model(model_);
-    const int samples = prediction_.samples(model);
+    Device device;
+    Arena arena;
+    const LoadedModel loaded = load_model(device, arena, model_);
+    const Model& model = loaded.model;
+    prediction_.samples(model);  // what is wrong with --samples, before the images are read
     const OwnData data = data_.load(model, true);
     std::optional<OwnData> foreign;
     if (foreign_.given()) foreign = foreign_.load(model, false);
     if (!out_.empty()) make_directories(out_);
 
-    json result{{"experiment", "baton_evaluate"}, {"model", description_of(model)},
-                {"data", description_of(data)},   {"samples", samples},
-                {"seed", prediction_.seed()},     {"class_names", class_names(model)}};
-    if (const int stage = model.learned(content_hash(data.images))) result["data"]["learned_in_stage"] = stage;
-    Device device;
-    const Predictions known = predict_images(prediction_, device, model, data.images);
+    json result{{"experiment", "baton_evaluate"}, {"model", describe_model(model)}, {"data", describe_data(data)}};
+    prediction_.describe(result, model);
+    result["class_names"] = list_classes(model);
+    if (const int stage = model.find_stage(content_hash(data.images))) result["data"]["learned_in_stage"] = stage;
+    const Predictions known = prediction_.predict(device, loaded, data.images);
     add_quality(result, known, data.images.labels);
-    const double most = std::log(double(model.architecture.classes));
+    const double most = std::log(double(model.network.classes));
     json edges = json::array();
     for (int b = 0; b <= entropy_bins; b++) edges.push_back(most * b / entropy_bins);
     result["entropy_histogram"] = {{"edges", edges}, {"known", histogram(known.entropy, most)}};
     if (foreign) {
-      const Predictions other = predict_images(prediction_, device, model, foreign->images);
+      const Predictions other = prediction_.predict(device, loaded, foreign->images);
       result["entropy_histogram"]["foreign"] = histogram(other.entropy, most);
-      add_foreign(result, known, *foreign, other, model.architecture.classes);
+      add_foreign(result, known, *foreign, other, model.network.classes);
     }
     if (out_.empty()) return result;
 
@@ -187,14 +177,14 @@ class Evaluate : public Command {
       }
       correct += confusion[c][c];
       json line{{"class", c}, {"name", result["class_names"][c]}};
-      line.update(accuracy_of(confusion[c][c], images));
+      line.update(estimate_accuracy(confusion[c][c], images));
       per_class.push_back(line);
     }
     std::stable_sort(confusions.begin(), confusions.end(),
                      [](const json& a, const json& b) { return a["images"] > b["images"]; });
     confusions.resize(std::min(confusions.size(), most_confusions));
 
-    result["accuracy"] = accuracy_of(correct, int64_t(labels.size()));
+    result["accuracy"] = estimate_accuracy(correct, int64_t(labels.size()));
     result["nll"] = m.nll;
     result["brier"] = brier(p.probability, labels, classes);
     result["ece"] = m.ece;
@@ -217,7 +207,7 @@ class Evaluate : public Command {
 
   static void add_foreign(json& result, const Predictions& known, const OwnData& data, const Predictions& foreign,
                           int classes) {
-    json j = description_of(data);
+    json j = describe_data(data);
     j["mean_entropy"] = mean(foreign.entropy);
     j["mean_mutual_information"] = mean(foreign.mutual_information);
     j["scores"] = json::array();
@@ -239,30 +229,21 @@ class Evaluate : public Command {
     const double blind = std::log(double(result["class_names"].size()));
     const auto images = accuracy["images"].get<int64_t>(), wrong = images - accuracy["correct"].get<int64_t>();
     const bool epistemic = has_epistemic(result);
-    // Names and values in columns, and then what a number means.
-    const std::vector<std::array<std::string, 3>> lines{
-        {"accuracy",
-         decimals(accuracy["accuracy"], 4) + " (95 %: " + decimals(accuracy["low"], 4) + " to " +
-             decimals(accuracy["high"], 4) + ")",
-         grouped(wrong) + " of " + grouped(images) + " wrong"},
-        {"negative log-likelihood (NLL)", decimals(result["nll"], 4) + " nats an image",
-         "lower is better; " + decimals(blind, 4) + " is guessing"},
-        {"Brier score", decimals(result["brier"], 4), "0 to 2, lower is better"},
-        {"calibration error (ECE, " + std::to_string(calibration_bins) + " bins)", decimals(result["ece"], 4),
-         "how far confidence and accuracy lie apart; 0 is perfect"},
-        {"mean entropy", decimals(result["mean_entropy"], 4) + " nats",
-         "how unsure a prediction is; 0 to " + decimals(blind, 4)},
-        {"mean mutual information",
-         epistemic ? decimals(result["mean_mutual_information"], 4) + " nats" : std::string("-"),
-         epistemic ? "the part of the entropy that comes from not knowing the weights"
-                   : "needs several draws of the weights"}};
-    size_t names = 0, values = 0;
-    for (const auto& line : lines) names = std::max(names, line[0].size()), values = std::max(values, line[1].size());
-    std::string text;
-    for (const auto& line : lines)
-      text += line[0] + std::string(names + 2 - line[0].size(), ' ') + line[1] +
-              std::string(values + 2 - line[1].size(), ' ') + line[2] + "\n";
-    return text;
+    return list({{"accuracy",
+                  decimals(accuracy["accuracy"], 4) + " (95 %: " + decimals(accuracy["low"], 4) + " to " +
+                      decimals(accuracy["high"], 4) + ")",
+                  grouped(wrong) + " of " + grouped(images) + " wrong"},
+                 {"negative log-likelihood (NLL)", decimals(result["nll"], 4) + " nats an image",
+                  "lower is better; " + decimals(blind, 4) + " is guessing"},
+                 {"Brier score", decimals(result["brier"], 4), "0 to 2, lower is better"},
+                 {"calibration error (ECE, " + std::to_string(calibration_bins) + " bins)", decimals(result["ece"], 4),
+                  "how far confidence and accuracy lie apart; 0 is perfect"},
+                 {"mean entropy", decimals(result["mean_entropy"], 4) + " nats",
+                  "how unsure a prediction is; 0 to " + decimals(blind, 4)},
+                 {"mean mutual information",
+                  epistemic ? decimals(result["mean_mutual_information"], 4) + " nats" : std::string("-"),
+                  epistemic ? "the part of the entropy that comes from not knowing the weights"
+                            : "needs several draws of the weights"}});
   }
 
   // Of many classes, the least accurate ones.
@@ -271,16 +252,16 @@ class Evaluate : public Command {
     const bool some = classes.size() > most_listed;
     if (some) {
       std::stable_sort(classes.begin(), classes.end(), [](const json& a, const json& b) {
-        const double x = number(a["accuracy"]), y = number(b["accuracy"]);
+        const double x = number_in(a, "accuracy"), y = number_in(b, "accuracy");
         return std::isnan(y) ? !std::isnan(x) : x < y;
       });
       classes.resize(most_listed);
     }
-    Rows rows{{"class", "images", "accuracy", "95 % interval"}};
+    TextRows rows{{"class", "images", "accuracy", "95 % interval"}};
     for (const json& c : classes) {
       const bool empty = c["accuracy"].is_null();
-      rows.push_back({c["name"], grouped(c["images"]), decimals(number(c["accuracy"]), 4),
-                      empty ? "-" : decimals(number(c["low"]), 4) + " to " + decimals(number(c["high"]), 4)});
+      rows.push_back({c["name"], grouped(c["images"]), decimals(number_in(c, "accuracy"), 4),
+                      empty ? "-" : decimals(number_in(c, "low"), 4) + " to " + decimals(number_in(c, "high"), 4)});
     }
     return (some ? "The " + std::to_string(most_listed) + " least accurate of " +
                        std::to_string(result["per_class"].size()) + " classes (--json has all):\n"
@@ -291,7 +272,7 @@ class Evaluate : public Command {
   static std::string confusion_text(const json& result) {
     const json &confusion = result["confusion"], &names = result["class_names"];
     if (confusion.size() > most_listed) {
-      Rows rows{{"true class", "predicted as", "images"}};
+      TextRows rows{{"true class", "predicted as", "images"}};
       for (const json& c : result["most_frequent_confusions"])
         rows.push_back({names[c["true"].get<size_t>()], names[c["predicted"].get<size_t>()], grouped(c["images"])});
       return rows.size() == 1 ? "No image was taken for another class.\n"
@@ -301,7 +282,7 @@ class Evaluate : public Command {
     size_t longest = 0;
     for (const json& name : names) longest = std::max(longest, name.get<std::string>().size());
     const bool numbered = longest > 6;
-    Rows rows{{"true"}};
+    TextRows rows{{"true"}};
     for (size_t c = 0; c < names.size(); c++) {
       const std::string name = names[c];
       rows[0].push_back(numbered ? "(" + std::to_string(c) + ")" : name);
@@ -314,11 +295,11 @@ class Evaluate : public Command {
   }
 
   static std::string reliability_text(const json& result) {
-    Rows rows{{"confidence", "images", "mean confidence", "accuracy"}};
+    TextRows rows{{"confidence", "images", "mean confidence", "accuracy"}};
     for (const json& bin : result["reliability"])
       if (bin["images"] != 0)
         rows.push_back({decimals(bin["low"], 3) + " to " + decimals(bin["high"], 3), grouped(bin["images"]),
-                        decimals(number(bin["confidence"]), 4), decimals(number(bin["accuracy"]), 4)});
+                        decimals(number_in(bin, "confidence"), 4), decimals(number_in(bin, "accuracy"), 4)});
     return "Reliability: where confidence (the predicted class's probability) is right, the last two columns agree.\n" +
            table(rows);
   }
@@ -326,12 +307,12 @@ class Evaluate : public Command {
   static std::string foreign_text(const json& result) {
     const json& foreign = result["foreign"];
     const bool epistemic = has_epistemic(result);
-    Rows means{{"", "known", "foreign"},
-               {"mean entropy, nats", decimals(result["mean_entropy"], 4), decimals(foreign["mean_entropy"], 4)}};
+    TextRows means{{"", "known", "foreign"},
+                   {"mean entropy, nats", decimals(result["mean_entropy"], 4), decimals(foreign["mean_entropy"], 4)}};
     if (epistemic)
       means.push_back({"mean mutual information, nats", decimals(result["mean_mutual_information"], 4),
                        decimals(foreign["mean_mutual_information"], 4)});
-    Rows scores{{"told by", "AUROC", "FPR95"}};
+    TextRows scores{{"told by", "AUROC", "FPR95"}};
     for (const json& s : foreign["scores"])
       scores.push_back({s["score"], decimals(s["auroc"], 4), decimals(s["fpr95"], 4)});
     return "Foreign images: " + data_text(foreign) + ". The model should be less sure of them than of known ones.\n" +

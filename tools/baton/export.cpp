@@ -1,7 +1,5 @@
 // baton export: the network at the posterior mean, as PyTorch reads it.
-#include "engine/io/safetensors.h"
-#include "tools/baton/layers.h"
-#include "tools/baton/predictions.h"
+#include "tools/baton/describe.h"
 
 namespace baton {
 
@@ -9,12 +7,11 @@ namespace {
 
 class ExportCommand : public Command {
  public:
-  const char* name() const override { return "export"; }
-  const char* summary() const override { return "write the mean of the weights for PyTorch"; }
-  const char* examples() const override {
-    return "  baton export --model model.safetensors --out weights.safetensors\n"
-           "      a plain network's weights, and the Python that loads them\n";
-  }
+  ExportCommand()
+      : Command("export", "write the mean of the weights for PyTorch",
+                "  baton export --model model.safetensors --out weights.safetensors\n"
+                "      a plain network's weights, and the Python that loads them\n") {}
+
   void add_options(CLI::App& app) override {
     app.add_option("--model", model_, "the model")->required();
     app.add_option("--out", out_, "the safetensors file to write, of tensors \"conv1.weight\", ...")->required();
@@ -24,42 +21,40 @@ class ExportCommand : public Command {
 
   json run() override {
     check_free(out_, overwrite_);
-    const Model model = load_model(model_);
     Device device;
-    TensorFile file = mean_network(device, model);
+    Arena arena;
+    const auto [model, posterior] = load_model(device, arena, model_);
+    TensorFile file = mean_network(device, *posterior);
     file.metadata["format"] = "pt";  // what the loaders of PyTorch ask for
-    file.metadata["architecture"] = model.architecture.description();
-    file.metadata["normalisation"] = to_json(model.normalisation, model.architecture.channels).dump();
+    file.metadata["architecture"] = model.network.description();
+    file.metadata["normalisation"] = normalisation_json(model).dump();
     file.metadata["class_names"] = json(model.class_names).dump();
     save_safetensors(out_, file);
 
-    json result;
-    result["command"] = "export";
-    result["model"] = description_of(model);
-    result["out"] = printable(out_);
-    result["dtype"] = dtype_;
-    const Architecture& a = model.architecture;
-    result["image"] = {a.channels, a.height, a.width};
-    result["normalisation"] = to_json(model.normalisation, a.channels);
-    result["class_names"] = class_names(model);
-    result["tensors"] = json::array();
-    const auto network = a.network()();
-    for (const TensorSpec& t : network->layout().tensors())
-      result["tensors"].push_back({{"tensor", t.name}, {"shape", t.shape}});
-    result["parameters"] = network->layout().parameters();
+    const ImageShape& image = model.network.image;
+    json result{{"command", "export"},
+                {"model", describe_model(model)},
+                {"out", printable(out_)},
+                {"dtype", dtype_},
+                {"image", {image.channels, image.height, image.width}},
+                {"normalisation", normalisation_json(model)},
+                {"class_names", list_classes(model)},
+                {"tensors", json::array()}};
+    const ParameterLayout& layout = posterior->store().layout();
+    for (const TensorSpec& t : layout.tensors()) result["tensors"].push_back({{"tensor", t.name}, {"shape", t.shape}});
+    result["parameters"] = layout.parameters();
     return result;
   }
 
   std::string text(const json& r) const override {
-    std::vector<std::vector<std::string>> rows{{"tensor", "shape"}};
+    TextRows rows{{"tensor", "shape"}};
     for (const json& t : r["tensors"])
       rows.push_back({t["tensor"], shape_text(t["shape"].get<std::vector<int64_t>>())});
-    const std::string family = r["model"]["family"];
     std::string text = "model       " + model_text(r["model"]) + "\nwritten     " + r["out"].get<std::string>() + ", " +
                        grouped(r["parameters"]) + " numbers (float32): the ";
-    if (family == "ft") text += "weights\n";
+    if (!r["model"]["uncertain"]) text += "weights\n";
     else
-      text += std::string("mean of the posterior") + (family == "mnf" ? ", z at its flow's mean" : "") +
+      text += std::string("mean of the posterior") + (r["model"]["kind"] == "mnf" ? ", z at its flow's mean" : "") +
               "; what is uncertain about the weights stays behind\n";
     text += "\n" + table(rows) + "\nIn Python, for a torch.nn.Module `network` with layers of these names:\n\n";
     const auto values = [&](const char* key) {

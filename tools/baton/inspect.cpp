@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tools/baton/layers.h"
-#include "tools/baton/predictions.h"
+#include "tools/baton/describe.h"
 
 namespace baton {
 
@@ -61,13 +60,13 @@ struct Sums {
     const std::vector<double> more = log10_sigma(b);
     sigma.insert(sigma.end(), more.begin(), more.end());
   }
+  // kl: to the prior; NaN: there is none.
   json object(double kl) const {
     const double left = double(parameters - pruned);
     json j{{"parameters", parameters}, {"pruned", pruned}, {"mean_absolute", left > 0 ? absolute / left : NAN}};
     if (sigma.empty()) return j;
+    if (!std::isnan(kl)) j["kl"] = kl, j["kl_per_parameter"] = kl / left;
     const auto [least, largest] = std::minmax_element(sigma.begin(), sigma.end());
-    j["kl"] = kl;
-    j["kl_per_parameter"] = kl / left;
     j["sigma"] = {
         {"least", std::pow(10, *least)}, {"median", std::pow(10, median(sigma))}, {"largest", std::pow(10, *largest)}};
     return j;
@@ -76,31 +75,34 @@ struct Sums {
 
 class InspectCommand : public Command {
  public:
-  const char* name() const override { return "inspect"; }
-  const char* summary() const override { return "what a model is, what it has learned and how sure it is"; }
-  const char* examples() const override {
-    return "  baton inspect --model model.safetensors\n"
-           "      architecture, history, settings, and the uncertainty of every layer\n"
-           "  baton inspect --model model.safetensors --json\n"
-           "      the same for a program\n";
+  InspectCommand()
+      : Command("inspect", "what a model is, what it has learned and how sure it is",
+                "  baton inspect --model model.safetensors\n"
+                "      architecture, history, settings, and the uncertainty of every layer\n"
+                "  baton inspect --model model.safetensors --json\n"
+                "      the same for a program\n") {}
+
+  void add_options(CLI::App& app) override {
+    app.add_option("--model", model_, "the model");
+    app.add_flag("--networks", networks_)->group("");  // prints tools/networks.json
   }
-  void add_options(CLI::App& app) override { app.add_option("--model", model_, "the model")->required(); }
 
   json run() override {
-    const Model m = load_model(model_);
+    if (networks_) return describe_networks();
+    if (model_.empty()) throw InputError("--model is required");
     Device device;
     Arena arena;
-    const auto posterior = posterior_of(device, arena, m);
-    const Architecture& a = m.architecture;
+    const auto [m, posterior] = load_model(device, arena, model_);
+    const ImageShape& image = m.network.image;
 
     json r;
     r["command"] = "inspect";
-    r["model"] = description_of(m);
-    r["posterior"] = in_words(m.posterior);
-    r["image"] = {a.channels, a.height, a.width};
-    r["normalisation"] = to_json(m.normalisation, a.channels);
-    r["normalisation_in_words"] = in_words(m.normalisation, a.channels);
-    r["classes"] = class_names(m);
+    r["model"] = describe_model(m);
+    r["posterior"] = describe_posterior(m);
+    r["image"] = {image.channels, image.height, image.width};
+    r["normalisation"] = normalisation_json(m);
+    r["normalisation_in_words"] = describe_normalisation(m);
+    r["classes"] = list_classes(m);
     r["named_classes"] = !m.class_names.empty();
     r["origin"] = m.origin;
     r["history"] = m.history;
@@ -109,26 +111,24 @@ class InspectCommand : public Command {
       if (const double n = number_in(stage, "images"); n > 0) images += n;
     r["images_learned"] = images;
     r["steps"] = m.step;
-    r["prior"] = prior_in_words(m);
+    r["prior"] = describe_prior(m);
     r["pruned"] = m.pruned;
     r["next_update"] = training_json(m);
     r["seed"] = m.seed;
 
-    std::map<std::string, double> kl;
-    const std::vector<double> by_name = posterior->kl_by_name()[0];
-    for (size_t i = 0; i < by_name.size(); i++) kl[layer_of(posterior->kl_names()[i])] += by_name[i];
-    const std::vector<Belief> beliefs = beliefs_of(device, *posterior);
+    const json kl = sum_by_layer(posterior->kl_names(), posterior->kl_by_name()[0]);  // empty for a kind without a KL
+    const std::vector<Belief> beliefs = read_beliefs(device, *posterior);
     Sums all;
-    double total = 0;
+    double total = kl.empty() ? NAN : 0;
     r["layers"] = json::array();
-    for (const std::string& layer : layers_of(posterior->store().layout())) {
+    for (const std::string& layer : list_layers(posterior->store().layout())) {
       Sums sums;
       for (const Belief& b : beliefs)
-        if (layer_of(b.tensor.name) == layer) sums.add(b), all.add(b);
+        if (layer_name(b.tensor.name) == layer) sums.add(b), all.add(b);
       json row{{"layer", layer}};
-      row.update(sums.object(kl[layer]));
+      row.update(sums.object(number_in(kl, layer)));
       r["layers"].push_back(row);
-      total += kl[layer];
+      total += number_in(kl, layer);
     }
     r["all_layers"] = all.object(total);
     if (!all.sigma.empty()) r["sigma_histogram"] = histogram(all.sigma);
@@ -136,49 +136,45 @@ class InspectCommand : public Command {
   }
 
   std::string text(const json& r) const override {
+    if (networks_) return json_text(r) + "\n";
     const json &model = r["model"], &all = r["all_layers"];
-    const bool gaussian = all.contains("sigma");
-    std::vector<std::string> classes = r["classes"].get<std::vector<std::string>>();
+    const bool has_sigma = all.contains("sigma"), has_kl = all.contains("kl");
+    const std::vector<std::string> classes = r["classes"];
     std::string names;
     for (size_t i = 0; i < classes.size() && i < 20; i++) names += (i ? ", " : "") + classes[i];
     if (classes.size() > 20) names += ", ... (" + std::to_string(classes.size()) + ")";
-    std::string t;
-    const auto line = [&](const char* what, const std::string& value) {
-      t += what + std::string(14 - std::min<size_t>(13, std::string(what).size()), ' ') + value + "\n";
-    };
-    line("network",
-         model["architecture"].get<std::string>() + "; " + grouped(all["parameters"]) + " weights and biases");
-    line("posterior", r["posterior"]);
-    line("images", r["normalisation_in_words"]);
-    line("classes", r["named_classes"] ? names : "numbers, 0 to " + std::to_string(classes.size() - 1));
-    line("first prior", origin_text(r["origin"]));
-    line("learned", model["stages"] == 0 ? "nothing yet"
-                                         : plural(model["stages"], "stage") + ", " + counted(r["images_learned"]) +
-                                               " images, " + plural(r["steps"], "step"));
-    line("prior now", r["prior"]);
-    line("pruned", pruned_text(r));
-    line("fingerprint", model["fingerprint"]);
+    std::string t = list(
+        {{"network",
+          model["architecture"].get<std::string>() + "; " + grouped(all["parameters"]) + " weights and biases"},
+         {"posterior", r["posterior"]},
+         {"images", r["normalisation_in_words"]},
+         {"classes", r["named_classes"] ? names : "numbers, 0 to " + std::to_string(classes.size() - 1)},
+         {"first prior", origin_text(r["origin"])},
+         {"learned", model["stages"] == 0 ? "nothing yet"
+                                          : plural(model["stages"], "stage") + ", " + counted(r["images_learned"]) +
+                                                " images, " + plural(r["steps"], "step")},
+         {"prior now", r["prior"]},
+         {"pruned", pruned_text(r)},
+         {"fingerprint", model["fingerprint"]}});
+    if (!r["history"].empty()) t += "\nWhat it has learned\n" + history_text(r["history"], has_kl);
 
-    if (!r["history"].empty()) t += "\nWhat it has learned\n" + history_text(r["history"], gaussian);
-
-    t += "\nLayers\n" + layers_text(r, gaussian);
-    if (gaussian) {
-      t += "KL: of the posterior to its prior, in nats: how far the last stage has moved it. sigma: the standard\n"
-           "deviation of a weight" +
-           std::string(model["family"] == "cfg"   ? " (of its marginal)"
-                       : model["family"] == "mnf" ? " given z (the KL is a mean over 8 draws of z)"
-                                                  : "") +
+    t += "\nLayers\n" + layers_text(r);
+    if (has_kl) t += "KL: of the posterior to its prior, in nats: how far the last stage has moved it.\n";
+    if (has_sigma)
+      t += std::string("sigma: the standard deviation of a weight") +
+           (model["kind"] == "cfg"   ? " (of its marginal)"
+            : model["kind"] == "mnf" ? " given z (the KL is a mean over 8 draws of z)"
+                                     : "") +
            ".\n\nHow many weights have which sigma\n" + histogram_text(r["sigma_histogram"]);
-    } else {
-      t += "A point estimate has no sigma and no KL.\n";
-    }
-    return t + "\nSettings of the next update (baton update takes others)\n" + settings_text(r, gaussian);
+    else t += "A point estimate has no sigma and no KL.\n";
+    return t + "\nSettings of the next update (baton update takes others)\n" + settings_text(r);
   }
 
  private:
-  // What the posterior answers to: the KL's other side.
-  static std::string prior_in_words(const Model& m) {
-    if (m.posterior.family == Family::point) return "none (a point estimate)";
+  // What the KL is measured to.
+  static std::string describe_prior(const Model& m) {
+    if (!m.uncertain()) return "none (a point estimate)";
+    if (!m.settings.contains("beta")) return "none is kept in the file";
     if (m.stages() < 2) return "the first prior";
     return "the posterior of stage " + std::to_string(m.stages() - 1);
   }
@@ -204,9 +200,9 @@ class InspectCommand : public Command {
     return text;
   }
 
-  static std::string history_text(const json& history, bool gaussian) {
-    std::vector<std::vector<std::string>> rows{{"stage", "images", "data", "epochs", "steps", "NLL", "accuracy"}};
-    if (gaussian) rows[0].push_back("KL");
+  static std::string history_text(const json& history, bool has_kl) {
+    TextRows rows{{"stage", "images", "data", "epochs", "steps", "NLL", "accuracy"}};
+    if (has_kl) rows[0].push_back("KL");
     bool held_out = false;
     for (const json& stage : history) held_out = held_out || stage.contains("hold_out");
     if (held_out) rows[0].push_back("held-out accuracy");
@@ -215,7 +211,7 @@ class InspectCommand : public Command {
                       printable(text_in(stage, "data")), brief(number_in(stage, "epochs")),
                       counted(number_in(stage, "steps")), decimals(number_in(stage, "loss"), 4),
                       percent(number_in(stage, "accuracy"))});
-      if (gaussian) rows.back().push_back(decimals(number_in(stage, "kl"), 1));
+      if (has_kl) rows.back().push_back(decimals(number_in(stage, "kl"), 1));
       if (held_out)
         rows.back().push_back(
             percent(number_in(stage.contains("hold_out") ? stage["hold_out"] : json(), "accuracy_after")));
@@ -223,28 +219,29 @@ class InspectCommand : public Command {
     return table(rows) +
            "data: a hash of the images and labels. NLL: mean negative log-likelihood of an image, nats, and accuracy: "
            "on\nthe images being learned, in the last epoch." +
-           (gaussian ? " KL: of the stage's posterior to its prior, nats.\n" : "\n");
+           (has_kl ? " KL: of the stage's posterior to its prior, nats.\n" : "\n");
   }
 
-  static std::string layers_text(const json& r, bool gaussian) {
-    const bool pruned = r["all_layers"]["pruned"] > 0;
-    std::vector<std::vector<std::string>> rows{{"layer", "parameters"}};
+  static std::string layers_text(const json& r) {
+    const json& all = r["all_layers"];
+    const bool pruned = all["pruned"] > 0, has_kl = all.contains("kl"), has_sigma = all.contains("sigma");
+    TextRows rows{{"layer", "parameters"}};
     if (pruned) rows[0].push_back("pruned");
     rows[0].push_back("mean |mean|");
-    if (gaussian)
-      for (const char* heading : {"KL", "KL a weight", "sigma: least", "median", "largest"}) rows[0].push_back(heading);
+    if (has_kl) rows[0].insert(rows[0].end(), {"KL", "KL a weight"});
+    if (has_sigma) rows[0].insert(rows[0].end(), {"sigma: least", "median", "largest"});
     const auto row = [&](const std::string& name, const json& l) {
       rows.push_back({name, grouped(l["parameters"])});
-      if (pruned) rows.back().push_back(percent(l["pruned"].get<double>() / l["parameters"].get<double>()));
-      rows.back().push_back(brief(number_in(l, "mean_absolute")));
-      if (!gaussian) return;
-      rows.back().push_back(decimals(number_in(l, "kl"), 1));
-      rows.back().push_back(brief(number_in(l, "kl_per_parameter")));
-      const json sigma = l.contains("sigma") ? l["sigma"] : json();
-      for (const char* which : {"least", "median", "largest"}) rows.back().push_back(brief(number_in(sigma, which)));
+      const auto add = [&](const std::string& cell) { rows.back().push_back(cell); };
+      if (pruned) add(percent(l["pruned"].get<double>() / l["parameters"].get<double>()));
+      add(brief(number_in(l, "mean_absolute")));
+      if (has_kl) add(decimals(number_in(l, "kl"), 1)), add(brief(number_in(l, "kl_per_parameter")));
+      if (!has_sigma) return;
+      const json sigma = l.value("sigma", json());
+      for (const char* which : {"least", "median", "largest"}) add(brief(number_in(sigma, which)));
     };
     for (const json& l : r["layers"]) row(l["layer"], l);
-    row("all", r["all_layers"]);
+    row("all", all);
     return table(rows);
   }
 
@@ -252,7 +249,7 @@ class InspectCommand : public Command {
     constexpr int widest = 50;
     int64_t most = 1;
     for (const json& b : bins) most = std::max(most, b["weights"].get<int64_t>());
-    std::vector<std::vector<std::string>> rows;
+    TextRows rows;
     for (const json& b : bins) rows.push_back({brief(b["from"]) + " to " + brief(b["to"]), grouped(b["weights"])});
     std::string text = table(rows), barred;
     size_t at = 0;
@@ -267,40 +264,29 @@ class InspectCommand : public Command {
     return barred;
   }
 
-  static std::string settings_text(const json& r, bool gaussian) {
+  static std::string settings_text(const json& r) {
     const json& s = r["next_update"];
-    std::vector<std::vector<std::string>> rows;
-    const auto add = [&](const char* option, const std::string& value, const std::string& meaning) {
-      rows.push_back({option, value, meaning});
-    };
-    const bool descent = s["rule"] == "bgd";
-    add("--rule", s["rule"], descent ? "Bayesian gradient descent" : "Adam on the evidence bound");
-    add("--epochs", brief(s["epochs"]), "passes over the new images");
-    add("--batch", std::to_string(s["batch"].get<int>()), "images a step");
-    if (descent) {
-      add("--eta", brief(s["lr"]), "scales a step");
-      add("--draws", std::to_string(s["draws"].get<int>()), "of the weights, a step");
-    } else {
-      add("--lr", brief(s["lr"]), "Adam's step size of the means");
-      add("--schedule", s["schedule"], "of the step sizes in a stage");
+    const bool bgd = s["rule"] == "bgd";
+    TextRows rows;
+    if (bgd) rows.push_back({"--rule", "bgd", "Bayesian gradient descent"});
+    rows.push_back({"--epochs", brief(s["epochs"]), "passes over the new images"});
+    rows.push_back({"--batch", s["batch"].dump(), "images a step"});
+    if (bgd) rows.push_back({"--draws", s["draws"].dump(), "of the weights, a step"});
+    for (const Option& option : find_posterior(r["model"]["kind"]).options) {
+      const json& value = s[option.name];
+      // Of the settings of another rule, what bgd reads too.
+      if (decided_by_init(option) || (bgd && option.name != "lr" && option.name != "schedule")) continue;
+      rows.push_back({bgd && option.name == "lr" ? "--eta" : option_flag(option),
+                      value.is_number_float() ? brief(value)
+                      : value.is_string()     ? std::string(value)
+                                              : value.dump(),
+                      bgd && option.name == "lr" ? "scales a step" : option.help});
     }
-    if (gaussian && !descent) {
-      add("--lr-scale", brief(s["lr_scale"]), "the same of ln sigma");
-      add("--scale-rule", s["scale_rule"], "how sigma moves");
-      add("--beta", brief(s["beta"]), "weight of the KL in mean NLL + beta / images KL");
-      add("--warmup-epochs", brief(s["warmup_epochs"]), "in which that weight grows to beta");
-    }
-    // The words behind the values, left-aligned.
-    size_t option = 0, value = 0;
-    for (const auto& row : rows) option = std::max(option, row[0].size()), value = std::max(value, row[1].size());
-    std::string text;
-    for (const auto& row : rows)
-      text += row[0] + std::string(option + 2 - row[0].size(), ' ') + row[1] +
-              std::string(value + 2 - row[1].size(), ' ') + row[2] + "\n";
-    return text;
+    return list(rows);
   }
 
   std::string model_;
+  bool networks_ = false;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ struct Entry {
   CLI::App* app = nullptr;
 };
 
-// The arguments with the settings of --config, where the command line does not give them itself, put behind them.
+// The arguments, followed by those settings of --config that the command line does not give itself.
 std::vector<std::string> with_config(CLI::App& app, const std::string& command, std::vector<std::string> arguments) {
   const auto is = [](const std::string& argument, const std::string& option) {
     return argument == option || argument.rfind(option + "=", 0) == 0;
@@ -34,24 +34,26 @@ std::vector<std::string> with_config(CLI::App& app, const std::string& command, 
     if (!known || name == "config" || name == "help")
       throw InputError(path + ": baton " + command + " has no setting '" + name + "' (baton " + command +
                        " --help lists the options)");
-    if (std::any_of(arguments.begin(), arguments.end(), [&](const std::string& a) { return is(a, option); })) continue;
-    const bool flag = known->get_items_expected_max() == 0;
-    if (flag && value != "true" && value != "false")
+    const auto gives = [&](const std::string& argument) {  // by any of the option's names
+      const std::vector<std::string>& names = known->get_lnames();
+      return std::any_of(names.begin(), names.end(), [&](const std::string& n) { return is(argument, "--" + n); });
+    };
+    if (std::any_of(arguments.begin(), arguments.end(), gives)) continue;
+    if (known->get_items_expected_max() == 0 && value != "true" && value != "false")
       throw InputError(path + ": '" + name + "' is " + value + "; expected true or false");
-    if (flag && value == "true") arguments.push_back(option);
-    if (!flag) arguments.push_back(option + "=" + value);
+    arguments.push_back(option + "=" + value);
   }
   return arguments;
 }
 
 int run(int argc, char** argv) {
   CLI::App app{
-      "Baton keeps a network up to date as data arrive: what it knows is a posterior over its weights, which is the "
-      "prior\nof what it learns next; old data are never needed again.",
+      "Baton keeps a network up to date as data arrive. What it knows is a posterior over its weights, which is the "
+      "prior\nof what it learns next, so that old data are never needed again.",
       "baton"};
   app.require_subcommand(1);
   app.footer(
-      "Begin:    baton init --from lenet5.safetensors --family ffg --pretrained-sd 0.05 --out model.safetensors\n"
+      "Begin:    baton init --from lenet5.safetensors --kind ffg --pretrained-sd 0.05 --out model.safetensors\n"
       "Go on:    baton update --model model.safetensors --data new/ --out next.safetensors\n"
       "Use:      baton predict --model next.safetensors --data photos/ --out predictions.csv\n"
       "Each command's --help has more.");
@@ -62,12 +64,12 @@ int run(int argc, char** argv) {
                     compare_command, export_command}) {
     Entry entry;
     entry.command = make();
-    entry.app = app.add_subcommand(entry.command->name(), entry.command->summary());
+    entry.app = app.add_subcommand(entry.command->name, entry.command->summary);
     entry.command->add_options(*entry.app);
     entry.app->add_option("--config", config,
                           "a JSON file of settings: {\"epochs\": 5}; the command line goes before it");
     entry.app->add_flag("--json", as_json, "print one JSON object instead of text");
-    entry.app->footer(std::string("Examples:\n") + entry.command->examples());
+    entry.app->footer(std::string("Examples:\n") + entry.command->examples);
     entries.push_back(std::move(entry));
   }
 
@@ -75,8 +77,8 @@ int run(int argc, char** argv) {
   Entry* chosen = nullptr;
   if (!arguments.empty())
     for (Entry& e : entries)
-      if (arguments[0] == e.command->name()) chosen = &e;
-  if (chosen) arguments = with_config(*chosen->app, chosen->command->name(), arguments);
+      if (arguments[0] == e.command->name) chosen = &e;
+  if (chosen) arguments = with_config(*chosen->app, chosen->command->name, arguments);
   try {
     std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes a vector
     app.parse(arguments);
@@ -84,7 +86,7 @@ int run(int argc, char** argv) {
     app.exit(e);
     return 0;
   } catch (const CLI::ParseError& e) {
-    const std::string where = chosen ? "baton " + std::string(chosen->command->name()) : "baton";
+    const std::string where = chosen ? "baton " + std::string(chosen->command->name) : "baton";
     throw InputError(std::string(e.what()) + " (" + where + " --help lists " +
                      (chosen ? "the options)" : "the commands)"));
   }

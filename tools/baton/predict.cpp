@@ -1,10 +1,11 @@
 // baton predict: every image's class probabilities, and how uncertain they are.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "engine/io/files.h"
 #include "engine/io/npy.h"
-#include "tools/baton/predictions.h"
+#include "tools/baton/describe.h"
 
 namespace baton {
 
@@ -12,12 +13,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// The figures of an image besides its probabilities, in the order of the columns.
+// The figures of an image beside its probabilities, in the order of the columns.
 struct Figure {
   const char* name;
   std::vector<float> values;
 };
-std::vector<Figure> figures_of(const Predictions& p) {
+std::vector<Figure> collect_figures(const Predictions& p) {
   std::vector<float> aleatoric(p.entropy.size());
   for (size_t i = 0; i < aleatoric.size(); i++) aleatoric[i] = p.entropy[i] - p.mutual_information[i];
   return {{"entropy", p.entropy},
@@ -44,7 +45,8 @@ std::string json_string(const std::string& text) {
   return json(text).dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
-struct Rows {
+// A row an image.
+struct Predicted {
   const Model& model;
   const OwnData& data;
   const Predictions& predictions;
@@ -52,13 +54,13 @@ struct Rows {
   int samples;
 
   int count() const { return data.images.count; }
-  int classes() const { return model.architecture.classes; }
+  int classes() const { return model.network.classes; }
   const float* probability(int i) const { return &predictions.probability[size_t(i) * classes()]; }
 };
 
-std::string csv_of(const Rows& rows) {
+std::string format_csv(const Predicted& rows) {
   const bool named = !rows.data.names.empty();
-  const std::vector<Figure> figures = figures_of(rows.predictions);
+  const std::vector<Figure> figures = collect_figures(rows.predictions);
   std::string text = std::string("index") + (named ? ",name" : "") + (rows.data.labelled ? ",label" : "");
   text += ",prediction";
   for (int c = 0; c < rows.classes(); c++) text += ",p" + std::to_string(c);
@@ -76,8 +78,8 @@ std::string csv_of(const Rows& rows) {
   return text;
 }
 
-std::string json_of(const Rows& rows) {
-  const std::vector<Figure> figures = figures_of(rows.predictions);
+std::string format_json(const Predicted& rows) {
+  const std::vector<Figure> figures = collect_figures(rows.predictions);
   std::string text = "{\"classes\": [";
   for (int c = 0; c < rows.classes(); c++) text += (c ? ", " : "") + json_string(rows.model.class_name(c));
   text += "], \"samples\": " + std::to_string(rows.samples) + ", \"images\": [";
@@ -94,7 +96,7 @@ std::string json_of(const Rows& rows) {
   return text + "\n]}\n";
 }
 
-std::map<std::string, Tensor> arrays_of(const Rows& rows) {
+std::map<std::string, Tensor> collect_arrays(const Predicted& rows) {
   const int64_t n = rows.count();
   std::map<std::string, Tensor> arrays;
   arrays["probability"] = Tensor::of<float>(rows.predictions.probability, {n, rows.classes()});
@@ -102,26 +104,20 @@ std::map<std::string, Tensor> arrays_of(const Rows& rows) {
   const std::vector<uint8_t>& labels = rows.data.images.labels;
   if (rows.data.labelled)
     arrays["label"] = Tensor::of<int64_t>(std::vector<int64_t>(labels.begin(), labels.end()), {n});
-  for (const Figure& f : figures_of(rows.predictions)) arrays[f.name] = Tensor::of<float>(f.values, {n});
+  for (const Figure& f : collect_figures(rows.predictions)) arrays[f.name] = Tensor::of<float>(f.values, {n});
   return arrays;
-}
-
-double mean(const std::vector<float>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0) / double(values.size());
 }
 
 class Predict : public Command {
  public:
-  const char* name() const override { return "predict"; }
-  const char* summary() const override { return "class probabilities of images, and how uncertain they are"; }
-  const char* examples() const override {
-    return "  baton predict --model model.safetensors --data photos/ --out predictions.csv\n"
-           "      a row for every PNG or JPEG of the folder: class, probabilities, uncertainties\n"
-           "  baton predict --model model.safetensors --data t10k-images-idx3-ubyte.gz --samples 20 --out p.npz\n"
-           "      MNIST's test images, averaged over 20 draws of the weights; numpy.load reads the file\n"
-           "  baton predict --model model.safetensors --data new.npy --images 0:100 --mean\n"
-           "      one fast pass over the first 100 images, with the mean of the weights; nothing is written\n";
-  }
+  Predict()
+      : Command("predict", "class probabilities of images, and how uncertain they are",
+                "  baton predict --model model.safetensors --data photos/ --out predictions.csv\n"
+                "      a row for every PNG or JPEG of the folder: class, probabilities, uncertainties\n"
+                "  baton predict --model model.safetensors --data t10k-images-idx3-ubyte.gz --samples 20 --out p.npz\n"
+                "      MNIST's test images, averaged over 20 draws of the weights; numpy.load reads the file\n"
+                "  baton predict --model model.safetensors --data new.npy --images 0:100 --mean\n"
+                "      one fast pass over the first 100 images, with the mean of the weights; nothing is written\n") {}
 
   void add_options(CLI::App& app) override {
     app.add_option("--model", model_, "the model")->required();
@@ -133,23 +129,24 @@ class Predict : public Command {
   }
 
   json run() override {
-    const std::string ending = ending_of_out();
-    const Model model = load_model(model_);
-    const int samples = prediction_.samples(model);
-    const OwnData data = data_.load(model, false);
+    const std::string ending = check_out();
     Device device;
-    const Predictions p = predict_images(prediction_, device, model, data.images);
-    Rows rows{model, data, p, {}, samples};
+    Arena arena;
+    const LoadedModel loaded = load_model(device, arena, model_);
+    const int samples = prediction_.samples(loaded.model);  // what is wrong with --samples, before the images are read
+    const OwnData data = data_.load(loaded.model, false);
+    const Predictions p = prediction_.predict(device, loaded, data.images);
+    Predicted rows{loaded.model, data, p, {}, samples};
     for (int i = 0; i < rows.count(); i++) {
       const float* of_image = rows.probability(i);
       rows.chosen.push_back(int(std::max_element(of_image, of_image + rows.classes()) - of_image));
     }
-    if (ending == ".csv") write_file_atomically(out_, csv_of(rows));
-    if (ending == ".json") write_file_atomically(out_, json_of(rows));
-    if (ending == ".npz") save_npz(out_, arrays_of(rows));
+    if (ending == ".csv") write_file_atomically(out_, format_csv(rows));
+    if (ending == ".json") write_file_atomically(out_, format_json(rows));
+    if (ending == ".npz") save_npz(out_, collect_arrays(rows));
     if (ending == ".npy")
       save_npy(out_, Tensor::of<float>(p.probability, {int64_t(rows.count()), int64_t(rows.classes())}));
-    return summary_of(rows);
+    return summarise(rows);
   }
 
   std::string text(const json& result) const override {
@@ -158,7 +155,7 @@ class Predict : public Command {
     text += "How often each class was predicted:\n" + class_table(result);
 
     const double most = std::log(double(result["classes"].size()));
-    std::vector<std::vector<std::string>> means{{"mean entropy", decimals(result["mean_entropy"], 4) + " nats"}};
+    TextRows means{{"mean entropy", decimals(result["mean_entropy"], 4) + " nats"}};
     if (epistemic)
       means.push_back({"mean mutual information", decimals(result["mean_mutual_information"], 4) + " nats"});
     text += "\n" + table(means);
@@ -169,7 +166,7 @@ class Predict : public Command {
 
     const json& uncertain = result["most_uncertain"];
     text += "\nThe most uncertain " + std::string(uncertain.size() == 1 ? "image" : "images") + ":\n";
-    std::vector<std::vector<std::string>> images{{"image"}};
+    TextRows images{{"image"}};
     const bool named = uncertain[0].contains("name");
     if (named) images[0].push_back("name");
     for (const char* heading : {"prediction", "its probability", "entropy"}) images[0].push_back(heading);
@@ -189,7 +186,7 @@ class Predict : public Command {
 
  private:
   // What is wrong with --out is said before the work. "": there is none.
-  std::string ending_of_out() const {
+  std::string check_out() const {
     if (out_.empty()) return "";
     std::string ending = fs::path(out_).extension().string();
     std::transform(ending.begin(), ending.end(), ending.begin(), [](unsigned char c) { return char(std::tolower(c)); });
@@ -204,16 +201,13 @@ class Predict : public Command {
     return ending;
   }
 
-  json summary_of(const Rows& rows) const {
+  json summarise(const Predicted& rows) const {
     const Predictions& p = rows.predictions;
-    json result{{"command", "predict"},
-                {"model", description_of(rows.model)},
-                {"data", description_of(rows.data)},
-                {"samples", rows.samples},
-                {"seed", prediction_.seed()}};
+    json result{{"command", "predict"}, {"model", describe_model(rows.model)}, {"data", describe_data(rows.data)}};
+    prediction_.describe(result, rows.model);
     std::vector<int64_t> counts(rows.classes());
     for (int c : rows.chosen) counts[c]++;
-    const std::vector<std::string> names = class_names(rows.model);
+    const std::vector<std::string> names = list_classes(rows.model);
     result["classes"] = json::array();
     for (int c = 0; c < rows.classes(); c++)
       result["classes"].push_back({{"class", c}, {"name", names[c]}, {"images", counts[c]}});
@@ -252,7 +246,7 @@ class Predict : public Command {
       classes.resize(most);
       std::erase_if(classes, [](const json& c) { return c["images"] == 0; });
     }
-    std::vector<std::vector<std::string>> rows{{"class", "images", "share"}};
+    TextRows rows{{"class", "images", "share"}};
     for (const json& c : classes) {
       const auto n = c["images"].get<int64_t>();
       rows.push_back({c["name"], grouped(n), percent(double(n) / result["data"]["images"].get<double>())});

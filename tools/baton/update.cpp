@@ -1,10 +1,10 @@
 // baton update: the posterior becomes the prior, and a new part of the data is learned.
 #include <cmath>
+#include <optional>
 
 #include "engine/io/progress.h"
 #include "tools/baton/command.h"
 #include "trainers/model_update.h"
-#include "trainers/parse.h"
 
 namespace baton {
 
@@ -12,21 +12,20 @@ namespace {
 
 class UpdateCommand : public Command {
  public:
-  const char* name() const override { return "update"; }
-  const char* summary() const override { return "learn new data alone: the posterior is the prior"; }
-  const char* examples() const override {
-    return "  baton update --model model.safetensors --data new/ --out next.safetensors\n"
-           "      learns the pictures in new/cat/*.png, new/dog/*.jpg, ...; model.safetensors stays as it is\n"
-           "  baton update --model model.safetensors --data mnist/ --images 30000:36000 --epochs 5 --out "
-           "next.safetensors\n"
-           "      6,000 images of an IDX set\n"
-           "  baton update --model model.safetensors --data new/ --out next.safetensors --resume\n"
-           "      goes on after a kill or Ctrl-C, to the same file bit for bit";
-  }
+  UpdateCommand()
+      : Command("update", "learn new data alone: the posterior is the prior",
+                "  baton update --model model.safetensors --data new/ --out next.safetensors\n"
+                "      learns the pictures in new/cat/*.png, new/dog/*.jpg, ...; model.safetensors stays as it is\n"
+                "  baton update --model model.safetensors --data mnist/ --images 30000:36000 --epochs 5 --out "
+                "next.safetensors\n"
+                "      6,000 images of an IDX set\n"
+                "  baton update --model model.safetensors --data new/ --out next.safetensors --resume\n"
+                "      goes on after a kill or Ctrl-C, to the same file bit for bit") {}
+
   void add_options(CLI::App& app) override {
     app.add_option("--model", model_, "the model so far")->required();
     data_.add_to(app, "the new images and their labels", true);
-    out_option_ = app.add_option("--out", out_, "the next model's file");
+    app.add_option("--out", out_, "the next model's file");
     app.add_flag("--in-place", in_place_, "the next model takes the place of --model");
     app.add_flag("--overwrite", overwrite_, "write over --out");
     app.add_flag("--resume", resume_, "go on with an update that was killed or stopped");
@@ -35,19 +34,16 @@ class UpdateCommand : public Command {
     app.add_option("--checkpoint-seconds", checkpoint_seconds_, "between two checkpoints (beside --out: .unfinished)")
         ->capture_default_str();
     auto* training = app.add_option_group("Training (default: the model's own settings; baton inspect shows them)");
-    rule_option_ =
-        training->add_option("--rule", rule_, "elbo: Adam on the evidence bound; bgd: Bayesian gradient descent (ffg)");
-    epochs_ = training->add_option("--epochs", given_.epochs, "passes over the new images");
-    batch_ = training->add_option("--batch", given_.batch, "images a step");
-    lr_ = training->add_option("--lr,--eta", given_.training.lr, "Adam's step size of the means; eta of bgd");
-    draws_ = training->add_option("--draws", given_.draws, "bgd: draws of the weights a step (K)");
-    lr_scale_ = training->add_option("--lr-scale", given_.training.lr_scale, "of the log standard deviations");
-    schedule_option_ = training->add_option("--schedule", schedule_, "of the step sizes: constant, linear, cosine");
-    beta_ = training->add_option("--beta", given_.training.beta,
-                                 "weight of the KL in mean NLL + beta / N KL; 1 is the evidence bound itself");
-    warmup_ = training->add_option("--warmup-epochs", given_.training.warmup_epochs, "in which the KL's weight grows");
-    scale_rule_option_ =
-        training->add_option("--scale-rule", scale_rule_, "of the standard deviations: adam or natural");
+    training
+        ->add_option("--rule", rule_,
+                     "elbo: the rule of the posterior's own kind; bgd: Bayesian gradient descent (kind ffg)")
+        ->check(CLI::IsMember({"elbo", "bgd"}));
+    training->add_option("--epochs", epochs_, "passes over the new images");
+    training->add_option("--batch", batch_, "images a step");
+    Schema later = posterior_options();
+    std::erase_if(later, decided_by_init);
+    posterior_.add_to(*training, later, false);
+    training->add_option("--head", head_, "the output layer that learns, of a network with several; the first is 0");
     training->add_flag("--augment", augment_, "random flips and crops (colour photographs)");
     training->add_option("--hold-out", hold_out_, "share of the images to judge by instead of learning, as 0.1");
   }
@@ -57,27 +53,12 @@ class UpdateCommand : public Command {
     if (resume_ && restart_) throw InputError("--resume and --restart are opposites");
     if (!(checkpoint_seconds_ >= 0)) throw InputError("--checkpoint-seconds cannot be negative");
     const std::string out = in_place_ ? model_ : out_;
-    Model model = load_model(model_);
-    if (*rule_option_) {
-      const Rule rule = rule_of(rule_);
-      if (rule != model.rule) model.training.lr = rule == Rule::descent ? 1 : 2e-3;  // eta is no step size of Adam's
-      model.rule = rule;
-    }
-    if (*epochs_) model.epochs = given_.epochs;
-    if (*batch_) model.batch = given_.batch;
-    if (*draws_) model.draws = given_.draws;
-    if (*lr_) model.training.lr = given_.training.lr;
-    if (*lr_scale_) model.training.lr_scale = given_.training.lr_scale;
-    if (*schedule_option_) model.training.schedule = schedule_of(schedule_);
-    if (*beta_) model.training.beta = given_.training.beta;
-    if (*warmup_) model.training.warmup_epochs = given_.training.warmup_epochs;
-    if (*scale_rule_option_) model.scale_rule = scale_rule_of(scale_rule_);
-    const TrainingSettings& t = model.training;
-    if (!(t.lr > 0) || !(t.lr_scale >= 0) || !(t.beta >= 0) || !(t.warmup_epochs >= 0))
-      throw InputError("--lr must be positive, --lr-scale, --beta and --warmup-epochs not negative");
+    Model model = read_model(model_);
+    take_settings(model);
     UpdateOptions o;
     o.augment = augment_;
     o.hold_out = hold_out_;
+    o.head = head_;
     o.again = again_;
     std::error_code ignored;
     o.overwrite = overwrite_ || std::filesystem::equivalent(model_, out, ignored);
@@ -87,12 +68,11 @@ class UpdateCommand : public Command {
     o.checkpoint_seconds = checkpoint_seconds_;
     const OwnData data = data_.load(model, true);
 
-    fprintf(stderr, "baton update: %s images (%s), stage %d of %s, %s\n", grouped(data.images.count).c_str(),
-            data.format.c_str(), model.stages() + 1, model.architecture.description().c_str(),
-            name_of(model.posterior.family));
+    fprintf(stderr, "baton update: %s (%s), stage %d of %s, %s\n", plural(data.images.count, "image").c_str(),
+            data.format.c_str(), model.stages() + 1, model.network.description().c_str(), model.kind.c_str());
     Device device;
     std::unique_ptr<Progress> progress;
-    const bool no_kl = model.posterior.family == Family::point || model.rule == Rule::descent;  // none is minimised
+    const bool minimises_kl = model.settings.contains("beta") && model.rule == "elbo";
     o.progress = [&](const UpdateProgress& p) {
       if (!progress) {
         ProgressOptions options;
@@ -102,9 +82,9 @@ class UpdateCommand : public Command {
         progress = std::make_unique<Progress>("", p.total, stderr, options);
       }
       char kl[80] = "";
-      if (!no_kl)
+      if (minimises_kl)
         snprintf(kl, sizeof kl, "KL %.4g (%.3g an image)", p.kl,
-                 model.training.beta * p.kl / double(data.images.count));
+                 double(model.settings["beta"]) * p.kl / double(data.images.count));
       if (p.epoch != epoch_) progress->stage("epoch " + std::to_string(p.epoch) + "/" + std::to_string(p.epochs));
       epoch_ = p.epoch;
       progress->update(p.images, p.loss, p.accuracy, kl);
@@ -117,7 +97,7 @@ class UpdateCommand : public Command {
     json j = update_model(device, model, data, out, o);
     if (progress) progress->finish();
     j["model"] = out;
-    j["family"] = name_of(model.posterior.family);
+    j["kind"] = model.kind;
     j["device"] = device.description();
     return j;
   }
@@ -134,7 +114,7 @@ class UpdateCommand : public Command {
             " nats an image (mean negative log-likelihood of the last epoch), "
             "training accuracy " +
             percent(j["accuracy"]) + "\n";
-    if (j["family"] != "ft") {
+    if (j.contains("kl_by_layer") && !j["kl_by_layer"].empty()) {
       text += "KL to the prior: " + decimals(j["kl"], 1) + " nats (";
       bool first = true;
       for (const auto& [layer, value] : j["kl_by_layer"].items()) {
@@ -151,17 +131,32 @@ class UpdateCommand : public Command {
   }
 
  private:
-  std::string model_, out_, schedule_, rule_, scale_rule_;
-  bool augment_ = false;
-  double hold_out_ = 0;
-  bool in_place_ = false, overwrite_ = false, resume_ = false, restart_ = false, again_ = false;
-  double checkpoint_seconds_ = 10;
-  int epoch_ = 0;
-  Model given_;
+  void take_settings(Model& model) const {
+    if (!rule_.empty() && rule_ != model.rule) {
+      model.settings["lr"] = rule_ == "bgd" ? 1 : 2e-3;  // eta is no step size of Adam's
+      model.rule = rule_;
+    }
+    model.epochs = epochs_.value_or(model.epochs);
+    model.batch = batch_.value_or(model.batch);
+    json given = posterior_.given();
+    if (model.kind == "ffg") {  // what the rule bgd takes: a model of this kind keeps eta as its step size
+      if (given.contains("draws")) model.draws = given["draws"];
+      if (given.contains("eta")) given["lr"] = given["eta"];
+      given.erase("draws");
+      given.erase("eta");
+    }
+    model.settings.update(given);
+    complete_options(find_posterior(model.kind).options, model.settings, model.kind);  // refuses what it has not
+  }
+
+  std::string model_, out_, rule_;
+  bool augment_ = false, in_place_ = false, overwrite_ = false, resume_ = false, restart_ = false, again_ = false;
+  double hold_out_ = 0, checkpoint_seconds_ = 10;
+  int head_ = 0, epoch_ = 0;
+  std::optional<double> epochs_;
+  std::optional<int> batch_;
+  SchemaArguments posterior_;
   DataArguments data_{"--data", Split::train};
-  CLI::Option *out_option_ = nullptr, *epochs_ = nullptr, *batch_ = nullptr, *lr_ = nullptr, *lr_scale_ = nullptr,
-              *schedule_option_ = nullptr, *beta_ = nullptr, *warmup_ = nullptr, *rule_option_ = nullptr,
-              *scale_rule_option_ = nullptr, *draws_ = nullptr;
 };
 
 }  // namespace

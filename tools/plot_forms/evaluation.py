@@ -204,7 +204,7 @@ def words_of(result, drawn, width):
     facts = [f"{result['data']['images']:,} labelled images: accuracy {100 * accuracy['accuracy']:.2f} % "
              f"(95 %: {100 * accuracy['low']:.2f} to {100 * accuracy['high']:.2f}), "
              f"NLL {result['nll']:.4f} nats, Brier score {result['brier']:.4f}",
-             f"{model['family']}, {model['stages']} stage{'s'[:model['stages'] != 1]} learned; {way}"]
+             f"{model.get('kind') or model['family']}, {model['stages']} stage{'s'[:model['stages'] != 1]} learned; {way}"]
     notes = ["Reliability: bars are the accuracy of images by confidence, with its 95 % interval; dots, their mean "
              "confidence. A bar above the diagonal: right more often than the model claims; below: less often."]
     if drawn.foreign:

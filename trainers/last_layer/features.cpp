@@ -7,6 +7,7 @@
 #include "engine/io/npy.h"
 #include "engine/io/safetensors.h"
 #include "engine/io/stop.h"
+#include "layers/estimators.h"
 
 namespace baton {
 
@@ -69,13 +70,15 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
   Arena arena;
   const std::unique_ptr<Network> network = make();
   network->use_head(head);
-  network->prepare({device, arena, 1, batch, false, false}, false);
-  if (network->input().size != images.image_bytes())
+  if (size_t(network->input_shape().size()) != images.image_bytes())
     throw InputError(std::string(network->architecture()) + " takes images of " +
-                     std::to_string(network->input().size) + " numbers, not " + std::to_string(images.image_bytes()));
+                     std::to_string(network->input_shape().size()) + " numbers, not " +
+                     std::to_string(images.image_bytes()));
   const DeviceImages set = upload_images(device, arena, images, normalisation);
   ParameterStore store(arena, network->layout(), 1);
   float* mean = store.add("mean");
+  PointWeights source(mean, network->layout().stride());
+  network->prepare({device, arena, source, 1, batch, false});
   for (const TensorSpec& t : network->layout().tensors()) {
     const auto found = weights.find(t.name);
     if (found == weights.end()) throw InputError("features need the weights of " + t.name);
@@ -97,7 +100,7 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
     stop_if_asked();
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
                    device.stream());
-    network->forward(device, {mean, nullptr, network->layout().stride()}, nullptr);
+    network->forward({});
     const size_t valid = std::min(batch, images.count - b * batch);
     const std::vector<float> rows = download(device, hidden.signal.value, valid * hidden.size);
     result.x.insert(result.x.end(), rows.begin(), rows.end());

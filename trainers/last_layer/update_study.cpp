@@ -2,29 +2,51 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <optional>
+#include <map>
+#include <numeric>
 
 #include "engine/io/stop.h"
+#include "trainers/last_layer/names.h"
+#include "trainers/last_layer/reweighting.h"
 #include "trainers/metrics.h"
 
 namespace baton {
+
+constexpr const char *method_names[] = {"base",       "first_order", "monte_carlo", "gaussian",  "implicit",
+                                        "one_by_one", "lbfgs_warm",  "newton_warm", "retrained", "adam"},
+                     *method_labels[] = {"base model",      "first order",   "Monte Carlo re-weighting",
+                                         "authors' rule",   "implicit step", "authors' rule, one by one",
+                                         "L-BFGS, warm",    "Newton, warm",  "retrained (Newton)",
+                                         "retrained (Adam)"};
+const char* to_string(UpdateMethod method) { return method_names[int(method)]; }
+const char* label(UpdateMethod method) { return method_labels[int(method)]; }
+UpdateMethod parse_update_method(const std::string& name) {
+  return parse_name<UpdateMethod>("method", method_names, name);
+}
+const std::vector<UpdateMethod>& all_update_methods() {
+  static const std::vector<UpdateMethod> all = [] {
+    std::vector<UpdateMethod> methods;
+    for (const char* name : method_names) methods.push_back(parse_update_method(name));
+    return methods;
+  }();
+  return all;
+}
+
+std::vector<int> shuffled(int count, uint64_t seed, uint64_t stream) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  SplitMix64 random(seed, stream);
+  for (int i = count - 1; i > 0; i--) std::swap(order[i], order[random.below(uint64_t(i) + 1)]);
+  return order;
+}
 
 namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-double median_of(std::vector<double> v) {
+double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
-}
-
-std::vector<int> shuffled(int count, uint64_t seed) {
-  std::vector<int> order(count);
-  for (int i = 0; i < count; i++) order[i] = i;
-  SplitMix64 random(seed, 21);
-  for (int i = count - 1; i > 0; i--) std::swap(order[i], order[random.below(uint64_t(i) + 1)]);
-  return order;
 }
 
 void stop_if_asked() {
@@ -32,270 +54,196 @@ void stop_if_asked() {
 }
 
 struct Judged {
-  double accuracy = 0, nll = 0, ece = 0;
+  Metrics metrics;
   std::vector<int> choice;  // [test]
 };
 
 Judged judge(const std::vector<double>& probability, const std::vector<uint8_t>& labels, int classes) {
   const std::vector<float> p(probability.begin(), probability.end());
-  const Metrics m = evaluate(p, labels, classes, {}, {});
-  Judged j{m.accuracy, m.nll, m.ece, {}};
-  for (size_t i = 0; i < labels.size(); i++)
-    j.choice.push_back(int(std::max_element(&p[i * classes], &p[i * classes] + classes) - &p[i * classes]));
-  return j;
+  Judged judged{evaluate(p, labels, classes, {}, {}), {}};
+  for (auto row = p.begin(); row != p.end(); row += classes)
+    judged.choice.push_back(int(std::max_element(row, row + classes) - row));
+  return judged;
 }
 
 }  // namespace
 
-const std::vector<UpdateMethod>& all_update_methods() {
-  static const std::vector<UpdateMethod> all = {
-      UpdateMethod::base,      UpdateMethod::first_order, UpdateMethod::monte_carlo, UpdateMethod::gaussian,
-      UpdateMethod::implicit,  UpdateMethod::one_by_one,  UpdateMethod::lbfgs_warm,  UpdateMethod::newton_warm,
-      UpdateMethod::retrained, UpdateMethod::adam};
-  return all;
-}
-const char* name_of(UpdateMethod m) {
-  switch (m) {
-    case UpdateMethod::base:
-      return "base";
-    case UpdateMethod::first_order:
-      return "first_order";
-    case UpdateMethod::monte_carlo:
-      return "monte_carlo";
-    case UpdateMethod::gaussian:
-      return "gaussian";
-    case UpdateMethod::implicit:
-      return "implicit";
-    case UpdateMethod::one_by_one:
-      return "one_by_one";
-    case UpdateMethod::lbfgs_warm:
-      return "lbfgs_warm";
-    case UpdateMethod::newton_warm:
-      return "newton_warm";
-    case UpdateMethod::retrained:
-      return "retrained";
-    case UpdateMethod::adam:
-      return "adam";
-  }
-  return "";
-}
-const char* words_of(UpdateMethod m) {
-  switch (m) {
-    case UpdateMethod::base:
-      return "base model";
-    case UpdateMethod::first_order:
-      return "first order";
-    case UpdateMethod::monte_carlo:
-      return "Monte Carlo re-weighting";
-    case UpdateMethod::gaussian:
-      return "authors' rule";
-    case UpdateMethod::implicit:
-      return "implicit step";
-    case UpdateMethod::one_by_one:
-      return "authors' rule, one by one";
-    case UpdateMethod::lbfgs_warm:
-      return "L-BFGS, warm";
-    case UpdateMethod::newton_warm:
-      return "Newton, warm";
-    case UpdateMethod::retrained:
-      return "retrained (Newton)";
-    case UpdateMethod::adam:
-      return "retrained (Adam)";
-  }
-  return "";
-}
-UpdateMethod update_method_of(const std::string& name) {
-  std::string known;
-  for (UpdateMethod m : all_update_methods()) {
-    if (name == name_of(m)) return m;
-    known += (known.empty() ? "" : ", ") + std::string(name_of(m));
-  }
-  throw InputError("unknown method '" + name + "': of " + known);
-}
-
 template <class Real>
-void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& test, const UpdateStudy& o,
+void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& test, const UpdateStudyOptions& o,
                       const std::function<void(const json&)>& line) {
   if (o.bases.empty() || o.news.empty() || o.taus.empty() || o.seeds.empty())
     throw InputError("a study of updates needs bases, numbers of new samples, prior precisions and seeds");
   if (pool.dim != test.dim)
     throw InputError("the pool has " + std::to_string(pool.dim) + " features, the test set " +
                      std::to_string(test.dim));
-  const int most_base = *std::max_element(o.bases.begin(), o.bases.end());
-  const int most_new = *std::max_element(o.news.begin(), o.news.end());
-  for (int n : o.bases)
-    if (n < 1) throw InputError("a base set needs at least one sample");
-  for (int n : o.news)
-    if (n < 1) throw InputError("an update needs at least one sample");
-  if (most_base + most_new > pool.count)
+  if (*std::min_element(o.bases.begin(), o.bases.end()) < 1) throw InputError("a base set needs at least one sample");
+  if (*std::min_element(o.news.begin(), o.news.end()) < 1) throw InputError("an update needs at least one sample");
+  const int most_base = *std::max_element(o.bases.begin(), o.bases.end()),
+            most_new = *std::max_element(o.news.begin(), o.news.end()), most = most_base + most_new;
+  if (most > pool.count)
     throw InputError("the pool has " + std::to_string(pool.count) + " samples, " + std::to_string(most_base) + " + " +
                      std::to_string(most_new) + " are asked for");
   if (o.repeats < 1) throw InputError("a timing needs at least one repetition");
   const int classes = std::max(pool.classes, test.classes), dim = pool.dim;
+  const std::vector<uint8_t> test_labels(test.labels.begin(), test.labels.end());
   Arena arena;
-  const FeatureRows<Real> tested = upload_features<Real>(device, arena, test);
-  const FeatureRows<Real> all = upload_features<Real>(device, arena, pool);
-  const std::vector<uint8_t> labels(test.labels.begin(), test.labels.end());
-  Real* x = arena.take<Real>(size_t(most_base + most_new) * dim);
-  int32_t *y = arena.take<int32_t>(most_base + most_new), *index = arena.take<int32_t>(most_base + most_new);
+  const FeatureRows<Real> tested = upload_features<Real>(device, arena, test),
+                          pooled = upload_features<Real>(device, arena, pool);
+  const auto judge_layer = [&](LastLayer<Real>& layer) {
+    return judge(layer.predict(tested.x, tested.count, o.link).probability, test_labels, classes);
+  };
 
   for (double tau : o.taus) {
-    LastLayerOptions settings;
-    settings.tau = tau;
-    settings.weight = o.weight;
-    LastLayer<Real> base(device, dim, classes, settings), layer(device, dim, classes, settings);
-    settings.weight = SampleWeight::gaussian;  // of the authors' rule: its own covariance
-    LastLayer<Real> gaussian_base(device, dim, classes, settings);
+    LastLayer<Real> base(device, dim, classes, {.tau = tau, .weight = o.weight}),
+        layer(device, dim, classes, {.tau = tau, .weight = o.weight}),
+        gaussian_base(device, dim, classes,
+                      {.tau = tau, .weight = SampleWeight::gaussian});  // where the authors' rule starts
     for (int n : o.bases)
       for (size_t s = 0; s < o.seeds.size(); s++) {
-        if (o.skip && o.skip(tau, n, o.seeds[s])) continue;
-        const std::vector<int> order = shuffled(pool.count, o.seeds[s]);
-        std::vector<int32_t> chosen(order.begin(), order.begin() + most_base + most_new);
-        // The new samples are the same for every base set.
-        std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());
-        std::vector<int32_t> chosen_labels;
-        for (int i : chosen) chosen_labels.push_back(pool.labels[i]);
-        upload(device, index, chosen);
-        upload(device, y, chosen_labels);
-        gather_rows(x, all.x, index, int(chosen.size()), dim, device.stream());
-        const MapResult fitted = base.fit({x, y, n, dim});
-        gaussian_base.fit_covariance({x, y, n, dim}, fitted.weights);
-        const Judged before = judge(base.predict(tested.x, tested.count, o.link).probability, labels, classes);
-        for (int b : o.news) {
-          const FeatureRows<Real> fresh{x + size_t(n) * dim, y + n, b, dim}, together{x, y, n + b, dim};
-          const auto report = [&](UpdateMethod method, const Judged& j, std::optional<double> seconds) {
-            int flips = 0;
-            for (size_t i = 0; i < labels.size(); i++) flips += j.choice[i] != before.choice[i];
-            json row{{"tau", tau},
-                     {"base", n},
-                     {"new", b},
-                     {"seed", o.seeds[s]},
-                     {"method", name_of(method)},
-                     {"label", words_of(method)},
-                     {"accuracy", j.accuracy},
-                     {"nll", j.nll},
-                     {"ece", j.ece},
-                     {"flips", double(flips) / double(labels.size())},
-                     {"gain", j.accuracy - before.accuracy}};
-            if (seconds) row["seconds"] = *seconds;
-            line(row);
-          };
-          const auto judged = [&] {
-            return judge(layer.predict(tested.x, tested.count, o.link).probability, labels, classes);
-          };
-          // The median of some updates, each from the same posterior.
-          const auto timed = [&](const LastLayer<Real>& from, const std::function<void()>& update) {
-            std::vector<double> seconds;
-            for (int k = 0; k < o.repeats; k++) {
-              stop_if_asked();
-              layer.copy_from(from);
-              device.synchronize();
-              const double start = now();
-              update();
-              device.synchronize();
-              seconds.push_back(now() - start);
-            }
-            return median_of(seconds);
-          };
-          UpdateOptions update;
-          update.gamma = o.gamma;
-          update.duplicates = true;  // a set may hold equal samples
+        const uint64_t seed = o.seeds[s];
+        if (o.skip && o.skip(tau, n, seed)) continue;
+        const std::vector<int> order = shuffled(pool.count, seed, 21);
+        std::vector<int> chosen(order.begin(), order.begin() + most), labels;
+        std::rotate(chosen.begin() + n, chosen.begin() + most_base, chosen.end());  // the same new ones for every base
+        for (int i : chosen) labels.push_back(pool.labels[i]);
+        Arena unit;
+        const Real* x = place_rows(device, unit, pooled.x, chosen, dim);
+        const int32_t* y = place(device, unit, labels);
+        const std::vector<double> fitted = base.fit({x, y, n, dim}).weights;
+        gaussian_base.fit_covariance({x, y, n, dim}, fitted);
+        const Judged before = judge_layer(base);
+        for (int b : o.news)
           for (UpdateMethod method : o.methods) {
+            const FeatureRows<Real> fresh{x + size_t(n) * dim, y + n, b, dim}, all{x, y, n + b, dim};
+            const auto report = [&](const Judged& j, const std::vector<double>& seconds) {
+              int flips = 0;
+              for (size_t i = 0; i < j.choice.size(); i++) flips += j.choice[i] != before.choice[i];
+              json row{{"tau", tau},
+                       {"base", n},
+                       {"new", b},
+                       {"seed", seed},
+                       {"method", to_string(method)},
+                       {"label", label(method)},
+                       {"accuracy", j.metrics.accuracy},
+                       {"nll", j.metrics.nll},
+                       {"ece", j.metrics.ece},
+                       {"flips", double(flips) / double(j.choice.size())},
+                       {"gain", j.metrics.accuracy - before.metrics.accuracy}};
+              if (!seconds.empty()) row["seconds"] = median(seconds);
+              line(row);
+            };
+            // Every repetition updates the same posterior.
+            const auto time_update = [&](const LastLayer<Real>& from, const std::function<void()>& update) {
+              std::vector<double> seconds;
+              for (int k = 0; k < o.repeats; k++) {
+                stop_if_asked();
+                layer.copy_from(from);
+                device.synchronize();
+                const double start = now();
+                update();
+                device.synchronize();
+                seconds.push_back(now() - start);
+              }
+              report(judge_layer(layer), seconds);
+            };
+            const auto time_fit = [&](int repeats, const std::function<MapResult()>& fit) {
+              MapResult result;
+              std::vector<double> seconds;
+              for (int k = 0; k < repeats; k++) {
+                const double start = now();
+                result = fit();
+                seconds.push_back(now() - start);
+              }
+              layer.copy_from(base);
+              layer.fit_covariance(all, result.weights);
+              report(judge_layer(layer), seconds);
+            };
+            const auto time_map = [&](MapOptions options) {
+              options.tau = tau;
+              time_fit(o.repeats, [&] { return fit_map(device, all, classes, options); });
+            };
+            LastLayerUpdateOptions update{.gamma = o.gamma, .duplicates = true};  // a set may hold equal samples
+            if (method != UpdateMethod::implicit) update.rule = UpdateRule::gaussian;
             stop_if_asked();
-            double seconds = 0;
             switch (method) {
               case UpdateMethod::base:
-                report(method, before, std::nullopt);
+                report(before, {});
                 break;
               case UpdateMethod::first_order:
-                seconds = timed(base, [&] { layer.update_first_order(fresh, o.gamma_first_order); });
-                report(method, judged(), seconds);
+                time_update(base, [&] { layer.update_first_order(fresh, o.gamma_first_order); });
                 break;
               case UpdateMethod::monte_carlo: {
-                Reweighting<Real> draws(device, base, o.draws, o.seeds[s]);
+                Reweighting<Real> draws(device, base, o.draws, seed);
                 const double start = now();
                 draws.update(fresh, o.gamma_monte_carlo);
-                seconds = now() - start;
-                report(method, judge(draws.predict(tested.x, tested.count), labels, classes), seconds);
+                const double seconds = now() - start;
+                report(judge(draws.predict(tested.x, tested.count), test_labels, classes), {seconds});
                 break;
               }
               case UpdateMethod::gaussian:
-                update.rule = UpdateRule::gaussian;
-                seconds = timed(gaussian_base, [&] { layer.update(fresh, update); });
-                report(method, judged(), seconds);
+                time_update(gaussian_base, [&] { layer.update(fresh, update); });
                 break;
               case UpdateMethod::one_by_one:
-                update.rule = UpdateRule::gaussian;
-                seconds = timed(gaussian_base, [&] { layer.update_one_by_one(fresh, update); });
-                report(method, judged(), seconds);
+                time_update(gaussian_base, [&] { layer.update_one_by_one(fresh, update); });
                 break;
               case UpdateMethod::implicit:
-                update.rule = UpdateRule::implicit;
-                seconds = timed(base, [&] { layer.update(fresh, update); });
-                report(method, judged(), seconds);
+                time_update(base, [&] { layer.update(fresh, update); });
                 break;
-              case UpdateMethod::lbfgs_warm:
+              case UpdateMethod::lbfgs_warm:  // stops where SciPy's L-BFGS-B does
+                time_map({.method = MapMethod::lbfgs, .start = fitted, .tolerance = 1e-5, .least_decrease = 2.2e-9});
+                break;
               case UpdateMethod::newton_warm:
-              case UpdateMethod::retrained:
-              case UpdateMethod::adam: {
-                if (method == UpdateMethod::adam && int(s) >= o.adam_seeds) break;
-                MapOptions map;
-                map.tau = tau;
-                if (method != UpdateMethod::retrained) map.start = fitted.weights;
-                if (method == UpdateMethod::lbfgs_warm) {
-                  map.method = MapMethod::lbfgs;
-                  map.tolerance = 1e-5;  // where SciPy's L-BFGS-B stops
-                  map.least_decrease = 2.2e-9;
-                } else {
-                  map.tolerance = 1e-6;
-                }
-                AdamOptions adam;
-                adam.tau = tau, adam.epochs = o.adam_epochs, adam.seed = o.seeds[s];
-                MapResult result;
-                std::vector<double> times;
-                for (int k = 0; k < (method == UpdateMethod::adam ? 1 : o.repeats); k++) {
-                  const double start = now();
-                  result = method == UpdateMethod::adam ? fit_adam(device, together, classes, adam)
-                                                        : fit_map(device, together, classes, map);
-                  times.push_back(now() - start);
-                }
-                layer.copy_from(base);
-                layer.fit_covariance(together, result.weights);
-                report(method, judged(), median_of(times));
+                time_map({.start = fitted, .tolerance = 1e-6});
                 break;
-              }
+              case UpdateMethod::retrained:
+                time_map({.tolerance = 1e-6});
+                break;
+              case UpdateMethod::adam:
+                if (int(s) < o.adam_seeds)
+                  time_fit(1, [&] {
+                    return fit_adam(device, all, classes, {.tau = tau, .epochs = o.adam_epochs, .seed = seed});
+                  });
             }
           }
-        }
-        if (o.finished) o.finished(tau, n, o.seeds[s]);
+        if (o.finished) o.finished(tau, n, seed);
       }
   }
 }
 
-template void run_update_study<float>(Device&, const FeatureSet&, const FeatureSet&, const UpdateStudy&,
+template void run_update_study<float>(Device&, const FeatureSet&, const FeatureSet&, const UpdateStudyOptions&,
                                       const std::function<void(const json&)>&);
-template void run_update_study<double>(Device&, const FeatureSet&, const FeatureSet&, const UpdateStudy&,
+template void run_update_study<double>(Device&, const FeatureSet&, const FeatureSet&, const UpdateStudyOptions&,
                                        const std::function<void(const json&)>&);
 
-json summary_of(const std::vector<json>& lines) {
-  if (lines.empty()) throw InputError("a summary of no lines");
-  json result;
-  for (const char* key : {"set", "tau", "base", "new", "method", "label"})
-    if (lines[0].contains(key)) result[key] = lines[0][key];
-  for (const char* key : {"accuracy", "nll", "ece", "flips", "gain"}) {
-    std::vector<double> v;
-    for (const json& l : lines) v.push_back(l[key]);
-    const MeanAndSpread m = mean_and_spread(v);
-    result[key] = {{"mean", m.mean}, {"sd", m.sd}, {"n", m.n}};
+std::vector<json> summarise(const std::vector<json>& lines) {
+  std::vector<std::vector<json>> groups;
+  std::map<std::string, size_t> known;
+  for (const json& l : lines) {
+    const std::string key = json{l["tau"], l["base"], l["new"], l["method"]}.dump();
+    const size_t at = known.emplace(key, groups.size()).first->second;
+    if (at == groups.size()) groups.emplace_back();
+    groups[at].push_back(l);
   }
-  std::vector<double> seconds;
-  for (const json& l : lines)
-    if (l.contains("seconds")) seconds.push_back(l["seconds"]);
-  if (!seconds.empty())
-    result["seconds"] = {{"median", median_of(seconds)},
-                         {"least", *std::min_element(seconds.begin(), seconds.end())},
-                         {"greatest", *std::max_element(seconds.begin(), seconds.end())}};
-  return result;
+  std::vector<json> all;
+  for (const std::vector<json>& group : groups) {
+    json& result = all.emplace_back();
+    for (const char* key : {"set", "tau", "base", "new", "method", "label"})
+      if (group[0].contains(key)) result[key] = group[0][key];
+    for (const char* key : {"accuracy", "nll", "ece", "flips", "gain"}) {
+      std::vector<double> v;
+      for (const json& l : group) v.push_back(l[key]);
+      const MeanAndSpread m = mean_and_spread(v);
+      result[key] = {{"mean", m.mean}, {"sd", m.sd}, {"n", m.n}};
+    }
+    std::vector<double> seconds;
+    for (const json& l : group)
+      if (l.contains("seconds")) seconds.push_back(l["seconds"]);
+    if (!seconds.empty())
+      result["seconds"] = {{"median", median(seconds)},
+                           {"least", *std::min_element(seconds.begin(), seconds.end())},
+                           {"greatest", *std::max_element(seconds.begin(), seconds.end())}};
+  }
+  return all;
 }
 
 }  // namespace baton

@@ -1,7 +1,5 @@
 #include "layers/posteriors/posterior.h"
 
-#include <nlohmann/json.hpp>
-
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -16,12 +14,24 @@ ParameterLayout small_layout() {  // every tensor leaves a gap behind it
   return layout;
 }
 
+// Settings of the replicas of a Gaussian posterior.
+std::vector<json> scales(const std::vector<float>& log_std, const std::vector<float>& prior_sd,
+                         const char* scale_rule = "adam") {
+  std::vector<json> settings;
+  for (size_t r = 0; r < log_std.size(); r++)
+    settings.push_back({{"init_log_std", log_std[r]}, {"prior_sd", prior_sd[r]}, {"scale_rule", scale_rule}});
+  return settings;
+}
+const std::vector<json> two_points(2, json::object());
+
 // A posterior with its step states.
 struct Bench {
-  Bench(const ParameterLayout& layout, Family family, int replicas)
-      : posterior(memory.device(), memory.arena(), layout, family, replicas), states(memory, size_t(replicas)) {
+  Bench(const ParameterLayout& layout, const std::string& kind, const std::vector<json>& settings)
+      : owner(make_posterior(memory.device(), memory.arena(), layout, kind, settings)),
+        posterior(*owner),
+        states(memory, settings.size()) {
     std::vector<StepState> all;
-    for (int r = 0; r < replicas; r++) all.push_back(state_of(uint64_t(r), 0));
+    for (int r = 0; r < posterior.replicas(); r++) all.push_back(state_of(uint64_t(r), 0));
     states.set(all);
   }
   size_t stride() const { return posterior.store().layout().stride(); }
@@ -46,7 +56,8 @@ struct Bench {
   void advance() { advance_step(states, posterior.replicas(), memory.stream()); }
 
   Memory memory;
-  Posterior posterior;
+  std::unique_ptr<Posterior> owner;
+  Posterior& posterior;
   Buffer<StepState> states;
 };
 
@@ -63,10 +74,10 @@ TEST(PosteriorState, InitialiseStatistics) {
   layout.add("w1", {100, 50}, 50, false);
   layout.add("b1", {100}, 50, true);
   layout.add("w2", {40, 200}, 200, false);
-  Bench bench(layout, Family::gaussian, 2);
+  Bench bench(layout, "ffg", scales({-5, -3}, {1, 0.5f}));
   for (const char* array : {"mean", "mean.adam_m", "log_std.adam_v", "prior_mean"})
     bench.fill(array, std::vector<float>(bench.stride(), 7), 1);  // initialise() starts from whatever there was
-  bench.posterior.initialise(bench.states, {-5, -3}, {1, 0.5f});
+  bench.posterior.initialise(bench.states);
   for (int r = 0; r < 2; r++) {
     for (const TensorSpec& t : layout.tensors()) {
       const auto mean = bench.read("mean", t, r);
@@ -88,42 +99,51 @@ TEST(PosteriorState, InitialiseStatistics) {
   EXPECT_FLOAT_EQ(float(mean_log_std[0]), -5);
   EXPECT_FLOAT_EQ(float(mean_log_std[1]), -3);
 
-  Bench point(layout, Family::point, 2);  // the same seeds, the same weights
-  point.posterior.initialise(point.states, {-5, -3}, {1, 0.5f});
+  Bench point(layout, "ft", two_points);  // the same seeds, the same weights
+  point.posterior.initialise(point.states);
   for (int r = 0; r < 2; r++) EXPECT_TRUE(exact(point.row("mean", r), bench.row("mean", r)));
 }
 
 TEST(PosteriorState, FamiliesAndViews) {
   BATON_NEEDS_DEVICE();
-  EXPECT_STREQ(name_of(Family::point), "ft");
-  EXPECT_STREQ(name_of(Family::gaussian), "ffg");
-  Bench point(small_layout(), Family::point, 2), gaussian(small_layout(), Family::gaussian, 2);
-  EXPECT_EQ(point.posterior.weights().variance, nullptr);
-  EXPECT_EQ(point.posterior.gradients().variance, nullptr);
-  EXPECT_NE(gaussian.posterior.weights().variance, nullptr);
-  EXPECT_EQ(gaussian.posterior.weights().stride, small_layout().stride());
+  Bench point(small_layout(), "ft", two_points), gaussian(small_layout(), "ffg", scales({-5, -5}, {1, 1}));
+  EXPECT_STREQ(point.posterior.kind().name, "ft");
+  EXPECT_STREQ(gaussian.posterior.kind().name, "ffg");
+  EXPECT_FALSE(point.posterior.uncertain());
+  EXPECT_TRUE(gaussian.posterior.uncertain());
+  for (Bench* bench : {&point, &gaussian}) {
+    ParameterLayout layout;
+    Dense layer(layout, "a", 50, 3, true, 0);
+    const LayerContext context = bench->posterior.training_context(4);
+    EXPECT_EQ(context.rows, 2);
+    EXPECT_TRUE(context.training && !context.shared_input);
+    layer.prepare(context, false);
+    EXPECT_EQ(layer.reads_squares(), bench == &gaussian);
+    EXPECT_EQ(layer.variance() != nullptr, bench == &gaussian);
+  }
   EXPECT_EQ(point.posterior.kl(), (std::vector<double>{0, 0}));
-  EXPECT_EQ(point.posterior.mean_log_std(), (std::vector<double>{0, 0}));
+  EXPECT_EQ(point.posterior.kl_names(), std::vector<std::string>{});
+  EXPECT_EQ(point.posterior.mean_log_std(), std::vector<double>{});
   std::vector<std::string> names;
-  for (const StateArray& a : point.posterior.state_arrays()) {
+  for (const StateArray& a : point.posterior.state()) {
     EXPECT_EQ(a.store, &point.posterior.store());
     names.push_back(a.array);
   }
   EXPECT_EQ(names, (std::vector<std::string>{"mean", "mean.adam_m", "mean.adam_v"}));
-  EXPECT_EQ(gaussian.posterior.state_arrays().size(), 9u);
+  EXPECT_EQ(gaussian.posterior.state().size(), 9u);
 }
 
 TEST(PosteriorState, KlAgainstReference) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), Family::gaussian, 2);
-  bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
+  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
+  bench.posterior.initialise(bench.states);
   bench.scatter("mean", 0, 1, 1), bench.scatter("log_std", -2, 0.5f, 50);
   bench.scatter("prior_mean", 0, 1, 100), bench.scatter("prior_log_std", -1, 0.3f, 150);
   bench.posterior.refresh(true);
-  const auto kl = bench.posterior.kl(), unbooked = bench.posterior.take_booked_kl()[0];
+  const auto kl = bench.posterior.kl(), accumulated = bench.posterior.take_accumulated_kl()[0];
   const auto by_name = bench.posterior.kl_by_name();
   EXPECT_EQ(bench.posterior.kl_names(), (std::vector<std::string>{"a.weight", "a.bias", "b.weight"}));
-  EXPECT_EQ(unbooked, (std::vector<double>{0, 0, 0}));
+  EXPECT_EQ(accumulated, (std::vector<double>{0, 0, 0}));
   for (int r = 0; r < 2; r++) {
     double want = 0, before = 0;
     for (int slot = 0; slot < 3; slot++) {
@@ -145,77 +165,79 @@ TEST(PosteriorState, KlAgainstReference) {
 // after a hand-over. Nothing writes there.
 TEST(PosteriorState, GapsWeighNothing) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), Family::gaussian, 2);
-  bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 1e-2f, 1e-2f, 0.1f, 10)});
-  bench.posterior.initialise(bench.states, {-5, -3}, {1, 0.5f});
-  const ParameterLayout& layout = bench.posterior.store().layout();
-  ASSERT_FALSE(layout.gaps().empty());
-  const auto fill_gaps = [&](const char* array, float value) {
-    for (int r = 0; r < 2; r++) {
-      auto row = bench.row(array, r);
-      for (const auto& gap : layout.gaps())
-        for (size_t i = gap.offset; i < gap.offset + gap.size; i++) row[i] = value + float(r);
-      bench.fill(array, row, r);
-    }
-  };
-  fill_gaps("mean", 3), fill_gaps("log_std", -1), fill_gaps("prior_mean", 5), fill_gaps("prior_log_std", 0.5f);
-  for (const char* array : {"mean.grad", "variance.grad"}) fill_gaps(array, 1);
-  const auto expect_idle = [&] {
-    const auto kl = bench.posterior.kl();
-    for (int r = 0; r < 2; r++) {
-      const auto m = bench.row("mean", r), l = bench.row("log_std", r), pm = bench.row("prior_mean", r),
-                 pl = bench.row("prior_log_std", r);
-      for (const auto& gap : layout.gaps())
-        for (size_t i = gap.offset; i < gap.offset + gap.size; i++) {
-          ASSERT_EQ(m[i], 3 + float(r));
-          ASSERT_EQ(l[i], -1 + float(r));
-        }
-      double want = 0;
-      for (const TensorSpec& t : layout.tensors())
-        for (size_t i = t.offset; i < t.offset + t.size; i++)
-          want += double(pl[i]) - l[i] +
-                  (std::exp(2. * l[i]) + std::pow(double(m[i]) - pm[i], 2)) * std::exp(-2. * pl[i]) / 2 - 0.5;
-      EXPECT_NEAR(kl[r], want, 1e-5 * std::abs(want) + 1e-4);
-    }
-  };
-  expect_idle();
-  for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
-    bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
-    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(rule, bench.states);
+  for (const char* rule : {"adam", "natural"}) {
+    Bench bench(small_layout(), "ffg", scales({-5, -3}, {1, 0.5f}, rule));
+    bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 1e-2f, 1e-2f, 0.1f, 10)});
+    bench.posterior.initialise(bench.states);
+    const ParameterLayout& layout = bench.posterior.store().layout();
+    ASSERT_FALSE(layout.gaps().empty());
+    const auto fill_gaps = [&](const char* array, float value) {
+      for (int r = 0; r < 2; r++) {
+        auto row = bench.row(array, r);
+        for (const auto& gap : layout.gaps())
+          for (size_t i = gap.offset; i < gap.offset + gap.size; i++) row[i] = value + float(r);
+        bench.fill(array, row, r);
+      }
+    };
+    fill_gaps("mean", 3), fill_gaps("log_std", -1), fill_gaps("prior_mean", 5), fill_gaps("prior_log_std", 0.5f);
+    for (const char* array : {"mean.grad", "variance.grad"}) fill_gaps(array, 1);
+    const auto expect_idle = [&] {
+      const auto kl = bench.posterior.kl();
+      for (int r = 0; r < 2; r++) {
+        const auto m = bench.row("mean", r), l = bench.row("log_std", r), pm = bench.row("prior_mean", r),
+                   pl = bench.row("prior_log_std", r);
+        for (const auto& gap : layout.gaps())
+          for (size_t i = gap.offset; i < gap.offset + gap.size; i++) {
+            ASSERT_EQ(m[i], 3 + float(r));
+            ASSERT_EQ(l[i], -1 + float(r));
+          }
+        double want = 0;
+        for (const TensorSpec& t : layout.tensors())
+          for (size_t i = t.offset; i < t.offset + t.size; i++)
+            want += double(pl[i]) - l[i] +
+                    (std::exp(2. * l[i]) + std::pow(double(m[i]) - pm[i], 2)) * std::exp(-2. * pl[i]) / 2 - 0.5;
+        EXPECT_NEAR(kl[r], want, 1e-5 * std::abs(want) + 1e-4);
+      }
+    };
     expect_idle();
-    EXPECT_EQ(bench.posterior.take_booked_kl()[0].size(), layout.tensors().size());
-    bench.posterior.hand_over();
-    for (double kl : bench.posterior.kl()) EXPECT_EQ(kl, 0);
-    expect_idle();
+    for (int stage = 0; stage < 2; stage++) {
+      bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
+      for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(bench.states);
+      expect_idle();
+      EXPECT_EQ(bench.posterior.take_accumulated_kl()[0].size(), layout.tensors().size());
+      bench.posterior.begin_stage(false);
+      for (double kl : bench.posterior.kl()) EXPECT_EQ(kl, 0);
+      expect_idle();
+    }
   }
 }
 
 TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
   BATON_NEEDS_DEVICE();
-  for (Family family : {Family::gaussian, Family::point}) {
-    Bench bench(small_layout(), family, 2);
+  for (const bool gaussian : {true, false}) {
+    Bench bench(small_layout(), gaussian ? "ffg" : "ft", gaussian ? scales({-2, -3}, {1, 0.5f}) : two_points);
     bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 2e-2f, 1e-2f, 0.1f, 10)});
-    bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
+    bench.posterior.initialise(bench.states);
     bench.scatter("mean.grad", 0, 1, 5);
-    if (family == Family::gaussian) bench.scatter("variance.grad", 0, 1, 6);
-    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
+    if (gaussian) bench.scatter("variance.grad", 0, 1, 6);
+    for (int i = 0; i < 3; i++) bench.advance(), bench.posterior.step(bench.states);
     const std::vector<float> mean = bench.row("mean", 1);
     std::vector<std::string> moments{"mean.adam_m", "mean.adam_v"};
-    if (family == Family::gaussian) {
+    if (gaussian) {
       moments.insert(moments.end(), {"log_std.adam_m", "log_std.adam_v"});
       EXPECT_GT(bench.posterior.kl()[1], 0);
     }
     for (const auto& array : moments) EXPECT_FALSE(exact(bench.row(array, 1), std::vector<float>(bench.stride(), 0)));
-    if (family == Family::gaussian) {
+    if (gaussian) {
       const auto log_std = bench.row("log_std", 1), variance = bench.row("variance", 1);
-      bench.posterior.hand_over();
+      EXPECT_TRUE(bench.posterior.begin_stage(false));
       EXPECT_TRUE(exact(bench.row("prior_mean", 1), mean));
       EXPECT_TRUE(exact(bench.row("prior_log_std", 1), log_std));
       EXPECT_TRUE(exact(bench.row("log_std", 1), log_std));
       EXPECT_TRUE(exact(bench.row("variance", 1), variance));
       EXPECT_EQ(bench.posterior.kl(), (std::vector<double>{0, 0}));
     } else {
-      bench.posterior.hand_over();
+      EXPECT_TRUE(bench.posterior.begin_stage(false));
     }
     EXPECT_TRUE(exact(bench.row("mean", 1), mean));
     for (int r = 0; r < 2; r++)
@@ -226,11 +248,11 @@ TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
 
 TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), Family::gaussian, 1);
+  Bench bench(small_layout(), "ffg", scales({-2}, {1}));
   bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10)});
-  bench.posterior.initialise(bench.states, {-2}, {1});
+  bench.posterior.initialise(bench.states);
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
-  bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
+  bench.advance(), bench.posterior.step(bench.states);
   const auto mean = bench.row("mean"), log_std = bench.row("log_std"), prior = bench.row("prior_mean");
   bench.posterior.reset_optimizer();
   EXPECT_TRUE(exact(bench.row("mean"), mean));
@@ -242,8 +264,8 @@ TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
 
 TEST(PosteriorState, RefreshDerivesTheVariances) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), Family::gaussian, 2);
-  bench.posterior.initialise(bench.states, {-2, -3}, {1, 1});
+  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 1}));
+  bench.posterior.initialise(bench.states);
   bench.scatter("log_std", -3, 1, 9);
   bench.posterior.refresh(true);
   for (int r = 0; r < 2; r++) {
@@ -266,11 +288,11 @@ TEST(PosteriorState, GoldenTrajectory) {
   layout.add("b1", {hidden}, in, true);
   layout.add("W2", {out, hidden}, hidden, false);
   layout.add("b2", {out}, hidden, true);
-  Bench bench(layout, Family::gaussian, 1);
+  Bench bench(layout, "ffg", scales({0}, {float(meta["prior_sigma"])}));
   const float lr = meta["lr"];
   StepState state = training_state(0, lr, lr, float(double(meta["beta"]) / double(meta["Ntot"])), 4);
   bench.states.set({state});
-  bench.posterior.initialise(bench.states, {0}, {float(double(meta["prior_sigma"]))});
+  bench.posterior.initialise(bench.states);
   for (int t = 0; t < 4; t++) {
     bench.write("mean", layout[t], z.f32("in_mu_" + tensors[t]));
     bench.write("log_std", layout[t], z.f32("in_log_sigma_" + tensors[t]));
@@ -284,7 +306,7 @@ TEST(PosteriorState, GoldenTrajectory) {
   for (int step = 0; step < 8; step++) {
     SCOPED_TRACE("step " + std::to_string(step));
     if (step == 4) {
-      bench.posterior.hand_over();
+      bench.posterior.begin_stage(false);
       EXPECT_EQ(bench.posterior.kl()[0], 0);
       state = bench.states.host()[0];
       state.stage = 1, state.stage_step = 0;
@@ -325,11 +347,11 @@ TEST(PosteriorState, GoldenTrajectory) {
     EXPECT_NEAR(nll + kl * state.kl_weight, losses[step * 3 + 2], 1e-5 * losses[step * 3 + 2]);
 
     bench.advance();
-    bench.posterior.step(ScaleRule::adam, bench.states);
-    double booked = 0;
-    const auto by_name = bench.posterior.take_booked_kl();
-    for (double one : by_name[0]) booked += one;
-    EXPECT_NEAR(booked, want_kl, 1e-5 * want_kl + 3e-6);
+    bench.posterior.step(bench.states);
+    double accumulated = 0;
+    const auto by_name = bench.posterior.take_accumulated_kl();
+    for (double one : by_name[0]) accumulated += one;
+    EXPECT_NEAR(accumulated, want_kl, 1e-5 * want_kl + 3e-6);
     for (int t = 0; t < 4; t++)
       for (const auto& [array, golden] : {std::pair("mean", "mu_"), {"log_std", "log_sigma_"}}) {
         const std::string name = golden + tensors[t];
@@ -344,23 +366,23 @@ TEST(PosteriorState, GoldenTrajectory) {
   }
 }
 
-// What every step books, by name, until it is taken.
+// What every step adds, by name, until it is taken.
 TEST(PosteriorState, BookedKlIsTheSumOverTheSteps) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), Family::gaussian, 2);
+  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
   bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 2e-2f, 1e-2f, 0.1f, 10)});
-  bench.posterior.initialise(bench.states, {-2, -3}, {1, 0.5f});
+  bench.posterior.initialise(bench.states);
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
   std::vector<Doubles> want(2, Doubles(3, 0));
   for (int i = 0; i < 3; i++) {
     const auto now = bench.posterior.kl_by_name();
     for (int r = 0; r < 2; r++)
       for (int slot = 0; slot < 3; slot++) want[r][slot] += now[r][slot];
-    bench.advance(), bench.posterior.step(ScaleRule::adam, bench.states);
+    bench.advance(), bench.posterior.step(bench.states);
   }
-  const auto booked = bench.posterior.take_booked_kl(), again = bench.posterior.take_booked_kl();
+  const auto accumulated = bench.posterior.take_accumulated_kl(), again = bench.posterior.take_accumulated_kl();
   for (int r = 0; r < 2; r++) {
-    EXPECT_TRUE(close(booked[r], want[r], {.l2 = 1e-6}));
+    EXPECT_TRUE(close(accumulated[r], want[r], {.l2 = 1e-6}));
     EXPECT_EQ(again[r], Doubles(3, 0));
   }
 }
@@ -368,38 +390,39 @@ TEST(PosteriorState, BookedKlIsTheSumOverTheSteps) {
 // Every replica steps by its own gradients, moments and step sizes.
 TEST(PosteriorState, ReplicasStepAlone) {
   BATON_NEEDS_DEVICE();
-  for (Family family : {Family::gaussian, Family::point})
-    for (ScaleRule rule : {ScaleRule::adam, ScaleRule::natural}) {
-      const auto train = [&](int first, int count) {
-        Bench bench(small_layout(), family, count);
-        std::vector<StepState> states;
-        std::vector<float> log_std, prior_sd;
-        for (int r = first; r < first + count; r++) {
-          states.push_back(training_state(uint64_t(r), 1e-2f * float(r + 1), 2e-2f, 0.1f / float(r + 1), 10));
-          log_std.push_back(-2.f - float(r)), prior_sd.push_back(1.f / float(r + 1));
-        }
-        bench.states.set(states);
-        bench.posterior.initialise(bench.states, log_std, prior_sd);
-        for (int i = 0; i < 4; i++) {
-          for (int r = first; r < first + count; r++)
-            for (const TensorSpec& t : bench.posterior.store().layout().tensors()) {
-              const unsigned seed = unsigned(1000 * r + 10 * i + int(t.offset));
-              bench.write("mean.grad", t, random_normal(t.size, 0, 1, seed), r - first);
-              if (family == Family::gaussian)
-                bench.write("variance.grad", t, random_normal(t.size, 0, 1, seed + 5), r - first);
-            }
-          bench.advance(), bench.posterior.step(rule, bench.states);
-        }
-        std::vector<std::vector<float>> rows;
-        for (int r = 0; r < count; r++)
-          for (const StateArray& a : bench.posterior.state_arrays()) rows.push_back(bench.row(a.array, r));
-        return rows;
-      };
-      std::vector<std::vector<float>> one_by_one;
-      for (int r = 0; r < 3; r++)
-        for (auto& row : train(r, 1)) one_by_one.push_back(row);
-      EXPECT_EQ(train(0, 3), one_by_one);
-    }
+  for (const auto& [kind, rule] : {std::pair("ffg", "adam"), {"ffg", "natural"}, {"ft", ""}}) {
+    SCOPED_TRACE(testing::Message() << kind << " " << rule);
+    const bool gaussian = kind == std::string("ffg");
+    const auto train = [&, kind = kind, rule = rule](int first, int count) {
+      std::vector<StepState> states;
+      std::vector<float> log_std, prior_sd;
+      for (int r = first; r < first + count; r++) {
+        states.push_back(training_state(uint64_t(r), 1e-2f * float(r + 1), 2e-2f, 0.1f / float(r + 1), 10));
+        log_std.push_back(-2.f - float(r)), prior_sd.push_back(1.f / float(r + 1));
+      }
+      Bench bench(small_layout(), kind,
+                  gaussian ? scales(log_std, prior_sd, rule) : std::vector<json>(count, json::object()));
+      bench.states.set(states);
+      bench.posterior.initialise(bench.states);
+      for (int i = 0; i < 4; i++) {
+        for (int r = first; r < first + count; r++)
+          for (const TensorSpec& t : bench.posterior.store().layout().tensors()) {
+            const unsigned seed = unsigned(1000 * r + 10 * i + int(t.offset));
+            bench.write("mean.grad", t, random_normal(t.size, 0, 1, seed), r - first);
+            if (gaussian) bench.write("variance.grad", t, random_normal(t.size, 0, 1, seed + 5), r - first);
+          }
+        bench.advance(), bench.posterior.step(bench.states);
+      }
+      std::vector<std::vector<float>> rows;
+      for (int r = 0; r < count; r++)
+        for (const StateArray& a : bench.posterior.state()) rows.push_back(bench.row(a.array, r));
+      return rows;
+    };
+    std::vector<std::vector<float>> one_by_one;
+    for (int r = 0; r < 3; r++)
+      for (auto& row : train(r, 1)) one_by_one.push_back(row);
+    EXPECT_EQ(train(0, 3), one_by_one);
+  }
 }
 
 }  // namespace

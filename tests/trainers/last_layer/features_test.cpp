@@ -8,8 +8,6 @@
 #include <random>
 
 #include "engine/io/npy.h"
-#include "layers/lenet5.h"
-#include "layers/mlp.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -45,18 +43,18 @@ NamedWeights random_weights(const Network& network, unsigned seed) {
 }
 
 // A forward pass in batches of another size: the last hidden layer and the logits.
-struct Pass {
+struct Outputs {
   std::vector<float> hidden, logits;
 };
-Pass forward(Network& network, const NamedWeights& weights, const Images& images) {
+Outputs forward(Network& network, const NamedWeights& weights, const Images& images) {
   Memory memory;
   Device& device = memory.device();
-  network.prepare({device, memory.arena(), 1, images.count, false, false}, false);
   ParameterStore store(memory.arena(), network.layout(), 1);
-  float* mean = store.add("mean");
+  PointWeights source(store.add("mean"), network.layout().stride());
+  network.prepare({device, memory.arena(), source, 1, images.count, /*training*/ false});
   for (const TensorSpec& t : network.layout().tensors()) store.write(device, "mean", 0, t, weights.at(t.name));
   upload(device, network.input().signal.value, pixel_features(images, normalisation).x);
-  network.forward(device, {mean, nullptr, network.layout().stride()}, nullptr);
+  network.forward({});
   const auto layers = network.activations();
   const Activation hidden = layers[layers.size() - 2].activation;
   return {download(device, hidden.signal.value, hidden.size * images.count),
@@ -86,9 +84,9 @@ void expect_features(const NetworkFactory& make, const std::string& last, int di
   EXPECT_EQ(all.classes, 10);
   EXPECT_EQ(all.source, source);
   EXPECT_TRUE(exact(all.labels, images.labels));
-  const Pass pass = forward(*make(), weights, images);
-  EXPECT_TRUE(close(all.x, doubles(pass.hidden), {.l2 = 1e-6}));
-  EXPECT_TRUE(close(logits_of(all, weights.at(last + ".weight"), weights.at(last + ".bias")), doubles(pass.logits),
+  const Outputs want = forward(*make(), weights, images);
+  EXPECT_TRUE(close(all.x, doubles(want.hidden), {.l2 = 1e-6}));
+  EXPECT_TRUE(close(logits_of(all, weights.at(last + ".weight"), weights.at(last + ".bias")), doubles(want.logits),
                     {.l2 = 1e-5}));
   for (int count : {1, 128, 129}) {
     Images few = images;
@@ -102,12 +100,12 @@ void expect_features(const NetworkFactory& make, const std::string& last, int di
 
 TEST(Features, LeNet5) {
   BATON_NEEDS_DEVICE();
-  expect_features([] { return std::make_unique<LeNet5>(); }, "fc2", 500, "lenet5, fc1");
+  expect_features(network_factory(network_spec("lenet5")), "fc2", 500, "lenet5, fc1");
 }
 
 TEST(Features, Mlp) {
   BATON_NEEDS_DEVICE();
-  const auto make = [] { return std::make_unique<Mlp>(784, std::vector<int>{30, 20}, 10); };
+  const NetworkFactory make = network_factory(network_spec("mlp", 10, {{"hidden", {30, 20}}}));
   expect_features(make, "fc3", 20, "mlp-784-30-20-10, fc2");
   // By the definition.
   const NamedWeights weights = random_weights(*make(), 5);
@@ -126,7 +124,7 @@ TEST(Features, Mlp) {
 
 TEST(Features, WhatNoNetworkTakes) {
   BATON_NEEDS_DEVICE();
-  const auto make = [] { return std::make_unique<Mlp>(784, std::vector<int>{6}, 10); };
+  const NetworkFactory make = network_factory(network_spec("mlp", 10, {{"hidden", {6}}}));
   const NamedWeights weights = random_weights(*make(), 5);
   NamedWeights less = weights, shorter = weights;
   less.erase("fc2.bias");

@@ -1,0 +1,132 @@
+// How a layer's weights enter its product, once for dense layers and convolutions. Each posterior takes what it needs:
+//
+//   point weights            m = x w                     FT, SGD, Adam, SI, EWC; predictions (rows are draws); CFG's
+//                                                        convolutions (every group of examples has a draw)
+//   drawn weights, moments   the same forwards; back, the moments of the draws' gradients     BGD, Bayes by Backprop
+//   squares                  the same forwards; back, sums of squares of examples' gradients  Laplace, EWC
+//   local reparameterization m = x mu, v = x^2 sigma^2, y = m + sqrt(v) e                     FFG
+//   drawn means              m = x (z mu), v = x^2 sigma^2: each group of examples has a z    MNF
+//   exact channel moments    m = x mu, v from Cholesky factors                                CFG with `moments`
+#pragma once
+#include <optional>
+
+#include "kernels/cholesky_moments.h"
+#include "layers/layer.h"
+
+namespace baton {
+
+class Estimator {
+ public:
+  virtual ~Estimator() = default;
+  virtual bool noisy() const { return false; }          // the layer's pre-activations have variances
+  virtual bool reads_squares() const { return false; }  // of its input
+  virtual void forward(Linear&, const Activation& x, const Pass&) = 0;
+  virtual void backward(Linear&, const Activation& x, const Pass&) = 0;
+};
+
+// Weights and their gradients in the layout of the store, [rows * groups][stride] (stride 0: shared by all rows).
+// gradients null: nobody wants them.
+struct RowWeights {
+  const float* weights;
+  float* gradients;
+  size_t stride;
+  int groups = 1;  // of a row's examples, each with weights of its own; divides the batch
+};
+
+// Products with given weights, without noise. Gradients are written (=).
+class PointEstimator : public Estimator {
+ public:
+  PointEstimator(const Linear&, const LayerContext&, const RowWeights&);
+  void forward(Linear&, const Activation& x, const Pass&) override;
+  void backward(Linear&, const Activation& x, const Pass&) override;
+
+ protected:
+  virtual void write_gradients(Linear&, const Activation& x, const Pass&);
+  RowWeights w_;
+  Rows rows_;
+  std::unique_ptr<Product> product_;
+};
+
+// Every row's weights are a draw of the step: the backward pass adds the moments of their gradients.
+class MomentsEstimator : public PointEstimator {
+ public:
+  MomentsEstimator(Linear&, const LayerContext&, const float* draws, size_t stride, const Moments&);
+
+ protected:
+  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  Moments moments_;
+};
+
+// The backward pass adds (+=) to `squares` the squares of every example's gradient: sums over examples of (dl_n/dw)^2.
+class SquaresEstimator : public PointEstimator {
+ public:
+  SquaresEstimator(Linear&, const LayerContext&, const float* weights, float* squares);
+
+ protected:
+  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  float* squares_;
+};
+
+// Means and variances of a Gaussian's weights, and their gradients, [rows][stride].
+struct GaussianWeights {
+  const float *mean, *variance;
+  float *mean_gradient, *variance_gradient;
+  size_t stride;
+};
+
+// Local reparameterization. `means` are what the product takes for the means of the weights: those of `w`, or draws of
+// them; the means of biases are always those of `w`. Gradients are written (=).
+class LocalReparameterization : public Estimator {
+ public:
+  LocalReparameterization(const Linear&, const LayerContext&, const GaussianWeights& w, const RowWeights& means);
+  bool noisy() const override { return true; }
+  bool reads_squares() const override { return true; }
+  void forward(Linear&, const Activation& x, const Pass&) override;
+  void backward(Linear&, const Activation& x, const Pass&) override;
+
+ protected:
+  virtual void variance_forward(Linear&, const Activation& x);
+  virtual void variance_backward(Linear&, const Activation& x);
+  GaussianWeights w_;
+  RowWeights means_;
+  Rows rows_;  // without groups
+  std::unique_ptr<Product> mean_product_, variance_product_;
+};
+
+// Cholesky factors of convolutions, [rows][stride], and their gradients, which are added to (+=).
+struct FactorWeights {
+  const float* factors;
+  float* gradients;
+  size_t stride;
+};
+
+// Local reparameterization of a convolution from the exact marginal moments of its pre-activations. The squares of the
+// input are not read, but a layer with variances has them written (kernels/local_reparam.h); their gradient is 0.
+class ChannelMoments : public LocalReparameterization {
+ public:
+  // factor_at: where the layer's factors lie in a row.
+  ChannelMoments(const Linear&, const LayerContext&, const GaussianWeights&, const FactorWeights&, size_t factor_at,
+                 const ConvShape&);
+
+ protected:
+  void variance_forward(Linear&, const Activation& x) override;
+  void variance_backward(Linear&, const Activation& x) override;
+  FactorWeights factors_;
+  CholeskyMoments moments_;
+};
+
+// An array of weights as the source of a network's: predictions, features, curvature.
+class PointWeights : public WeightSource {
+ public:
+  // [rows][stride]. squares: a backward pass adds the squares of examples' gradients there; null: there is none.
+  PointWeights(const float* weights, size_t stride, float* squares = nullptr)
+      : weights_(weights), stride_(stride), squares_(squares) {}
+  std::unique_ptr<Estimator> make_estimator(Linear&, const LayerContext&) override;
+
+ private:
+  const float* weights_;
+  size_t stride_;
+  float* squares_;
+};
+
+}  // namespace baton

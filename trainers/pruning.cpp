@@ -1,0 +1,86 @@
+#include "trainers/pruning.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine/select.h"
+#include "kernels/prune.h"
+
+namespace baton {
+
+namespace {
+
+// Weights, not biases: under one threshold.
+std::vector<Stretch> find_prunable(const ParameterLayout& layout) {
+  std::vector<Stretch> stretches;
+  for (const TensorSpec& t : layout.tensors())
+    if (!t.bias) stretches.push_back({int(t.offset), int(t.size)});
+  return stretches;
+}
+
+json find_layers_left(Device& device, Posterior& posterior) {
+  json layers = json::object();
+  for (const TensorSpec& t : posterior.store().layout().tensors()) {
+    if (t.bias) continue;
+    const std::vector<float> w = posterior.store().read(device, "mean", 0, t);
+    layers[t.name] = double(w.size() - std::count(w.begin(), w.end(), 0.f)) / double(w.size());
+  }
+  return layers;
+}
+
+}  // namespace
+
+json prune_and_judge(Device& device, Posterior& posterior, const std::vector<double>& fractions,
+                     const std::function<double()>& error, const std::function<void(double fraction)>& pruned) {
+  const ParameterLayout& layout = posterior.store().layout();
+  const auto& arrays = posterior.store().arrays();
+  float* means = posterior.store().at("mean");
+  float* deviations = std::count(arrays.begin(), arrays.end(), "std") ? posterior.store().at("std") : nullptr;
+  const std::vector<Stretch> stretches = find_prunable(layout);
+  int weights = 0;
+  for (const Stretch& s : stretches) weights += s.count;
+  const std::vector<float> mean = download(device, means, layout.stride());
+  const std::vector<float> sd = deviations ? download(device, deviations, layout.stride()) : std::vector<float>();
+  Arena arena;
+  float* score = arena.take<float>(weights);
+  uint8_t* marked = arena.take<uint8_t>(weights);
+  const double whole = error();
+  std::vector<Ranking> rankings{Ranking::magnitude};
+  if (deviations) rankings.insert(rankings.begin(), Ranking::signal_to_noise);
+  json list = json::array();
+  for (Ranking ranking : rankings)
+    for (double fraction : fractions) {
+      prune_scores(score, means, deviations, stretches, ranking, device.stream());
+      const int lowest = int(std::lround(fraction * weights));
+      const Selection selection = mark_lowest(device, marked, score, weights, lowest);
+      prune_weights(means, deviations, marked, stretches, device.stream());
+      const double left = error();
+      json one;
+      one["ranking"] = ranking == Ranking::magnitude ? "magnitude" : "signal-to-noise";
+      one["fraction"] = fraction;
+      one["threshold"] = selection.threshold;
+      one["weights_left"] = weights - selection.count;
+      one["error"] = left;
+      one["error_ratio"] = left / std::max(whole, 1e-12);
+      one["layers"] = find_layers_left(device, posterior);
+      const int64_t values = deviations ? 2 : 1;
+      one["bytes_dense"] = 4 * values * weights;
+      one["bytes_sparse"] = (4 * values + 4) * int64_t(weights - selection.count);  // and an index each
+      list.push_back(one);
+      if (pruned && ranking == rankings[0]) pruned(fraction);
+      upload(device, means, mean);
+      if (deviations) upload(device, deviations, sd);
+    }
+  return {{"error", whole}, {"weights", weights}, {"results", list}};
+}
+
+void add_masks(TensorFile& file, const ParameterLayout& layout) {
+  for (const TensorSpec& t : layout.tensors()) {
+    std::vector<uint8_t> kept(t.size, 1);
+    const std::vector<float> mean = file.at(t.name + ".mean", t.shape).as<float>();
+    for (size_t i = 0; i < t.size; i++) kept[i] = t.bias || mean[i] != 0;
+    file.tensors[t.name + ".mask"] = Tensor::of<uint8_t>(kept, t.shape);
+  }
+}
+
+}  // namespace baton
