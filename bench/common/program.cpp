@@ -172,13 +172,13 @@ bool PaperProgram::parse() {
     for (Method& m : preset.methods) m.batch = 0;
   if (given("--samples") && !given("--stage-samples")) preset.stage_samples = 0;
   if (preset.samples < 1 && !preset.inference.empty()) throw InputError("--samples must be at least 1");
-  // A posterior of each method over a few weights: options that do not go together are refused before anything is
+  // A posterior of each method over some network: options that do not go together are refused before anything is
   // learned or written.
   Device device;
   Arena arena;
-  const std::unique_ptr<Network> few = make_network(network_spec("mlp", 10, {{"hidden", {1}}}));
+  const std::unique_ptr<Network> some = make_network(network_spec("lenet5"));
   for (const Method& m : chosen_methods()) {
-    make_posterior(device, arena, few->layout(), m.kind, {m.settings});
+    make_posterior(device, arena, some->layout(), m.kind, {m.settings});
     const int batch = m.batch ? m.batch : preset.batch, groups = m.settings.value("groups", 1);
     if (batch % groups != 0)
       throw InputError("--groups: a batch of " + std::to_string(batch) + " does not divide into " +

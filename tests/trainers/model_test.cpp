@@ -122,37 +122,38 @@ TEST(Model, ReadsTheVersionBefore) {
   Folder folder;
   const fs::path path = folder.file("old");
   for (const char* kind : kinds)
-    for (bool log_sd : {true, false})
-      for (bool masked : {false, true}) {
-        if (masked && kind == std::string("cfg")) continue;
-        SCOPED_TRACE(testing::Message() << kind << (log_sd ? ", log_sd" : "") << (masked ? ", pruned" : ""));
-        Model m = model_of(memory.device(), kind);
-        m.masked = masked;
+    for (bool masked : {false, true}) {
+      if (masked && kind == std::string("cfg")) continue;
+      SCOPED_TRACE(kind + std::string(masked ? ", pruned" : ""));
+      Model m = model_of(memory.device(), kind);
+      if (masked) {
+        m.masked = true;
         initialise(memory.device(), m);
-        if (masked) m.arrays.tensors["fc1.weight.mask"].bytes[5] = 0;
-        save_model(path, m);
-        save_safetensors(path, as_version_1(load_safetensors(path), log_sd));
-        Arena arena;
-        const LoadedModel loaded = load_model(memory.device(), arena, path);
-        expect_same_models(loaded.model, m);
-        expect_same_models(read_model(path), m);
-        const auto posterior = make_posterior(memory.device(), arena, m);
-        for (const StateArray& a : posterior->state())
-          for (const TensorSpec& t : a.store->layout().tensors()) {
-            const auto other = std::find_if(
-                loaded.posterior->state().begin(), loaded.posterior->state().end(), [&](const StateArray& b) {
-                  return b.array == a.array && b.store->layout().stride() == a.store->layout().stride();
-                });
-            ASSERT_NE(other, loaded.posterior->state().end());
-            EXPECT_EQ(other->store->read(memory.device(), a.array, 0, t), a.store->read(memory.device(), a.array, 0, t))
-                << t.name << "." << a.array;
-          }
-        EXPECT_EQ(loaded.posterior->kl(), posterior->kl());
-        // Saved again, it is of this version, and says the same.
-        save_model(path, loaded.model);
-        EXPECT_EQ(load_safetensors(path).metadata.at("format"), "baton-model-2");
-        expect_same_models(read_model(path), m);
+        m.arrays.tensors["fc1.weight.mask"].bytes[5] = 0;
       }
+      save_model(path, m);
+      save_safetensors(path, as_version_1(load_safetensors(path), !masked));
+      Arena arena;
+      const LoadedModel loaded = load_model(memory.device(), arena, path);
+      expect_same_models(loaded.model, m);
+      expect_same_models(read_model(path), m);
+      const auto posterior = make_posterior(memory.device(), arena, m);
+      for (const StateArray& a : posterior->state())
+        for (const TensorSpec& t : a.store->layout().tensors()) {
+          const auto other = std::find_if(
+              loaded.posterior->state().begin(), loaded.posterior->state().end(), [&](const StateArray& b) {
+                return b.array == a.array && b.store->layout().stride() == a.store->layout().stride();
+              });
+          ASSERT_NE(other, loaded.posterior->state().end());
+          EXPECT_EQ(other->store->read(memory.device(), a.array, 0, t), a.store->read(memory.device(), a.array, 0, t))
+              << t.name << "." << a.array;
+        }
+      EXPECT_EQ(loaded.posterior->kl(), posterior->kl());
+      // Saved again, it is of this version, and says the same.
+      save_model(path, loaded.model);
+      EXPECT_EQ(load_safetensors(path).metadata.at("format"), "baton-model-2");
+      expect_same_models(read_model(path), m);
+    }
   // By Bayesian gradient descent.
   Model m = model_of(memory.device(), "ffg");
   m.rule = "bgd", m.draws = 3;
@@ -289,15 +290,16 @@ TEST(Model, RefusesMutatedMetadata) {
     save_model(path, m);
     const TensorFile good = load_safetensors(path);
     const std::string bytes = bytes_of(path);
-    const auto load = [&] {
-      Arena arena;
-      return load_model(memory.device(), arena, path).model;
-    };
     const auto check = [&](const std::string& key, const std::string& text, bool must_fail) {
       SCOPED_TRACE(key + " = " + text);
       write_with(path, bytes, key, text);
       Model loaded;
-      const std::string got = refusal([&] { loaded = load(); });
+      const std::string got = refusal([&] {
+        loaded = read_model(path);
+        if (key != "masked" && key != "training" && key != "architecture") return;
+        Arena arena;
+        make_posterior(memory.device(), arena, loaded);
+      });
       if (got == nothing_refused) {
         EXPECT_FALSE(must_fail);
         // What has been let in can be used.
@@ -318,7 +320,7 @@ TEST(Model, RefusesMutatedMetadata) {
     for (const auto& [key, text] : good.metadata) {
       if (key == "format") continue;
       write_with(path, bytes, key, nullptr);
-      expect_says(refusal([&] { load(); }), {path.string(), "no \"" + key + "\""});
+      expect_says(refusal([&] { read_model(path); }), {path.string(), "no \"" + key + "\""});
       if (key == "kind") continue;
       for (const char* no_json : {"", "{", "nul", "[1,"}) check(key, no_json, true);
       const bool free = key == "origin" || key == "pruned";
@@ -354,10 +356,11 @@ TEST(Model, RefusesMutatedMetadata) {
           whole, [](const json& j) { return j; }, each);
     }
     write_with(path, bytes, "step", "0");
-    EXPECT_EQ(refusal([&] { load(); }), nothing_refused);
+    EXPECT_EQ(refusal([&] { read_model(path); }), nothing_refused);
     for (const char* name : {"", "FFG", "ffg ", "{}"}) {
       write_with(path, bytes, "kind", name);
-      expect_says(refusal([&] { load(); }), {path.string(), "ft, ffg, cfg, mnf, bgd, bbb, sgd, adam, si or ewc"});
+      expect_says(refusal([&] { read_model(path); }),
+                  {path.string(), "ft, ffg, cfg, mnf, bgd, bbb, sgd, adam, si or ewc"});
     }
   }
 }
