@@ -134,7 +134,7 @@ class LaplaceUpdate(ProgramTest):
                 (["unknown acquisition"], ["--acquisitions", "guess"]),
                 (["unknown part"], ["--parts", "all"]),
                 (["--precision"], ["--precision", "half"]),
-                (["--taus", "positive"], ["--taus", "0"]),
+                (["--taus", "above 0"], ["--taus", "0"]),
                 (["--new"], ["--new", "0"]),
                 (["pool has 300"], ["--bases", "1000"]),
                 (["unknown preset"], ["--preset", "slow"]),
