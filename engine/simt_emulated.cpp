@@ -71,9 +71,9 @@ struct Machine {
   int n, order[max_threads], started, finished, at_barrier;
   unsigned barriers;                                // that this block has passed so far
   unsigned pending[max_warps];                      // per warp, the lanes that wait at an exchange
-  int ready[max_threads], ready_head, ready_count;  // a ring
-  int ready_of_warp[max_warps];
-  unsigned rank_of_warp[max_warps];
+  int ready[max_threads], ready_head, ready_count;  // a ring,
+  unsigned char ready_rank[max_threads];            // with the ranks of their warps
+  int rank[max_warps], ready_of_rank[max_warps];
   Fiber fibers[max_threads], *idle[max_threads], os;
   int fiber_count, idle_count;
   void* os_tsan;
@@ -130,23 +130,33 @@ struct Machine {
   // ---- scheduling
   void make_ready(Thread* t) {
     t->state = State::running;
-    ready[(ready_head + ready_count++) % max_threads] = int(t - threads);
-    ready_of_warp[(t - threads) / 32]++;
+    const int place = (ready_head + ready_count++) % max_threads, its_rank = rank[(t - threads) / 32];
+    ready[place] = int(t - threads);
+    ready_rank[place] = static_cast<unsigned char>(its_rank);
+    ready_of_rank[its_rank]++;
   }
   bool choose_fresh() {
     int fresh = n - started;
     return fresh && (!ready_count || !random || rank_seed % 2 == 0 || draw(fresh + ready_count) < unsigned(fresh));
   }
   // In half of the blocks: any thread. In the others: a thread of the warp with the best of random ranks, which so runs
-  // ahead.
+  // ahead. Its place in the ring.
   int favourite() {
-    if (rank_seed % 2) return int(draw(ready_count));
-    unsigned best = ~0u;
-    for (int w = 0; w < (n + 31) / 32; w++)
-      if (ready_of_warp[w]) best = min(best, rank_of_warp[w]);
-    int k = 0;
-    while (rank_of_warp[ready[(ready_head + k) % max_threads] / 32] != best) k++;
-    return k;
+    if (rank_seed % 2) return int(ready_head + draw(ready_count)) % max_threads;
+    int best = 0;
+    while (!ready_of_rank[best]) best++;
+    const int straight = min(ready_count, max_threads - ready_head);  // before the ring begins again
+    const void* found = memchr(ready_rank + ready_head, best, size_t(straight));
+    if (!found) found = memchr(ready_rank, best, size_t(ready_count - straight));
+    return int(static_cast<const unsigned char*>(found) - ready_rank);
+  }
+  void draw_ranks() {  // 0 is the best; warps may share one
+    auto drawn = [&](int warp) { return (warp + 1) * (rank_seed | 1) >> 40 & 0xFFFF; };
+    const int warps = (n + 31) / 32;
+    for (int w = 0; w < warps; w++) {
+      rank[w] = ready_of_rank[w] = 0;
+      for (int other = 0; other < warps; other++) rank[w] += drawn(other) < drawn(w);
+    }
   }
   Fiber* choose() {  // the fiber that runs next, when the current one cannot go on
     if (choose_fresh()) return fresh_fiber();
@@ -154,11 +164,15 @@ struct Machine {
       if (finished < n) report_stuck();
       return &os;
     }
-    if (random) std::swap(ready[ready_head], ready[(ready_head + favourite()) % max_threads]);
+    if (random) {
+      const int chosen = favourite();
+      std::swap(ready[ready_head], ready[chosen]);
+      std::swap(ready_rank[ready_head], ready_rank[chosen]);
+    }
     Thread* t = &threads[ready[ready_head]];
+    ready_of_rank[ready_rank[ready_head]]--;
     ready_head = (ready_head + 1) % max_threads;
     ready_count--;
-    ready_of_warp[(t - threads) / 32]--;
     return t->fiber;
   }
   __forceinline__ void enter(Thread* t) {
@@ -282,9 +296,8 @@ struct Machine {
     started = finished = at_barrier = ready_head = ready_count = 0;
     barriers = 0;
     rank_seed = random ? draw(~0ull) : 0;
+    draw_ranks();
     memset(pending, 0, sizeof pending);
-    memset(ready_of_warp, 0, sizeof ready_of_warp);
-    for (int w = 0; w < max_warps; w++) rank_of_warp[w] = (w + 1) * (rank_seed | 1) >> 40 & 0xFFFF;
     for (idle_count = 0; idle_count < fiber_count; idle_count++) idle[idle_count] = &fibers[idle_count];
     for (int i = 0; i < n; i++) {
       threads[i].state = State::running;

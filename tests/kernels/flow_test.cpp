@@ -99,15 +99,15 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
           noise.back()[i] =
               (noise.back()[i] - kept[f.table[t].base_mean + i]) * std::exp(-kept[f.table[t].base_log_std + i]);
       }
-    auto objective = [&](int t, double by_density) {
+    auto objective = [&](int t) {  // ln q, and what dz asks for
       const FlowTensor& at = f.table[t];
-      double sum = 0;
+      Two sum{};
       for (int g = 0; g < c.groups; g++) {
         const Doubles& e = noise[size_t(g) * tensors + t];
         Doubles x(at.size);
         for (int i = 0; i < at.size; i++) x[i] = v[at.base_mean + i] + std::exp(v[at.base_log_std + i]) * e[i];
-        sum += by_density * f.reference(t, v).forward(x);
-        for (int i = 0; i < at.size; i++) sum += up[f.at(r * c.groups + g, t, i)] * x[i];
+        sum[0] += f.reference(t, v).forward(x);
+        for (int i = 0; i < at.size; i++) sum[1] += up[f.at(r * c.groups + g, t, i)] * x[i];
       }
       return sum;
     };
@@ -123,10 +123,11 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
         }
         Doubles got, want, got_without_density, want_without_density;
         for (int i : some_of(count, 40, seed + offset)) {
+          const auto [by_density, by_dz] = slopes(v[offset + i], [&] { return objective(t); });
           got.push_back(gradients[first + i]);
-          want.push_back(slope(v[offset + i], [&] { return objective(t, scale * double(weights[r])); }));
+          want.push_back(scale * double(weights[r]) * by_density + by_dz);
           got_without_density.push_back(without[first + i]);
-          want_without_density.push_back(slope(v[offset + i], [&] { return objective(t, 0); }));
+          want_without_density.push_back(by_dz);
         }
         expect_gradient(got, want);
         expect_gradient(got_without_density, want_without_density);

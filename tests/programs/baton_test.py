@@ -89,6 +89,8 @@ def softmax(logits):
 
 
 class BatonTest(ProgramTest):
+    plots = True
+
     def setUp(self):
         super().setUp()
         for name, n, seed in (("old", 300, 0), ("new", 320, 1), ("newer", 320, 2), ("test", 200, 3)):

@@ -9,12 +9,10 @@ import math
 import pathlib
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import time
 import unittest
-import xml.etree.ElementTree
 
 from support import LOG_KEYS, ProgramTest, options
 
@@ -41,33 +39,13 @@ def picture(seed):
 
 
 class BgdTest(ProgramTest):
-    def setUp(self):
-        super().setUp()
-        # Drawing takes longer than these runs do: without Python there is no plot, and one test of each program has it.
-        self.path = self.environment["PATH"]
-        self.environment["PATH"] = "/nowhere"
-
     def finish(self, *arguments, out, program=None, plot=False):
-        if plot:
-            self.environment["PATH"] = self.path
-        done = super().finish(*arguments, out=out, program=program)
-        self.environment["PATH"] = "/nowhere"
+        done = super().finish(*arguments, out=out, program=program, plot=plot)
         self.assertFalse((self.folder / out / "checkpoint").exists())
         self.assertIn("GENERATED" if self.result(out)["dataset"]["generated"] else "Results", done.stdout)
-        if plot:
-            self.check_plot(out)
-        else:
+        if not plot:
             self.assertIn("The plot was not drawn", done.stdout)
         return done
-
-    def check_plot(self, out):
-        stem = self.folder / out / self.result(out)["experiment"]
-        root = xml.etree.ElementTree.parse(stem.with_suffix(".svg")).getroot()
-        self.assertTrue(root.tag.endswith("svg"), root.tag)
-        png = stem.with_suffix(".png").read_bytes()
-        self.assertEqual(png[:8], b"\x89PNG\r\n\x1a\n")
-        width, height = struct.unpack(">2I", png[16:24])
-        self.assertGreater(min(width, height), 100)
 
     def check_fraction(self, *values):
         for value in values:

@@ -63,7 +63,7 @@ class BilCifar10(BilCifar):
 
     def test_files_and_resume(self):
         arguments = tiny(methods="ft,ffg,cfg,mnf")
-        done = self.finish(*arguments, out="whole")
+        done = self.finish(*arguments, out="whole", plot=True)
         self.assertIn("GENERATED", done.stdout)
         whole, log = self.result("whole"), self.log("whole")
         self.check_result(whole, log, LAYERS)
@@ -74,7 +74,6 @@ class BilCifar10(BilCifar):
         for run in whole["runs"]:
             self.assertEqual(run["settings"].get("beta", 0.05), 0.05)  # of the larger network
         self.check_stages_start_at_their_priors(whole, log)
-        self.assertTrue((self.folder / "whole/bil_cifar10.svg").exists() or "was not drawn" in done.stdout)
 
         # A line a stage: killed in FFG's first, CFG's second and MNF's.
         self.finish_with_kills(*arguments, out="killed", lines=[3, 5, 7])
@@ -120,7 +119,7 @@ class BilCifar5p5(BilCifar):
 
     def test_files_search_and_resume(self):
         arguments = tiny_5p5(methods="ft,ft_pretrained,ffg,ffg_grid,ffg_laplace")
-        done = self.finish(*arguments, out="whole")
+        done = self.finish(*arguments, out="whole", plot=True)
         self.assertIn("GENERATED", done.stdout)
         whole, log = self.result("whole"), self.log("whole")
         self.check_result(whole, log, LAYERS)

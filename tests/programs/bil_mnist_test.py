@@ -35,7 +35,7 @@ class BilMnist(ProgramTest):
     program = PROGRAM
 
     def test_files_and_resume(self):
-        done = self.finish(*SMALL, out="whole")
+        done = self.finish(*SMALL, out="whole", plot=True)
         whole = self.result("whole")
         self.assertTrue(whole["dataset"]["generated"])
         self.assertIn("GENERATED", done.stdout)

@@ -11,7 +11,6 @@ import random
 import struct
 import sys
 import unittest
-import xml.etree.ElementTree
 
 from support import ProgramTest
 
@@ -52,7 +51,7 @@ class LaplaceUpdate(ProgramTest):
         return [prefix + "features", f"{name}_x.npy", prefix + "labels", f"{name}_y.npy"]
 
     def test_updates_and_active_learning_of_networks_and_pixels(self):
-        done = self.finish("--sets", "pixels,lenet5", *SMALL, out="out")
+        done = self.finish("--sets", "pixels,lenet5", *SMALL, out="out", plot=True)
         result, log = self.result("out"), self.log("out")
         self.assertEqual([s["name"] for s in result["sets"]], ["pixels", "lenet5"])
         self.assertEqual([s["dim"] for s in result["sets"]], [785, 501])
@@ -83,9 +82,6 @@ class LaplaceUpdate(ProgramTest):
             starts = {tuple(curve[0] for curve in a["accuracy"]) for a in result["active"] if a["set"] == name}
             self.assertEqual(len(starts), 1)
         self.assertEqual(log[0]["part"], "settings")
-        for suffix in ("png", "svg"):
-            self.assertGreater((self.folder / "out" / f"laplace_update.{suffix}").stat().st_size, 1000)
-        xml.etree.ElementTree.parse(self.folder / "out" / "laplace_update.svg")
 
     def test_killed_and_resumed_is_the_same(self):
         options = ["--sets", "pixels", *SMALL]

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+import xml.etree.ElementTree
 
 RESULT_KEYS = ("experiment", "preset", "dataset", "device", "peak_device_bytes", "settings", "runs")
 RUN_KEYS = ("method", "label", "parts", "seed", "settings", "parameters", "split_hash", "stages", "final_test_accuracy")
@@ -61,6 +62,9 @@ def figures(x):
 
 class ProgramTest(unittest.TestCase):
     program = None  # its path
+    # Drawing takes longer than most of these runs do. Without Python in the PATH nothing is drawn; one test of each
+    # program has it (finish(plot=True)).
+    plots = False
 
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
@@ -70,15 +74,30 @@ class ProgramTest(unittest.TestCase):
         # wait for each other beside other jobs are many times slower.
         self.environment = {k: v for k, v in os.environ.items() if k != "BATON_DATA"}
         self.environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        self.with_plots = dict(self.environment)
+        if not self.plots:
+            self.environment["PATH"] = "/nowhere"
 
-    def run_program(self, *arguments, program=None, **more):
-        return subprocess.run([program or self.program, *map(str, arguments)], cwd=self.folder, env=self.environment,
-                              text=True, capture_output=True, timeout=1200, **more)
+    def run_program(self, *arguments, program=None, environment=None, **more):
+        return subprocess.run([program or self.program, *map(str, arguments)], cwd=self.folder, text=True,
+                              env=environment or self.environment, capture_output=True, timeout=1200, **more)
 
-    def finish(self, *arguments, out, program=None):
-        done = self.run_program(*arguments, "--out", out, program=program)
+    def finish(self, *arguments, out, program=None, plot=False):
+        done = self.run_program(*arguments, "--out", out, program=program,
+                                environment=self.with_plots if plot else None)
         self.assertEqual(done.returncode, 0, done.stderr)
+        if plot:
+            self.check_plot(out)
         return done
+
+    def check_plot(self, out):
+        stem = self.folder / out / self.result(out)["experiment"]
+        root = xml.etree.ElementTree.parse(stem.with_suffix(".svg")).getroot()
+        self.assertTrue(root.tag.endswith("svg"), root.tag)
+        png = stem.with_suffix(".png").read_bytes()
+        self.assertEqual(png[:8], b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">2I", png[16:24])
+        self.assertGreater(min(width, height), 100)
 
     def result(self, out):
         return json.loads((self.folder / out / "result.json").read_text())

@@ -1,17 +1,58 @@
 #!/usr/bin/env python3
 """Tests tools/plot: which files it writes, what the figure says, and what it refuses."""
-import importlib.util
+import contextlib
 import itertools
 import json
+import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
 import unittest
+
+try:
+    import matplotlib  # noqa: F401
+except ImportError:  # as tools/plot does
+    if sys.executable != "/usr/bin/python3" and os.access("/usr/bin/python3", os.X_OK):
+        os.execv("/usr/bin/python3", ["/usr/bin/python3", *sys.argv])
+    sys.exit("plot_test: needs matplotlib; tools/setup installs it")
 
 PLOT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "plot"
 COMMON = PLOT.parent / "plot_forms" / "common.py"
+
+
+sys.path.insert(0, str(PLOT.parent))
+plot = runpy.run_path(str(PLOT))  # what tools/plot defines
+from plot_forms import evaluation, laplace  # noqa: E402
+
+
+def in_a_process(work):
+    """Calls work() in a process of its own, which has matplotlib already: that takes long to load."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+                    status = work()
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc(file=errors)
+            finally:
+                out.flush(), errors.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        out.seek(0), errors.seek(0)
+        return subprocess.CompletedProcess(PLOT, status, out.read(), errors.read())
+
+
+def run_plot(*arguments):
+    sys.argv = [str(PLOT), *map(str, arguments)]
+    return plot["main"]()
 
 
 def run(method, parts, seed, accuracies, **more):
@@ -67,37 +108,24 @@ class PlotCase(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
 
-    def plot(self, content, *options):
+    def plot(self, content, *options, alone=False):
+        """alone: the tool itself, as a user calls it."""
         if content is not None:
             text = content if isinstance(content, str) else json.dumps(content)
             (self.folder / "result.json").write_text(text)
-        return subprocess.run([sys.executable, str(PLOT), str(self.folder), *options],
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-    def python(self, code, *inputs):
-        """What code prints in a Python that has matplotlib; `plot` is what tools/plot defines."""
-        python = sys.executable if importlib.util.find_spec("matplotlib") else "/usr/bin/python3"
-        head = (f"import io, json, pathlib, runpy, sys; sys.path.insert(0, {str(PLOT.parent)!r}); "
-                f"plot = runpy.run_path({str(PLOT)!r}); from plot_forms import evaluation, laplace\n")
-        done = subprocess.run([python, "-c", head + code, *inputs], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
+        if alone:
+            return subprocess.run([sys.executable, str(PLOT), str(self.folder), *options],
+                                  capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return in_a_process(lambda: run_plot(self.folder, *options))
 
     def assert_refused(self, contents):
         """Each in one line, with exit status 2, and no file."""
         for i, content in enumerate(contents):
-            (self.folder / str(i)).mkdir()
-            (self.folder / str(i) / "result.json").write_text(json.dumps(content))
-        done = self.python("done = []\nfor folder in sys.argv[1:]:\n    sys.argv, sys.stderr = ['plot', folder], "
-                           "io.StringIO()\n    done.append([plot['main'](), sys.stderr.getvalue()])\n"
-                           "print(json.dumps(done))", *(str(self.folder / str(i)) for i in range(len(contents))))
-        self.assertEqual(len(done), len(contents))
-        for i, (code, words) in enumerate(done):
             with self.subTest(content=i):
-                self.assertEqual(code, 2)
-                self.assertRegex(words, r"\Aplot: [^\n]+\n\Z")
-                self.assertEqual([p.name for p in (self.folder / str(i)).iterdir()], ["result.json"])
+                done = self.plot(content)
+                self.assertEqual(done.returncode, 2, done.stderr)
+                self.assertRegex(done.stderr, r"\Aplot: [^\n]+\n\Z")
+                self.assertEqual([p.name for p in self.folder.iterdir()], ["result.json"])
 
     def svg(self, content):
         done = self.plot(content, "--out", str(self.folder / "figure.svg"))
@@ -107,7 +135,7 @@ class PlotCase(unittest.TestCase):
 
 class Plot(PlotCase):
     def test_writes_png_and_svg_and_names_them(self):
-        done = self.plot(result())
+        done = self.plot(result(), alone=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         png, svg = self.folder / "bil_mnist.png", self.folder / "bil_mnist.svg"
         self.assertEqual(png.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
@@ -506,20 +534,17 @@ class PlotLaplace(PlotCase):
         """Against numbers by hand: t = 12.706, 4.303, 2.262, 2.042 and 2.000 with 1, 2, 9, 30 and 60 degrees of
         freedom."""
         content = laplace_result()
-        widths, gains, pairs = self.python(
-            "content = json.loads(sys.argv[1]); column, = laplace.read(content)\n"
-            "implicit, = (c for c in column.gains if c.name == 'implicit')\n"
-            "margin, = (c for c in column.pairs if c.name == 'margin')\n"
-            "print(json.dumps([[laplace.half_width(1, n) for n in (2, 3, 10, 31, 61)], implicit, margin]))",
-            json.dumps(content))
-        for width, expected in zip(widths, (8.9845, 2.4843, 0.7153, 0.36675, 0.2561)):
-            self.assertAlmostEqual(width, expected, delta=2e-4)
-        _, _, x, mean, low, high, seeds, _ = gains
+        column, = laplace.read(content)
+        implicit, = (c for c in column.gains if c.name == "implicit")
+        margin, = (c for c in column.pairs if c.name == "margin")
+        for n, expected in ((2, 8.9845), (3, 2.4843), (10, 0.7153), (31, 0.36675), (61, 0.2561)):
+            self.assertAlmostEqual(laplace.half_width(1, n), expected, delta=2e-4)
+        _, _, x, mean, low, high, seeds, _ = implicit
         self.assertEqual((x, seeds), ([1, 10, 50], 10))
         self.assertAlmostEqual(mean[2], 2.01)
         self.assertAlmostEqual(low[2], 2.01 - 0.07153, delta=1e-5)  # sd 0.1 points
         self.assertAlmostEqual(high[2], 2.01 + 0.07153, delta=1e-5)
-        _, _, x, mean, low, high, seeds, whole = pairs
+        _, _, x, mean, low, high, seeds, whole = margin
         self.assertEqual((x, seeds), ([20, 30, 40], 3))
         for values, expected in ((mean, (0, 1.3333, 2.6667)), (low, (0, -0.3229, -0.6457)), (high, (0, 2.9895, 5.9791)),
                                  (whole, (2, 2.4843))):
@@ -641,23 +666,18 @@ class PlotEvaluation(PlotCase):
 
     def test_turned_names_stay_above_the_caption(self):
         for names in ([f"automobile {i}" for i in range(10)], [f"automobile {i}" for i in range(40)]):
-            bottoms = self.python(
-                "import matplotlib; from plot_forms import common\n"
-                "result = json.loads(sys.argv[1]); figure = evaluation.draw(result, evaluation.read(result))\n"
-                "figure.canvas.draw(); low = figure.axes[2].xaxis.get_tightbbox().y0\n"
-                "print(json.dumps([low, max(t.get_window_extent().y1 for t in figure.texts[2:])]))",
-                json.dumps(evaluation_result(names)))
-            self.assertGreater(*bottoms)
+            content = evaluation_result(names)
+            figure = evaluation.draw(content, evaluation.read(content))
+            figure.canvas.draw()
+            self.assertGreater(figure.axes[2].xaxis.get_tightbbox().y0,
+                               max(t.get_window_extent().y1 for t in figure.texts[2:]))
 
     def test_intervals_and_shares(self):
-        low, high, some, none, known = self.python(
-            "drawn = evaluation.read(json.loads(sys.argv[1]))\n"
-            "print(json.dumps([*evaluation.wilson(0.9, 100), evaluation.wilson(1, 1)[1], evaluation.wilson(0, 1)[0], "
-            "drawn.known]))", json.dumps(evaluation_result()))
+        low, high = evaluation.wilson(0.9, 100)
         self.assertAlmostEqual(low, 0.8256, delta=1e-4)
         self.assertAlmostEqual(high, 0.9448, delta=1e-4)
-        self.assertEqual((some, none), (1, 0))
-        self.assertEqual(known, [90, 100 * 20 / 300, 100 * 10 / 300, 0])
+        self.assertEqual((evaluation.wilson(1, 1)[1], evaluation.wilson(0, 1)[0]), (1, 0))
+        self.assertEqual(list(evaluation.read(evaluation_result()).known), [90, 100 * 20 / 300, 100 * 10 / 300, 0])
 
     def test_refuses_in_one_line(self):
         def broken(*path, value):
