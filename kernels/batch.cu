@@ -132,8 +132,8 @@ __global__ void gather_training_kernel(float* x, float* x_squared, int32_t* labe
 
 template <Pixels how>
 __global__ void gather_kernel(float* x, float* x_squared, int32_t* labels, DeviceImages set, const int32_t* index,
-                              int first, const int32_t* pixel_order) {
-  const int b = blockIdx.x, example = index ? index[b] : first + b;
+                              const int32_t* pixel_order) {
+  const int b = blockIdx.x, example = index[b];
   const size_t image = size_t(set.channels) * set.plane, to = b * image;
   if constexpr (how == Pixels::in_order)
     load_ordered(x + to, x_squared ? x_squared + to : nullptr, set.pixels + example * image, pixel_order, set);
@@ -187,25 +187,13 @@ void gather_training_batch(float* x, float* x_squared, int32_t* labels, const De
   else run.operator()<Pixels::as_they_are>();
 }
 
-void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, int first, int batch,
-                  Stream stream) {
-  BATON_RANGE("gather_range");
-  if (first < 0 || first + batch > set.count)
-    throw InputError("gather_range: images " + std::to_string(first) + " to " + std::to_string(first + batch) +
-                     " of a set of " + std::to_string(set.count));
-  const int32_t* const none = nullptr;
-  simt::launch<gather_kernel<Pixels::as_they_are>>(simt::blocks(batch, threads), stream, x, x_squared, labels, set,
-                                                   none, first, none);
-}
-
 void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages& set, const int32_t* index,
                     int batch, Stream stream, const int32_t* pixel_order) {
   BATON_RANGE("gather_indexed");
   const auto shape = simt::blocks(batch, threads);
   if (pixel_order)
-    simt::launch<gather_kernel<Pixels::in_order>>(shape, stream, x, x_squared, labels, set, index, 0, pixel_order);
-  else
-    simt::launch<gather_kernel<Pixels::as_they_are>>(shape, stream, x, x_squared, labels, set, index, 0, pixel_order);
+    simt::launch<gather_kernel<Pixels::in_order>>(shape, stream, x, x_squared, labels, set, index, pixel_order);
+  else simt::launch<gather_kernel<Pixels::as_they_are>>(shape, stream, x, x_squared, labels, set, index, pixel_order);
 }
 
 }  // namespace baton

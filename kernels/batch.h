@@ -50,8 +50,6 @@ struct TaskInputs {
   int steps = 0;                      // steps beyond the last use the last row
 };
 
-// Images first, first + 1, ... (first + batch <= count) in the set's own order.
-void gather_range(float* x, float* x_squared, int32_t* labels, const DeviceImages&, int first, int batch, Stream);
 // The images with the numbers index [batch]. pixel_order [channels * plane] of one task, or null for the images' own.
 void gather_indexed(float* x, float* x_squared, int32_t* labels, const DeviceImages&, const int32_t* index, int batch,
                     Stream, const int32_t* pixel_order = nullptr);

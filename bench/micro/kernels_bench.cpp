@@ -1,7 +1,6 @@
 // Every kernel launcher but those of local_reparam.h (reparam_bench.cpp) and what CFG and MNF add (families_bench.cpp),
 // at the shapes of LeNet5 and 3Conv3FC.
 #include "kernels/batch.h"
-#include "kernels/maxpool.h"
 #include "kernels/predictive.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/squares.h"
@@ -82,42 +81,10 @@ void curvature() {
   }
 }
 
-// ------------------------------------------------------------------------------------------- pooling and elementwise
-// Bytes: 4 an input, 5 an output (value, place), either way. FLOPs an output, forward: 3 or 8 compares;
-// backward, an input: one sum for 2x2, four for 3x3.
-void maxpool(const char* layer, int channels, int h, int w, int window) {
-  const int planes = 128 * channels, oh = (h - window) / 2 + 1, ow = (w - window) / 2 + 1;
-  const size_t in = size_t(planes) * h * w, out = size_t(planes) * oh * ow;
-  const std::string suffix = std::string(layer) + "/window:" + std::to_string(window) + "/batch:128";
-  add("maxpool_forward" + suffix, {4. * in + 5. * out, double(out) * (window * window - 1)},
-      [=](Buffers& b) -> std::function<void()> {
-        const float* x = b.normal(in);
-        float* y = b.room<float>(out);
-        uint8_t* which = b.room<uint8_t>(out);
-        return [=, stream = b.stream()] { maxpool_forward(y, which, x, planes, h, w, window, stream); };
-      });
-  add("maxpool_backward" + suffix, {4. * in + 5. * out, double(in) * (window == 2 ? 1 : 4)},
-      [=](Buffers& b) -> std::function<void()> {
-        const float* dy = b.normal(out);
-        const uint8_t* which = b.integers<uint8_t>(out, window * window);
-        float* dx = b.room<float>(in);
-        return [=, stream = b.stream()] { maxpool_backward(dx, dy, which, planes, h, w, window, stream); };
-      });
-}
-
-// Bytes an element: relu 8 and 12, square 8, fold 16. FLOPs: 1, 1, 1, 3.
+// ------------------------------------------------------------------------------------------------------- elementwise
+// Bytes an element: square 8, fold 16. FLOPs: 1, 3.
 void elementwise(size_t n) {
   const std::string suffix = "/n:" + std::to_string(n);
-  add("relu_forward" + suffix, {8. * n, 1. * n}, [=](Buffers& b) -> std::function<void()> {
-    const float* x = b.normal(n);
-    float* y = b.room<float>(n);
-    return [=, stream = b.stream()] { relu_forward(y, x, n, stream); };
-  });
-  add("relu_backward" + suffix, {12. * n, 1. * n}, [=](Buffers& b) -> std::function<void()> {
-    const float *dy = b.normal(n), *y = b.normal(n);
-    float* dx = b.room<float>(n);
-    return [=, stream = b.stream()] { relu_backward(dx, dy, y, n, stream); };
-  });
   add("square" + suffix, {8. * n, 1. * n}, [=](Buffers& b) -> std::function<void()> {
     const float* x = b.normal(n);
     float* y = b.room<float>(n);
@@ -292,11 +259,6 @@ void add_kernel_benchmarks() {
   softmax(128, 1, 10), softmax(128, 4, 10), softmax(1024, 1, 10), softmax(1024, 1, 100);
   totals(128, 1), totals(1024, 4);
   advance(1), advance(100);
-  maxpool("/lenet5.conv1", 20, 24, 24, 2);
-  maxpool("/lenet5.conv2", 50, 8, 8, 2);
-  maxpool("/3conv3fc.conv1", 32, 32, 32, 3);
-  maxpool("/3conv3fc.conv2", 64, 15, 15, 3);
-  maxpool("/3conv3fc.conv3", 128, 7, 7, 3);
   elementwise(128 * 500), elementwise(128 * 64 * 15 * 15);
   const NetworkSizes &lenet5 = lenet5_sizes(), &three_conv = conv3fc3_sizes();
   posterior(lenet5, 1), posterior(lenet5, 4), posterior(three_conv, 1);

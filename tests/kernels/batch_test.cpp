@@ -115,31 +115,27 @@ void check_gather(int channels, int plane, const Normalisation& normalisation, b
   Images images(memory, 9, channels, plane, normalisation);
   const std::vector<int32_t> index{8, 0, 3, 3};
   Buffer device_index(memory, index);
-  for (bool by_index : {true, false})
-    for (bool squared : {true, false}) {
-      Buffer<float> x(memory, 4 * images.size(), NAN), x2(memory, 4 * images.size(), NAN);
-      Buffer<int32_t> labels(memory, 4, -1);
-      float* to = squared ? x2.data() : nullptr;
-      if (by_index) gather_indexed(x, to, labels, images.set, device_index, 4, memory.stream());
-      else gather_range(x, to, labels, images.set, 5, 4, memory.stream());
-      const std::vector<int32_t> examples = by_index ? index : std::vector<int32_t>{5, 6, 7, 8};
-      const std::vector<double> want = images.values(examples);
-      EXPECT_TRUE(exact(labels.host(), examples));
-      if (is_exact) {
-        EXPECT_TRUE(exact(x.host(), want));
-      } else {
-        EXPECT_TRUE(close(x.host(), want, {.l2 = 1e-7}));
-      }
-      if (!squared) continue;
-      if (is_exact) {
-        EXPECT_TRUE(exact(x2.host(), squares(want)));
-      } else {
-        EXPECT_TRUE(close(x2.host(), squares(want), {.l2 = 2e-7}));
-      }
-      record("gather." + std::to_string(channels) + "x" + std::to_string(plane) + (is_exact ? ".exact" : "") +
-                 (by_index ? ".index" : ".range"),
-             x2.host(), 1e-6f);
+  for (bool squared : {true, false}) {
+    Buffer<float> x(memory, 4 * images.size(), NAN), x2(memory, 4 * images.size(), NAN);
+    Buffer<int32_t> labels(memory, 4, -1);
+    float* to = squared ? x2.data() : nullptr;
+    gather_indexed(x, to, labels, images.set, device_index, 4, memory.stream());
+    const std::vector<double> want = images.values(index);
+    EXPECT_TRUE(exact(labels.host(), index));
+    if (is_exact) {
+      EXPECT_TRUE(exact(x.host(), want));
+    } else {
+      EXPECT_TRUE(close(x.host(), want, {.l2 = 1e-7}));
     }
+    if (!squared) continue;
+    if (is_exact) {
+      EXPECT_TRUE(exact(x2.host(), squares(want)));
+    } else {
+      EXPECT_TRUE(close(x2.host(), squares(want), {.l2 = 2e-7}));
+    }
+    record("gather." + std::to_string(channels) + "x" + std::to_string(plane) + (is_exact ? ".exact" : ""), x2.host(),
+           1e-6f);
+  }
 }
 
 TEST(Batch, SmallGatherExact) {
@@ -549,13 +545,6 @@ TEST(Batch, RefusesTasks) {
   EXPECT_THROW(call({orders, 0}, false), InputError);
   EXPECT_THROW(call({nullptr, 1}, false), InputError);
   EXPECT_THROW(call({orders, 1, sums, 0}, false), InputError);
-}
-
-TEST(Batch, RefusesRanges) {
-  const DeviceImages set{nullptr, nullptr, 10, 1, 4, in_binary};
-  EXPECT_THROW(gather_range(nullptr, nullptr, nullptr, set, -1, 2, {}), InputError);
-  EXPECT_THROW(gather_range(nullptr, nullptr, nullptr, set, 8, 3, {}), InputError);
-  gather_range(nullptr, nullptr, nullptr, set, 10, 0, {});  // nothing to do
 }
 
 }  // namespace

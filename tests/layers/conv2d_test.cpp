@@ -1,10 +1,7 @@
 #include "layers/conv2d.h"
 
 #include <nlohmann/json.hpp>
-#include <optional>
 
-#include "kernels/maxpool.h"
-#include "kernels/squares.h"
 #include "tests/support/device.h"
 #include "tests/support/small_network.h"
 
@@ -147,40 +144,19 @@ void append(std::vector<float>& to, const std::vector<float>& more) { to.insert(
 
 int window_of(Pooling pooling) { return pooling == Pooling::none ? 0 : pooling == Pooling::max2 ? 2 : 3; }
 
-// Max pooling as a pass of its own behind a convolution that has none.
-class PoolingPass {
- public:
-  PoolingPass(const LayerContext& c, const Activation& x, const ReferenceLayer& r, int window, bool sampled)
-      : stream_(c.device.stream()),
-        x_(x),
-        planes_(c.rows * c.batch * r.out),
-        height_(r.out_height()),
-        width_(r.out_width()),
-        window_(window) {
-    const size_t size = size_t(r.out) * ((height_ - window) / 2 + 1) * ((width_ - window) / 2 + 1);
-    y_ = take_activation(c, size, sampled, true);
-    count_ = y_.stride * c.rows;
-    which_ = c.arena.take<uint8_t>(count_);
-  }
-  const Activation& output() const { return y_; }
-  void forward() {
-    maxpool_forward(y_.signal.value, which_, x_.signal.value, planes_, height_, width_, window_, stream_);
-    if (y_.signal.square) square(y_.signal.square, y_.signal.value, count_, stream_);
-  }
-  void backward(Device& device) {
-    if (y_.signal.grad_square)
-      fold_square_gradient(y_.signal.grad, y_.signal.value, y_.signal.grad_square, count_, stream_);
-    maxpool_backward(x_.signal.grad, y_.signal.grad, which_, planes_, height_, width_, window_, stream_);
-    if (x_.signal.grad_square) fill_zero(device, x_.signal.grad_square, sizeof(float) * planes_ * height_ * width_);
-  }
+// Max pooling as a pass of its own, on the host, behind a convolution that has none.
+struct PoolingPass {
+  ReferencePool pool;
+  std::vector<float> y;
 
- private:
-  Stream stream_;
-  const Activation& x_;
-  int planes_, height_, width_, window_;
-  Activation y_;
-  size_t count_;
-  uint8_t* which_;
+  void forward(const std::vector<float>& x, int planes, const ReferenceLayer& r, int window) {
+    y = floats(pool.forward(doubles(x), planes, r.out_height(), r.out_width(), window));
+  }
+  // The gradient of x: that of y and of its square together, from the outputs up to the inputs.
+  std::vector<float> backward(std::vector<float> up, const std::vector<float>& up_square, size_t inputs) const {
+    for (size_t i = 0; i < up_square.size(); i++) up[i] += 2.f * y[i] * up_square[i];
+    return floats(pool.backward(doubles(up), inputs));
+  }
 };
 
 // apart: a convolution without pooling, and a pass of pooling behind it.
@@ -192,8 +168,6 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
   const int count = int(problems.size());
   LayerBench bench(layout, count, r.batch, sampled, size_t(r.in) * r.height * r.width, input_gradient);
   layer.prepare(bench.context(), sampled);
-  std::optional<PoolingPass> pool;
-  if (apart) pool.emplace(bench.context(), layer.output(), r, window_of(pooling), sampled);
   std::vector<StepState> states;
   std::vector<float> x, up, up_square;
   for (int i = 0; i < count; i++) {
@@ -205,15 +179,24 @@ Left run(const std::vector<Problem>& problems, Pooling pooling, bool sampled, bo
   }
   bench.set_states(states);
   bench.set_input(x);
-  const Signal& y = (apart ? pool->output() : layer.output()).signal;
+  const Signal& y = layer.output().signal;
   layer.forward(bench.x(), bench.pass());
-  if (apart) pool->forward();
   Left left;
-  left.y = bench.read(y.value, up.size());
-  if (sampled) left.square = bench.read(y.square, up.size());
+  if (apart) {
+    const size_t outputs = count * r.outputs();
+    PoolingPass pool;
+    pool.forward(bench.read(y.value, outputs), count * r.batch * r.out, r, window_of(pooling));
+    left.y = pool.y;
+    for (float one : pool.y)
+      if (sampled) left.square.push_back(one * one);
+    up = pool.backward(up, sampled ? up_square : std::vector<float>(), outputs);
+    up_square.assign(outputs, 0);
+  } else {
+    left.y = bench.read(y.value, up.size());
+    if (sampled) left.square = bench.read(y.square, up.size());
+  }
   bench.write(y.grad, up);
   if (sampled) bench.write(y.grad_square, up_square);
-  if (apart) pool->backward(bench.device());
   layer.backward(bench.x(), bench.pass());
   if (input_gradient) left.x_grad = bench.read(bench.x().signal.grad, x.size());
   if (input_gradient && sampled) left.x_grad_square = bench.read(bench.x().signal.grad_square, x.size());

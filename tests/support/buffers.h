@@ -3,7 +3,7 @@
 //   test::Memory memory;                                  // a device and an arena
 //   test::Buffer x(memory, std::vector<float>{1, 2, 3});  // uploaded
 //   test::Buffer<float> y(memory, 3);                     // zeros; or (memory, 3, NAN)
-//   relu_forward(y, x, 3, memory.stream());
+//   square(y, x, 3, memory.stream());
 //   EXPECT_TRUE(test::exact(y.host(), ...));
 //
 // Every buffer lies between two guards, and reading it back checks that no kernel has written there. Where the kernels

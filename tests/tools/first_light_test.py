@@ -308,7 +308,7 @@ class ParseTest(unittest.TestCase):
         files = {name: patterns for _, name, patterns in stages.test_files(ROOT)}
         self.assertIn("Graph.*", files["engine.graph_test"])
         self.assertIn("*/Graph.*", files["engine.graph_test"])
-        self.assertIn("MaxPool.*", files["kernels.maxpool_test"])
+        self.assertIn("Dropout.*", files["kernels.dropout_test"])
 
 
 class PageTest(unittest.TestCase):
@@ -334,12 +334,12 @@ class PageTest(unittest.TestCase):
                     ["void (anonymous namespace)::book_kernel(int)", 30.0], ["gemm<4>(int)", 12.0]]}),
                 entry("calibration", "device", figures={"calibration": [
                     {"name": "graph_node", "value": 1.5, "unit": "us", "how": "a chain"}]}),
-                entry("kernels", "kernels.maxpool_test", "failed", errors=["MaxPool.x: Expected | 1"], figures={}),
+                entry("kernels", "kernels.dropout_test", "failed", errors=["Dropout.x: Expected | 1"], figures={}),
                 entry("sanitizer", "memcheck 1", "not run", reason="compute-sanitizer is missing"),
             ]}
         page = report.page(record)
         for words in ("# First light: NVIDIA H200", "| driver | 580.1 |", "**6 passed**, **1 failed**, **0 timed out**",
-                      "MaxPool.x: Expected | 1", "compute-sanitizer is missing",
+                      "Dropout.x: Expected | 1", "compute-sanitizer is missing",
                       "| lenet5 ffg_step | 1 | 128 | 0.5 | 5 | 10 | 1 | 2 |",
                       "| lenet5 ffg_step | 1 | **whole step** | 440 | 500 | 1.136 |",
                       "| lenet5 ffg_step | 1 | book_kernel | 20 | 30 | 1.5 |",
@@ -407,7 +407,7 @@ class PackTest(FolderCase):
         self.assertTrue((there / "first-light/data/mnist/train-images-idx3-ubyte.gz").exists())
         self.assertTrue(any((there / "first-light/build/cuda/tests/data/goldens").rglob("*.npz")))
         done = subprocess.run([sys.executable, "first-light/tools/first-light", "run", "--only",
-                               "machine/files,kernels/kernels.maxpool_test", "--out", "out"],
+                               "machine/files,kernels/kernels.dropout_test", "--out", "out"],
                               cwd=there, capture_output=True, text=True)
         record = self.read(there / "out")
         self.assertEqual(record["checks"][0]["status"], "passed", record)
@@ -605,7 +605,7 @@ done
 
 # What a run on a real build must have found out: the checks to run, and those of them that no CPU can pass.
 REAL = ["machine/device", "machine/files", "convolutions/variance", "products/engine.graph_test",
-        "kernels/kernels.maxpool_test", "kernels/kernels.philox_test", "layers/layers.dense_test",
+        "kernels/kernels.dropout_test", "kernels/kernels.philox_test", "layers/layers.dense_test",
         "repeat/bil_mnist twice", "repeat/seeds in company", "timings/baton lenet5 ffg_step",
         "timings/baton lenet5 mnf_step rows *", "calibration/device"]
 NOT_HERE = ["machine/gpu", "convolutions/offers", "sanitizer/memcheck 1", "papers/bil_mnist"]
