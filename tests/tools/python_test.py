@@ -316,6 +316,15 @@ class Matching(Case):
         torch_save(self.input, state_dict(renamed(arrays, SEQUENTIAL)))
         self.refused("missing: conv2.weight", "--architecture", "lenet5", "--rename", "0=conv1")
 
+    def test_means_of_a_model_of_an_earlier_version(self):
+        self.input = self.folder / "before.safetensors"
+        arrays = numbers(MLP)
+        save_file({f"{name}.{what}": values if what == "mean" else values * 0 for name, values in arrays.items()
+                   for what in ("mean", "log_std")}, self.input, {"format": "baton-posterior-1", "method": "bgd"})
+        found, said = self.converted("--architecture", "mlp")
+        self.same(found, arrays)
+        self.assertIn("means of a model that an earlier Baton saved", said)
+
     def test_order_of_safetensors_is_by_name(self):
         arrays = numbers(LENET5)
         self.input = self.folder / "features.safetensors"
