@@ -19,7 +19,7 @@ import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from first_light import checks, pack, parse, report, stages  # noqa: E402
+from first_light import cases, checks, pack, parse, report, stages  # noqa: E402
 from first_light.checks import Check, Command, Failed, NotRun, Runner, Stage  # noqa: E402
 
 # A GoogleTest program: what each case does stands in cases.json beside it. It knows filters, and runs in order.
@@ -208,7 +208,7 @@ class CasesTest(FolderCase):
         does = {name.replace("__", "."): what for name, what in does.items()}
         (self.folder / "cases.json").write_text(json.dumps(does))
         record = new_record()
-        body = lambda: stages.run_cases(program, list(patterns), silence, self.folder)  # noqa: E731
+        body = lambda: cases.run_cases(program, list(patterns), silence, self.folder)  # noqa: E731
         Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run(
             [Stage("s", [Check("file", body, 0, 20)], 1)])
         return self.read()["checks"][0]
@@ -269,7 +269,7 @@ class CasesTest(FolderCase):
         program.chmod(0o755)
         record = new_record()
         Runner(self.folder, record, time.monotonic() + 60, 1, say=lambda text: None).run([Stage("s", [Check(
-            "file", lambda: stages.run_cases(program, ["*"], 30, self.folder), 0, 20)], 1)])
+            "file", lambda: cases.run_cases(program, ["*"], 30, self.folder), 0, 20)], 1)])
         found = self.read()["checks"][0]
         self.assertEqual(found["status"], "failed")
         self.assertIn("libcudnn.so.9", found["errors"][1])
@@ -305,7 +305,7 @@ class ParseTest(unittest.TestCase):
         self.assertEqual(len(parse.differences({"a": [1, 2]}, {"a": [1]})), 1)
 
     def test_test_files_are_those_of_ctest(self):
-        files = {name: patterns for _, name, patterns in stages.test_files(ROOT)}
+        files = {name: patterns for _, name, patterns in cases.test_files(ROOT)}
         self.assertIn("Graph.*", files["engine.graph_test"])
         self.assertIn("*/Graph.*", files["engine.graph_test"])
         self.assertIn("Dropout.*", files["kernels.dropout_test"])

@@ -40,6 +40,12 @@ class NotRun(Exception):
         self.figures = figures or {}
 
 
+def needed(path):
+    if not path.exists():
+        raise NotRun(f"{path.name} is missing: {path}")
+    return path
+
+
 @dataclasses.dataclass
 class Command:
     """One process of a check. Without `check`, the check looks at the exit status itself."""

@@ -10,7 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 
-from . import stages
+from . import cases
 from .place import MNIST, PROGRAMS, Place, find_mnist, mnist_file
 
 MOST_BYTES = 45 << 20
@@ -136,7 +136,7 @@ def pack(root, out, data, predictions, architecture, with_ptx, most=MOST_BYTES, 
         scripts = [path for pattern in SCRIPTS for path in sorted(root.glob(pattern)) if path.is_file()]
         for path in scripts:
             bundle.add(path.relative_to(root), path.read_bytes(), executable=os.access(path, os.X_OK))
-        bundle.add("tests.json", json.dumps(stages.test_files(root)).encode())
+        bundle.add("tests.json", json.dumps(cases.test_files(root)).encode())
         predicted = json.loads(predictions.read_text()) if predictions else place.predictions()
         if predicted:
             bundle.add("gpu-cost.json", json.dumps(predicted).encode())
