@@ -2,8 +2,6 @@
 // mode): y = pool?(relu(x * W + b)), W [out, in, k, k]. Local reparameterization draws noise for each example, filter
 // and position.
 #pragma once
-#include <optional>
-
 #include "layers/layer.h"
 
 namespace baton {
