@@ -217,11 +217,6 @@ void gathers(const char* set_name, int channels, int extent, bool squares, int b
         },
         Sets::warm_cold);
   if (replicas > 1) return;
-  add("gather_range" + suffix + batch_name(batch), work(batch, 0), [=](Buffers& b) -> std::function<void()> {
-    const DeviceImages set = take_images(b, count, channels, extent);
-    const auto to = outputs(b, batch);
-    return [=, stream = b.stream()] { gather_range(to.x, to.x_squared, to.labels, set, 256, batch, stream); };
-  });
   add("gather_indexed" + suffix + batch_name(batch), work(batch, 4), [=](Buffers& b) -> std::function<void()> {
     const DeviceImages set = take_images(b, count, channels, extent);
     const auto to = outputs(b, batch);
