@@ -59,9 +59,9 @@ class LastLayer {
   // this precision (collinear or badly scaled features), saying what to raise. An error leaves the posterior unchanged.
   MapResult fit(const FeatureRows<Real>&, const MapOptions& = {});
   // The same with given weights W [C][D]: P = tau I + sum w phi phi' over the rows.
-  void fit_covariance(const FeatureRows<Real>&, const std::vector<double>& weights);
+  void fit_covariance(const FeatureRows<Real>&, const Doubles& weights);
   // Sets the whole state: W [C][D] and P [D][D].
-  void set(const std::vector<double>& weights, const std::vector<double>& precision);
+  void set(const Doubles& weights, const Doubles& precision);
   // Copies the posterior of another layer, on the device. Throws InputError where its shape is another.
   void copy_from(const LastLayer&);
 
@@ -77,7 +77,7 @@ class LastLayer {
 
   // On the device: logits [n][C] = Phi W', products [n][D] = Phi S (rows S phi), variances [n] = phi'S phi.
   void logits(const Real* x, int n, Real* out) {
-    multiply(device_, false, true, n, classes_, dim_, Real(1), x, dim_, now_.w, dim_, Real(0), out, classes_);
+    multiply_packed(device_, false, true, n, classes_, dim_, x, now_.w, out);
   }
   void covariance_products(const Real* x, int n, Real* out);
   void variances(const Real* x, int n, Real* out);
@@ -87,16 +87,10 @@ class LastLayer {
   LinkedPredictions predict(const Real* x, int n, const LinkOptions& = {});
 
   // On the host, what the posterior is now: W [C][D], S [D][D], P [D][D].
-  std::vector<double> weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
-  std::vector<double> covariance() const {
-    return download_doubles(device_, fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q),
-                            size_t(dim_) * dim_);
-  }
-  std::vector<double> precision() const {
-    return download_doubles(device_, fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x),
-                            size_t(dim_) * dim_);
-  }
-  void set_weights(const std::vector<double>&);
+  Doubles weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
+  Doubles covariance() const { return download_doubles(device_, whole_covariance(), size_t(dim_) * dim_); }
+  Doubles precision() const { return download_doubles(device_, whole_precision(), size_t(dim_) * dim_); }
+  void set_weights(const Doubles&);
 
   // The evidence ln p(D | W) - 1/2 [C ln det P - C D ln tau + tau |W|^2], given the log-likelihood of the fitted data.
   double log_evidence(double log_likelihood);
@@ -131,11 +125,14 @@ class LastLayer {
   void copy(const Posterior& to, const Posterior& from);
   void add_rows(Real* m, Real sign, const Real* rows, int count) const;
   const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const;
+  const Real* whole_covariance() const { return fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q); }
+  const Real* whole_precision() const { return fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x); }
   void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out);
   std::vector<uint64_t> check_update(const FeatureRows<Real>&, const LastLayerUpdateOptions&);
   void update_block(const FeatureRows<Real>&, const LastLayerUpdateOptions&, int first);
   void all_or_nothing(const std::function<void()>& work);
-  void refactor_or_refuse(const std::string& advice);
+  void start_from(const Doubles& weights, const std::function<void()>& fill_precision, const std::string& advice,
+                  const std::vector<uint64_t>& seen);
   void settle();
 
   Device& device_;

@@ -1,8 +1,8 @@
 #include "trainers/last_layer/link.h"
 
 #include <algorithm>
+#include <cmath>
 
-#include "engine/linalg.h"
 #include "trainers/last_layer/rows.h"
 
 namespace baton {
@@ -27,7 +27,7 @@ LinkedPredictions predict_rows(Device& device, const Real* x, int n, int dim, in
     fill_normals(normals, o.draws * classes, key_of(o.seed, 13), device.stream());
   }
   LinkedPredictions result;
-  const auto append = [&](std::vector<double>& to, const Real* from, size_t count) {
+  const auto append = [&](Doubles& to, const Real* from, size_t count) {
     const std::vector<Real> host = download(device, from, count);
     to.insert(to.end(), host.begin(), host.end());
   };
@@ -48,24 +48,25 @@ LinkedPredictions predict_rows(Device& device, const Real* x, int n, int dim, in
 
 std::vector<double> class_probabilities(Device& device, const double* weights, const double* x, int n, int dim,
                                         int classes) {
+  const RowFunction<double> logits = [&](const double* rows, int count, double* out) {
+    multiply_packed(device, false, true, count, classes, dim, rows, weights, out);
+  };
   const int step = rows_at_once(n, 2 * size_t(classes));
-  Scratch::Frame scratch(device);
-  auto *logits = scratch.take<double>(size_t(step) * classes), *p = scratch.take<double>(size_t(step) * classes);
-  std::vector<double> all(size_t(n) * classes);
-  for (int first = 0; first < n; first += step) {
-    const int count = std::min(step, n - first);
-    multiply(device, false, true, count, classes, dim, 1.0, x + size_t(first) * dim, dim, weights, dim, 0.0, logits,
-             classes);
-    softmax_residual<double>(p, nullptr, nullptr, nullptr, logits, nullptr, count, classes, device.stream());
-    copy_to_host(device, all.data() + size_t(first) * classes, p, sizeof(double) * size_t(count) * classes);
-  }
-  return all;
+  return predict_rows(device, x, n, dim, classes, step, false, {.link = Link::map}, logits, {}).probability;
 }
 
 double all_but(const double* p, int c, int classes) {
   double sum = 0;
   for (int e = 0; e < classes; e++) sum += e == c ? 0 : p[e];
   return sum;
+}
+
+double softmax_in_place(std::vector<double>& u) {
+  const double top = *std::max_element(u.begin(), u.end());
+  double sum = 0;
+  for (double& v : u) sum += v = std::exp(v - top);
+  for (double& v : u) v /= sum;
+  return top + std::log(sum);
 }
 
 #define BATON_PREDICT_ROWS(Real)                                                                              \

@@ -42,5 +42,7 @@ LinkedPredictions predict_rows(Device&, const Real* x, int n, int dim, int class
 std::vector<double> class_probabilities(Device&, const double* weights, const double* x, int n, int dim, int classes);
 // 1 - p_c as the sum of the others, since 1 - p_c keeps no digits of a confident sample's curvature diag(p) - p p'.
 double all_but(const double* p, int c, int classes);
+// u becomes softmax(u); returns ln sum exp u.
+double softmax_in_place(std::vector<double>& u);
 
 }  // namespace baton

@@ -19,42 +19,36 @@
 namespace baton {
 namespace {
 
-using Vector = std::vector<double>;
-
-double dot(const Vector& x, const Vector& y) {
+double dot(const Doubles& x, const Doubles& y) {
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
   for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
   return sum;
 }
-void add(Vector& y, double scale, const Vector& x) {
+void add(Doubles& y, double scale, const Doubles& x) {
   SIMT_SIMD()
   for (size_t i = 0; i < y.size(); i++) y[i] += scale * x[i];
 }
-double largest(const Vector& x) {
-  double top = 0;
-  SIMT_SIMD(reduction(max : top))
-  for (size_t i = 0; i < x.size(); i++) top = std::abs(x[i]) > top ? std::abs(x[i]) : top;
-  return top;
-}
 
+// Returns the labels.
 template <class Real>
-void check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
+std::vector<int32_t> check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
   if (rows.count < 1) throw InputError(who + ": there are no samples");
   if (rows.dim < 1) throw InputError(who + ": features have dimension " + std::to_string(rows.dim));
   if (classes < 2) throw InputError(who + ": at least 2 classes, not " + std::to_string(classes));
-  download_labels(device, rows, classes, who + ": sample");
+  const std::vector<int32_t> labels = download_labels(device, rows, classes, who + ": sample");
   check_features(device, rows, rows.dim, who + ": sample");
+  return labels;
 }
 
-Vector or_zeros(const Vector& given, const std::string& what, int classes, int dim) {
-  if (given.empty()) return Vector(size_t(classes) * dim, 0.);
+Doubles or_zeros(const Doubles& given, const std::string& what, int classes, int dim) {
+  if (given.empty()) return Doubles(size_t(classes) * dim, 0.);
   check_weights(given, classes, dim, what);
   return given;
 }
 
 struct Point {
-  Vector w, g;
+  Doubles w, g;
   double j = 0, log_likelihood = 0;
   double top = 0;  // the largest |g|
   bool finite = false;
@@ -63,7 +57,7 @@ struct Point {
 template <class Real>
 class Objective {
  public:
-  Objective(Device& device, const FeatureRows<Real>& rows, int classes, double tau, const Vector& prior_mean,
+  Objective(Device& device, const FeatureRows<Real>& rows, int classes, double tau, const Doubles& prior_mean,
             bool curvature)
       : device_(device), rows_(rows), classes_(classes), tau_(tau), mean_(prior_mean) {
     const size_t logits = size_t(rows.count) * classes;
@@ -97,11 +91,11 @@ class Objective {
     }
     at.log_likelihood = -loss;
     at.j = loss + tau_ / 2 * square;
-    at.top = largest(at.g);
+    at.top = largest_magnitude(at.g);
     at.finite = std::isfinite(at.j) && std::isfinite(dot(at.g, at.g));
   }
   // out = H v at the point that was evaluated last.
-  void curvature_product(Vector& out, const Vector& v) {
+  void curvature_product(Doubles& out, const Doubles& v) {
     multiply_by_rows(v);
     softmax_curvature_product(r_, p_, logits_, rows_.count, classes_, device_.stream());
     multiply_by_residual(Real(1));
@@ -115,23 +109,21 @@ class Objective {
 
  private:
   // logits = Phi W'
-  void multiply_by_rows(const Vector& w) {
+  void multiply_by_rows(const Doubles& w) {
     for (size_t i = 0; i < size(); i++) up_[i] = Real(w[i]);
     upload(device_, w_, up_);
-    multiply<Real>(device_, false, true, rows_.count, classes_, rows_.dim, Real(1), rows_.x, rows_.dim, w_, rows_.dim,
-                   Real(0), logits_, classes_);
+    multiply_packed(device_, false, true, rows_.count, classes_, rows_.dim, rows_.x, w_, logits_);
   }
   // out = sign r' Phi
   void multiply_by_residual(Real sign) {
-    multiply<Real>(device_, true, false, classes_, rows_.dim, rows_.count, sign, r_, classes_, rows_.x, rows_.dim,
-                   Real(0), out_, rows_.dim);
+    multiply_packed(device_, true, false, classes_, rows_.dim, rows_.count, r_, rows_.x, out_, sign);
   }
 
   Device& device_;
   FeatureRows<Real> rows_;
   int classes_;
   double tau_;
-  Vector mean_;
+  Doubles mean_;
   Arena arena_;
   Real *w_, *out_, *logits_, *r_, *p_;
   std::vector<Real> up_, down_;
@@ -152,7 +144,7 @@ double cubic_minimum(const Trial& a, const Trial& b) {
 // Finds a step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|, by the algorithms 3.5 and 3.6 of Nocedal
 // and Wright in one loop; bend = infinity makes it a backtracking search. Returns false when no step lowers J.
 template <class Real>
-bool line_search(Objective<Real>& objective, const Point& from, const Vector& d, double step, double bend, Point& to) {
+bool line_search(Objective<Real>& objective, const Point& from, const Doubles& d, double step, double bend, Point& to) {
   constexpr double sufficient = 1e-4;
   constexpr int most_trials = 20, most_unclear = 5;  // unclear: only the slopes tell the steps apart
   const double start = dot(from.g, d), rounding = objective.rounding(from);
@@ -200,7 +192,7 @@ bool line_search(Objective<Real>& objective, const Point& from, const Vector& d,
 class NewtonDirection {
  public:
   template <class Real>
-  void find(Objective<Real>& objective, const Point& at, double limit, Vector& d) {
+  void find(Objective<Real>& objective, const Point& at, double limit, Doubles& d) {
     const size_t n = at.g.size();
     const double norm = std::sqrt(dot(at.g, at.g));
     // The second choice of Eisenstat and Walker with their safeguard. It asks for no more digits than the quadratic
@@ -232,7 +224,7 @@ class NewtonDirection {
   }
 
  private:
-  Vector r_, p_, hp_;
+  Doubles r_, p_, hp_;
   double last_norm_ = 0, forcing_ = 0;
 };
 
@@ -243,7 +235,7 @@ class LbfgsDirection {
   bool empty() const { return pairs_.empty(); }
   void forget() { pairs_.clear(); }
 
-  void find(const Point& at, Vector& d) {
+  void find(const Point& at, Doubles& d) {
     d = at.g;
     std::vector<double> alpha(pairs_.size());
     for (size_t k = pairs_.size(); k-- > 0;) {
@@ -265,7 +257,7 @@ class LbfgsDirection {
 
  private:
   struct Pair {
-    Vector s, y;
+    Doubles s, y;
     double sy, yy;
   };
   int memory_;
@@ -288,7 +280,7 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
     throw InputError("fit_map: tolerances and iterations must not be negative, and L-BFGS keeps at least one pair");
   check_samples(device, "fit_map", rows, classes);
   const bool newton = o.method == MapMethod::newton;
-  const Vector mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
+  const Doubles mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
   Objective<Real> objective(device, rows, classes, o.tau, mean, newton);
 
   Point at, next;
@@ -296,13 +288,13 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
   next.w.assign(at.w.size(), 0.);
   objective.evaluate(next);
   const double limit = o.tolerance * (1 + next.top);
-  if (largest(at.w) == 0) at = next;
+  if (largest_magnitude(at.w) == 0) at = next;
   else objective.evaluate(at);
   if (!at.finite) throw RunError("fit_map: the objective is not finite at the start");
 
   NewtonDirection conjugate;
   LbfgsDirection secant(o.memory);
-  Vector d;
+  Doubles d;
   MapResult result;
   const int patience = newton ? 1 : 10;  // how many steps may gain no more than rounding
   int idle = 0;
@@ -330,17 +322,11 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
     if (!newton) secant.keep(at, next);
     std::swap(at, next);
     const double decrease = next.j - at.j, rounding = objective.rounding(at);
-    if (!newton && o.least_decrease > 0 &&
-        decrease <= o.least_decrease * std::max({std::abs(at.j), std::abs(next.j), 1.})) {
-      result.converged = true;
-      break;
-    }
     if (decrease > rounding || at.top < 0.9 * best) idle = 0, best = std::min(best, at.top);
     else idle++;
-    if (idle >= patience) {
-      result.converged = true;
-      break;
-    }
+    const double least = o.least_decrease * std::max({std::abs(at.j), std::abs(next.j), 1.});
+    result.converged = idle >= patience || (!newton && o.least_decrease > 0 && decrease <= least);
+    if (result.converged) break;
   }
   fill(result, objective, at);
   return result;
@@ -350,9 +336,9 @@ template <class Real>
 MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, const AdamOptions& o) {
   if (!(o.tau >= 0) || !std::isfinite(o.tau) || !(o.lr > 0) || o.epochs < 1 || o.batch < 1)
     throw InputError("fit_adam: expected tau >= 0, a positive step size, and at least one epoch and sample a batch");
-  check_samples(device, "fit_adam", rows, classes);
+  const std::vector<int32_t> labels = check_samples(device, "fit_adam", rows, classes);
   const int n = rows.count, dim = rows.dim, batch = std::min(o.batch, n), weights = classes * dim;
-  const Vector start = or_zeros(o.start, "fit_adam: the start", classes, dim);
+  const Doubles start = or_zeros(o.start, "fit_adam: the start", classes, dim);
 
   Arena arena;
   Real *w = arena.take<Real>(weights), *m = arena.take<Real>(weights), *v = arena.take<Real>(weights);
@@ -362,7 +348,6 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
   arena.freeze();
   upload(device, w, std::vector<Real>(start.begin(), start.end()));
 
-  const std::vector<int32_t> labels = download(device, rows.labels, n);
   std::vector<int32_t> order(2 * size_t(n));
   std::iota(order.begin(), order.begin() + n, 0);
   SplitMix64 random(o.seed);
@@ -376,19 +361,17 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
     for (int first = 0; first < n; first += batch) {
       const int count = std::min(batch, n - first);
       gather_rows(x, rows.x, plan + first, count, dim, device.stream());
-      multiply<Real>(device, false, true, count, classes, dim, Real(1), x, dim, w, dim, Real(0), logits, classes);
+      multiply_packed(device, false, true, count, classes, dim, x, w, logits);
       softmax_residual<Real>(nullptr, r, nullptr, nullptr, logits, plan + n + first, count, classes, device.stream());
-      multiply<Real>(device, true, false, classes, dim, count, Real(-1. / count), r, classes, x, dim, Real(0), g, dim);
+      multiply_packed(device, true, false, classes, dim, count, r, x, g, Real(-1. / count));
       const double lr = o.lr * (1 + std::cos(M_PI * double(step) / double(steps))) / 2;
       step++;
       adam_step(w, m, v, g, Real(lr), Real(o.tau / n), step, weights, device.stream());
     }
   }
 
-  Objective<Real> objective(device, rows, classes, o.tau, Vector(weights, 0.), false);
-  const std::vector<Real> last = download(device, w, weights);
-  Point at;
-  at.w.assign(last.begin(), last.end());
+  Objective<Real> objective(device, rows, classes, o.tau, Doubles(weights, 0.), false);
+  Point at{download_doubles(device, w, weights), {}};
   objective.evaluate(at);
   if (!at.finite) throw RunError("fit_adam: the objective is not finite after " + std::to_string(step) + " steps");
   MapResult result;

@@ -43,8 +43,7 @@ void check_weights(const std::vector<Real>& weights, int classes, int dim, const
   if (weights.size() != size_t(classes) * dim)
     throw InputError(what + " has " + std::to_string(weights.size()) + " weights, expected " + std::to_string(classes) +
                      " x " + std::to_string(dim));
-  for (Real w : weights)
-    if (!std::isfinite(w)) throw InputError(what + " has weights that are not finite");
+  if (!all_finite(weights)) throw InputError(what + " has weights that are not finite");
 }
 
 void check_gamma(double gamma, double most) {
@@ -63,6 +62,18 @@ int rows_at_once(int count, size_t doubles_a_row) {
   return int(std::clamp<size_t>(room / doubles_a_row, 1, size_t(std::max(count, 1))));
 }
 
+template <class Real>
+bool all_finite(const std::vector<Real>& x) {
+  return std::all_of(x.begin(), x.end(), [](Real v) { return std::isfinite(v); });
+}
+
+double largest_magnitude(const Doubles& x) {
+  double top = 0;
+  SIMT_SIMD(reduction(max : top))
+  for (size_t i = 0; i < x.size(); i++) top = std::abs(x[i]) > top ? std::abs(x[i]) : top;
+  return top;
+}
+
 std::string format_number(double value) {
   char text[32];
   snprintf(text, sizeof text, "%g", value);
@@ -72,7 +83,8 @@ std::string format_number(double value) {
 #define BATON_ROWS(Real)                                                                                     \
   template std::vector<uint64_t> check_features(Device&, const FeatureRows<Real>&, int, const std::string&); \
   template std::vector<int32_t> download_labels(Device&, const FeatureRows<Real>&, int, const std::string&); \
-  template void check_weights(const std::vector<Real>&, int, int, const std::string&);
+  template void check_weights(const std::vector<Real>&, int, int, const std::string&);                       \
+  template bool all_finite(const std::vector<Real>&);
 BATON_ROWS(float)
 BATON_ROWS(double)
 

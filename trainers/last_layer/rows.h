@@ -2,11 +2,15 @@
 #pragma once
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "engine/linalg.h"
 #include "kernels/last_layer.h"
 
 namespace baton {
+
+using Doubles = std::vector<double>;
 
 template <class Real>
 struct FeatureRows {
@@ -36,9 +40,18 @@ Real* place_rows(Device& device, Memory& memory, const Real* x, const std::vecto
 }
 
 template <class Real>
-std::vector<double> download_doubles(Device& device, const Real* from, size_t count) {
+Doubles download_doubles(Device& device, const Real* from, size_t count) {
   const std::vector<Real> host = download(device, from, count);
   return {host.begin(), host.end()};
+}
+
+// multiply() of packed matrices: C [m][n] = alpha op(A) op(B) + beta C, op(A) is m x k, op(B) is k x n.
+template <class Real>
+void multiply_packed(Device& device, bool transpose_a, bool transpose_b, int m, int n, int k, const Real* a,
+                     const Real* b, Real* c, std::type_identity_t<Real> alpha = 1,
+                     std::type_identity_t<Real> beta = 0) {
+  multiply<Real>(device, transpose_a, transpose_b, m, n, k, alpha, a, transpose_a ? m : k, b, transpose_b ? k : n, beta,
+                 c, n);
 }
 
 // The hash of every row (see inspect_rows). Throws InputError for rows of another dim and for features that are not
@@ -61,6 +74,9 @@ void check_tau(double tau);
 
 // How many of `count` rows a pass takes at a time when a row needs so many doubles: about 64 MB together.
 int rows_at_once(int count, size_t doubles_a_row);
+template <class Real>
+bool all_finite(const std::vector<Real>&);
+double largest_magnitude(const Doubles&);
 std::string format_number(double);  // as "%g" writes it
 
 }  // namespace baton

@@ -105,13 +105,8 @@ class Selection {
       return draw_plus_plus(device_, e, largest(e), batch_, random_);
     }
     const std::vector<Real> score = scores();
-    check_scores(score);
-    std::vector<int> order(n_);
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + batch_, order.end(),
-                      [&](int a, int b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
-    order.resize(batch_);
-    return order;
+    while (int(picks_.size()) < batch_) pick(best_of(score, taken_));
+    return picks_;
   }
 
   std::vector<int> one_by_one() {
@@ -121,15 +116,15 @@ class Selection {
       return picks_;
     }
     while (int(picks_.size()) < batch_) {
-      const int k = next();
-      picks_.push_back(k), taken_[k] = 1;
-      learn(k, int(picks_.size()) < batch_);
+      pick(next());
+      learn(picks_.back(), int(picks_.size()) < batch_);
     }
     return picks_;
   }
 
  private:
   bool bait() const { return o_.acquisition == Acquisition::bait; }
+  void pick(int k) { picks_.push_back(k), taken_[k] = 1; }
   void predict(Real* information) {
     layer_.logits(rows_.x, n_, logits_);
     link_probabilities<Real>(
@@ -172,7 +167,7 @@ class Selection {
   double number(const Real* at) { return double(download(device_, at, 1)[0]); }
   // s' F s on the host, F s on the device.
   double fisher_form(const Real* s) {
-    multiply(device_, false, false, 1, dim_, dim_, Real(1), s, dim_, fisher_, dim_, Real(0), fs_, dim_);
+    multiply_packed(device_, false, false, 1, dim_, dim_, s, fisher_, fs_);
     row_dots(number_, Real(1), fs_, 0, s, 0, Real(0), 1, dim_, device_.stream());
     return number(number_);
   }
@@ -215,7 +210,7 @@ class Selection {
     for (int first = 0; first < n_; first += most) {
       const int count = std::min(most, n_ - first);
       layer_.covariance_products(rows_.row(first), count, z);
-      multiply(device_, false, false, count, dim_, dim_, Real(1), z, dim_, fisher_, dim_, Real(0), zf, dim_);
+      multiply_packed(device_, false, false, count, dim_, dim_, z, fisher_, zf);
       row_dots(v_ + first, Real(1), rows_.row(first), d, z, d, Real(0), count, dim_, device_.stream());
       row_dots(f_ + first, Real(1), zf, d, z, d, Real(0), count, dim_, device_.stream());
     }
@@ -233,7 +228,7 @@ class Selection {
       const auto add = [&](const Real* rows, int count, Real sign) {
         if (!count) return;
         row_dots(overlap, Real(1), rows, d, x, 0, Real(0), count, dim_, device_.stream());
-        multiply(device_, false, false, 1, dim_, count, sign, overlap, count, rows, dim_, Real(1), out, dim_);
+        multiply_packed(device_, false, false, 1, dim_, count, overlap, rows, out, sign, 1);
       };
       add(joined, joins, Real(-1));
       add(left, leaves, Real(1));
@@ -254,7 +249,7 @@ class Selection {
     const std::vector<Real> weight = download(device_, w_, n_);
     while (int(picks_.size()) < most) {
       const int k = best_by_fisher();
-      picks_.push_back(k), taken_[k] = 1;
+      pick(k);
       move(rows_.row(k), double(weight[k]), number(v_ + k), false, rows_.x, v_, f_, n_);
     }
 

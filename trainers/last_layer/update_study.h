@@ -25,7 +25,7 @@ struct NamesOf<UpdateMethod> {
                                           "one_by_one", "lbfgs_warm",  "newton_warm", "retrained", "adam"};
 };
 const char* label(UpdateMethod);  // for tables and figures
-const std::vector<UpdateMethod>& all_update_methods();
+std::vector<UpdateMethod> all_update_methods();
 
 struct UpdateStudyOptions {
   std::vector<UpdateMethod> methods = all_update_methods();
