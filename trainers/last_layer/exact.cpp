@@ -329,10 +329,9 @@ LinkedPredictions ExactLastLayer::predict(const double* x, int n, const LinkOpti
     throw InputError("the mean-field link takes one variance for all classes, which exact covariances do not have");
   if (n < 0) throw InputError(std::to_string(n) + " rows");
   const int step = rows_at_once(n, 2 * (size_t(classes_) + 1) * classes_ + 2);
-  return predict_rows<double>(
-      device_, x, n, dim_, classes_, step, true, o,
-      [&](const double* rows, int count, double* out) { logits(rows, count, out); },
-      [&](const double* rows, int count, double* out) { logit_covariances(rows, count, out); });
+  return predict_rows<double>(device_, x, n, dim_, classes_, step, true, o,
+                              std::bind_front(&ExactLastLayer::logits, this),
+                              std::bind_front(&ExactLastLayer::logit_covariances, this));
 }
 
 void ExactLastLayer::update(const FeatureRows<double>& rows, ExactRule rule) {

@@ -116,10 +116,8 @@ template <class Real>
 LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptions& o) {
   BATON_RANGE("last_layer_predict");
   if (n < 1) throw InputError("predictions of no samples");
-  return predict_rows<Real>(
-      device_, x, n, dim_, classes_, chunk_rows, false, o,
-      [&](const Real* rows, int count, Real* out) { logits(rows, count, out); },
-      [&](const Real* rows, int count, Real* out) { variances(rows, count, out); });
+  return predict_rows<Real>(device_, x, n, dim_, classes_, chunk_rows, false, o,
+                            std::bind_front(&LastLayer::logits, this), std::bind_front(&LastLayer::variances, this));
 }
 
 template <class Real>

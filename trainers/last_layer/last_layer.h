@@ -21,15 +21,10 @@ namespace baton {
 
 // The weight of a sample in P.
 enum class SampleWeight { gaussian, categorical };
-template <>
-struct NamesOf<SampleWeight> {
-  static constexpr const char *what = "sample weight", *names[] = {"gaussian", "categorical"};
-};
-template <>
-struct NamesOf<UpdateRule> {
-  static constexpr const char *what = "update rule",
-                              *names[] = {"implicit", "gaussian", "categorical", "categorical_published"};
-};
+inline Names names(SampleWeight) { return {"sample weight", {"gaussian", "categorical"}}; }
+inline Names names(UpdateRule) {
+  return {"update rule", {"implicit", "gaussian", "categorical", "categorical_published"}};
+}
 
 struct LastLayerOptions {
   double tau = 1;                                   // prior precision

@@ -97,27 +97,24 @@ class Selection {
     }
   }
 
-  std::vector<int> at_once() {
-    if (o_.acquisition == Acquisition::random) return draw_different(n_, batch_, random_);
-    if (bait()) return forward_backward();
-    if (o_.acquisition == Acquisition::badge) {
-      const Embeddings<Real> e = embeddings();
-      return draw_plus_plus(device_, e, largest(e), batch_, random_);
-    }
-    const std::vector<Real> score = scores();
-    while (int(picks_.size()) < batch_) pick(best_of(score, taken_));
-    return picks_;
-  }
-
-  std::vector<int> one_by_one() {
+  std::vector<int> choose() {
     if (o_.acquisition == Acquisition::random) {
       picks_ = draw_different(n_, batch_, random_);
-      for (int k : picks_) learn(k, false);
-      return picks_;
-    }
-    while (int(picks_.size()) < batch_) {
-      pick(next());
-      learn(picks_.back(), int(picks_.size()) < batch_);
+      for (int k : picks_)
+        if (o_.sequential) learn(k, false);
+    } else if (o_.sequential) {
+      while (int(picks_.size()) < batch_) {
+        pick(next());
+        learn(picks_.back(), int(picks_.size()) < batch_);
+      }
+    } else if (bait()) {
+      return forward_backward();
+    } else if (o_.acquisition == Acquisition::badge) {
+      const Embeddings<Real> e = embeddings();
+      return draw_plus_plus(device_, e, largest(e), batch_, random_);
+    } else {
+      const std::vector<Real> score = scores();
+      while (int(picks_.size()) < batch_) pick(best_of(score, taken_));
     }
     return picks_;
   }
@@ -312,8 +309,7 @@ template <class Real>
 std::vector<int> select_batch(Device& device, LastLayer<Real>& layer, const FeatureRows<Real>& pool,
                               const std::vector<int>& candidates, int batch, const SelectionOptions& options) {
   BATON_RANGE("select_batch");
-  Selection<Real> selection(device, layer, pool, candidates, batch, options);
-  std::vector<int> picks = options.sequential ? selection.one_by_one() : selection.at_once();
+  std::vector<int> picks = Selection<Real>(device, layer, pool, candidates, batch, options).choose();
   for (int& k : picks) k = candidates[k];
   return picks;
 }

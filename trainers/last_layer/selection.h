@@ -17,11 +17,9 @@ enum class Acquisition {
   bait,   // greedily the least tr(P^-1 F), with F the pool's mean Fisher matrix [D x D] and P the posterior's
           // precision; all at once, forward over 2 b samples and back to b (Ash et al. 2021)
 };
-template <>
-struct NamesOf<Acquisition> {
-  static constexpr const char *what = "acquisition function",
-                              *names[] = {"random", "margin", "entropy", "bald", "badge", "bait"};
-};
+inline Names names(Acquisition) {
+  return {"acquisition function", {"random", "margin", "entropy", "bald", "badge", "bait"}};
+}
 
 struct SelectionOptions {
   Acquisition acquisition = Acquisition::margin;

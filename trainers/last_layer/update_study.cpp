@@ -18,7 +18,7 @@ const char* label(UpdateMethod method) {
 }
 std::vector<UpdateMethod> all_update_methods() {
   std::vector<UpdateMethod> all;
-  for (size_t i = 0; i < std::size(NamesOf<UpdateMethod>::names); i++) all.push_back(UpdateMethod(i));
+  for (size_t i = 0; i < names(UpdateMethod()).all.size(); i++) all.push_back(UpdateMethod(i));
   return all;
 }
 
