@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "engine/io/stop.h"
-#include "trainers/last_layer/candidates.h"
 
 namespace baton {
 

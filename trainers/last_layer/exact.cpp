@@ -143,13 +143,7 @@ int check_order(int dim, int classes, double tau) {
 }  // namespace
 
 ExactLastLayer::ExactLastLayer(Device& device, int dim, int classes, double tau)
-    : device_(device),
-      dim_(dim),
-      classes_(classes),
-      order_(check_order(dim, classes, tau)),
-      tau_(tau),
-      factorizer_(device, arena_, order_),
-      log_determinant_(order_ * std::log(tau)) {
+    : device_(device), dim_(dim), classes_(classes), order_(check_order(dim, classes, tau)), tau_(tau) {
   for (double** m : {&p_, &sigma_, &next_p_, &next_sigma_, &h_}) *m = arena_.take<double>(size_t(order_) * order_);
   for (double** v : {&w_, &next_w_, &diagonal_}) *v = arena_.take<double>(order_);
   for (double** m : {&b_, &q_}) *m = arena_.take<double>(size_t(order_) * classes);

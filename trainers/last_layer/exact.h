@@ -54,14 +54,14 @@ class ExactLastLayer {
   const int dim_, classes_, order_;  // order: C D
   const double tau_;
   Arena arena_;
-  Factorizer<double> factorizer_;
+  Factorizer<double> factorizer_{device_, arena_, order_};
   // An update works on the next ones, which replace the others at its end, so that an error changes nothing.
   double *p_, *sigma_, *next_p_, *next_sigma_, *h_;  // [CD][CD], whole
   double *w_, *next_w_, *diagonal_;                  // [CD]
   double *b_, *q_;                                   // [CD][C]
   double *a_, *f_, *t_, *step_;                      // of one sample: A [C][C], f [C], T [C][C], the step a [C]
   double* one_;
-  double log_determinant_;
+  double log_determinant_ = order_ * std::log(tau_);
 };
 
 }  // namespace baton

@@ -23,11 +23,7 @@ static const LastLayerOptions& check_options(int dim, int classes, const LastLay
 
 template <class Real>
 LastLayer<Real>::LastLayer(Device& device, int dim, int classes, const LastLayerOptions& options)
-    : device_(device),
-      dim_(dim),
-      classes_(classes),
-      options_(check_options<Real>(dim, classes, options)),
-      factorizer_(device, arena_, dim) {
+    : device_(device), dim_(dim), classes_(classes), options_(check_options<Real>(dim, classes, options)) {
   const auto take = [&](size_t rows, size_t columns) { return arena_.template take<Real>(rows * columns); };
   for (Posterior* m : {&now_, &kept_})
     *m = {take(classes, dim), take(dim, dim), take(dim, dim), take(waiting_rows, dim), take(waiting_rows, dim)};
@@ -41,36 +37,6 @@ LastLayer<Real>::LastLayer(Device& device, int dim, int classes, const LastLayer
   fill_normals(probe_, probes * dim, key_of(1, 12), device.stream());
   add_diagonal(now_.p, Real(options.tau), dim, device.stream());
   add_diagonal(now_.s, Real(1 / options.tau), dim, device.stream());
-}
-
-template <class Real>
-void LastLayer<Real>::copy(const Posterior& to, const Posterior& from) {
-  const size_t row = sizeof(Real) * dim_;
-  copy_on_device(device_, to.w, from.w, row * classes_);
-  copy_on_device(device_, to.s, from.s, row * dim_);
-  copy_on_device(device_, to.p, from.p, row * dim_);
-  copy_on_device(device_, to.q, from.q, row * waiting_rows);
-  copy_on_device(device_, to.x, from.x, row * waiting_rows);
-}
-
-// m += sign rows' rows for a symmetric m [D][D].
-template <class Real>
-void LastLayer<Real>::add_rows(Real* m, Real sign, const Real* rows, int count) const {
-  rank_update(device_, true, dim_, count, sign, rows, dim_, Real(1), m, dim_);
-  mirror_lower(m, dim_, dim_, device_.stream());
-}
-// The same into scratch_, with m as it was.
-template <class Real>
-const Real* LastLayer<Real>::fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const {
-  copy_on_device(device_, scratch_, m, sizeof(Real) * dim_ * dim_);
-  add_rows(scratch_, sign, rows, count);
-  return scratch_;
-}
-// out += sign x rows' rows for x [n][D], n at most chunk_rows: what waiting rows add to a product with S_0 or P_0.
-template <class Real>
-void LastLayer<Real>::add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out) {
-  multiply_packed(device_, false, true, n, count, dim_, x, rows, overlap_);
-  multiply_packed(device_, false, false, n, dim_, count, overlap_, rows, out, sign, 1);
 }
 
 // ------------------------------------------------------------------------------------------------------ predictions
@@ -121,13 +87,6 @@ LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptio
 }
 
 template <class Real>
-void LastLayer<Real>::set_weights(const Doubles& weights) {
-  const std::vector<Real> w(weights.begin(), weights.end());
-  check_weights(w, classes_, dim_, "a last layer");
-  upload(device_, now_.w, w);
-}
-
-template <class Real>
 double LastLayer<Real>::log_evidence(double log_likelihood) {
   whole_precision();
   if (factorizer_.cholesky(scratch_, dim_)) throw RunError("the precision of the last layer is not positive definite");
@@ -136,14 +95,6 @@ double LastLayer<Real>::log_evidence(double log_likelihood) {
 }
 
 // ----------------------------------------------------------------------------------------------- fold, drift, factor
-template <class Real>
-void LastLayer<Real>::fold() {
-  BATON_RANGE("last_layer_fold");
-  if (counts_.waiting_q) add_rows(now_.s, Real(-1), now_.q, counts_.waiting_q);
-  if (counts_.waiting_x) add_rows(now_.p, Real(1), now_.x, counts_.waiting_x);
-  counts_.waiting_q = counts_.waiting_x = 0;
-}
-
 template <class Real>
 double LastLayer<Real>::drift() {
   multiply_packed(device_, false, false, probes, dim_, dim_, probe_, now_.p, probe_p_);

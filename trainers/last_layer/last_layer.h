@@ -85,12 +85,21 @@ class LastLayer {
   Doubles weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
   Doubles covariance() const { return download_doubles(device_, whole_covariance(), size_t(dim_) * dim_); }
   Doubles precision() const { return download_doubles(device_, whole_precision(), size_t(dim_) * dim_); }
-  void set_weights(const Doubles&);
+  void set_weights(const Doubles& weights) {
+    const std::vector<Real> w(weights.begin(), weights.end());
+    check_weights(w, classes_, dim_, "a last layer");
+    upload(device_, now_.w, w);
+  }
 
   // The evidence ln p(D | W) - 1/2 [C ln det P - C D ln tau + tau |W|^2], given the log-likelihood of the fitted data.
   double log_evidence(double log_likelihood);
 
-  void fold();      // adds the waiting rows to S_0 and P_0
+  void fold() {  // adds the waiting rows to S_0 and P_0
+    BATON_RANGE("last_layer_fold");
+    if (counts_.waiting_q) add_rows(now_.s, Real(-1), now_.q, counts_.waiting_q);
+    if (counts_.waiting_x) add_rows(now_.p, Real(1), now_.x, counts_.waiting_x);
+    counts_.waiting_q = counts_.waiting_x = 0;
+  }
   double drift();   // |S P z - z| / |z|, the larger of two random z
   void refactor();  // makes S from P; throws RunError where P is not positive definite, and leaves S unchanged
   int64_t downdates() const { return counts_.downdates; }    // since S was last factored
@@ -117,12 +126,32 @@ class LastLayer {
     int waiting_q = 0, waiting_x = 0;  // rows of Q and of X
     int64_t downdates = 0, refactored = 0, absorbed = 0;
   };
-  void copy(const Posterior& to, const Posterior& from);
-  void add_rows(Real* m, Real sign, const Real* rows, int count) const;
-  const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const;
+  void copy(const Posterior& to, const Posterior& from) {
+    const size_t row = sizeof(Real) * dim_;
+    copy_on_device(device_, to.w, from.w, row * classes_);
+    copy_on_device(device_, to.s, from.s, row * dim_);
+    copy_on_device(device_, to.p, from.p, row * dim_);
+    copy_on_device(device_, to.q, from.q, row * waiting_rows);
+    copy_on_device(device_, to.x, from.x, row * waiting_rows);
+  }
+  // m += sign rows' rows for a symmetric m [D][D].
+  void add_rows(Real* m, Real sign, const Real* rows, int count) const {
+    rank_update(device_, true, dim_, count, sign, rows, dim_, Real(1), m, dim_);
+    mirror_lower(m, dim_, dim_, device_.stream());
+  }
+  // The same into scratch_, with m as it was.
+  const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const {
+    copy_on_device(device_, scratch_, m, sizeof(Real) * dim_ * dim_);
+    add_rows(scratch_, sign, rows, count);
+    return scratch_;
+  }
   const Real* whole_covariance() const { return fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q); }
   const Real* whole_precision() const { return fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x); }
-  void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out);
+  // out += sign x rows' rows for x [n][D], n at most chunk_rows: what waiting rows add to a product with S_0 or P_0.
+  void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out) {
+    multiply_packed(device_, false, true, n, count, dim_, x, rows, overlap_);
+    multiply_packed(device_, false, false, n, dim_, count, overlap_, rows, out, sign, 1);
+  }
   std::vector<uint64_t> check_update(const FeatureRows<Real>&, const LastLayerUpdateOptions&);
   void update_block(const FeatureRows<Real>&, const LastLayerUpdateOptions&, int first);
   void all_or_nothing(const std::function<void()>& work);
@@ -134,7 +163,7 @@ class LastLayer {
   int dim_, classes_;
   LastLayerOptions options_;
   Arena arena_;
-  Factorizer<Real> factorizer_;
+  Factorizer<Real> factorizer_{device_, arena_, dim_};
   Posterior now_, kept_;  // a call that fails goes back to kept_
   Counts counts_;
   std::unordered_set<uint64_t> seen_;  // hashes of the samples absorbed

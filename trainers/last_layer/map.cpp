@@ -47,10 +47,8 @@ Doubles or_zeros(const Doubles& given, const std::string& what, int classes, int
   return given;
 }
 
-struct Point {
-  Doubles w, g;
-  double j = 0, log_likelihood = 0;
-  double top = 0;  // the largest |g|
+struct Point : MapResult {
+  Doubles slope;  // dJ/dW
   bool finite = false;
 };
 
@@ -75,7 +73,7 @@ class Objective {
 
   void evaluate(Point& at) {
     evaluations_++;
-    multiply_by_rows(at.w);
+    multiply_by_rows(at.weights);
     // The samples' part of the gradient and their losses lie in one piece, so that one copy fetches both.
     softmax_residual(p_, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
                      device_.stream());
@@ -83,16 +81,16 @@ class Objective {
     copy_to_host(device_, down_.data(), out_, down_.size() * sizeof(Real));
     double loss = 0, square = 0;
     for (size_t i = size(); i < down_.size(); i++) loss += double(down_[i]);
-    at.g.resize(size());
+    at.slope.resize(size());
     for (size_t i = 0; i < size(); i++) {
-      const double from_mean = at.w[i] - mean_[i];
+      const double from_mean = at.weights[i] - mean_[i];
       square += from_mean * from_mean;
-      at.g[i] = double(down_[i]) + tau_ * from_mean;
+      at.slope[i] = double(down_[i]) + tau_ * from_mean;
     }
     at.log_likelihood = -loss;
-    at.j = loss + tau_ / 2 * square;
-    at.top = largest_magnitude(at.g);
-    at.finite = std::isfinite(at.j) && std::isfinite(dot(at.g, at.g));
+    at.objective = loss + tau_ / 2 * square;
+    at.gradient = largest_magnitude(at.slope);
+    at.finite = std::isfinite(at.objective) && std::isfinite(dot(at.slope, at.slope));
   }
   // out = H v at the point that was evaluated last.
   void curvature_product(Doubles& out, const Doubles& v) {
@@ -104,7 +102,7 @@ class Objective {
   }
   // A change of J below this says nothing, since every loss, however small, is a difference of logits.
   double rounding(const Point& at) const {
-    return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.j));
+    return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.objective));
   }
 
  private:
@@ -147,15 +145,15 @@ template <class Real>
 bool line_search(Objective<Real>& objective, const Point& from, const Doubles& d, double step, double bend, Point& to) {
   constexpr double sufficient = 1e-4;
   constexpr int most_trials = 20, most_unclear = 5;  // unclear: only the slopes tell the steps apart
-  const double start = dot(from.g, d), rounding = objective.rounding(from);
+  const double start = dot(from.slope, d), rounding = objective.rounding(from);
   if (!(start < 0)) return false;
   int unclear = 0;
   const auto try_step = [&](double t) {
-    to.w = from.w;
-    add(to.w, t, d);
+    to.weights = from.weights;
+    add(to.weights, t, d);
     objective.evaluate(to);
     if (!to.finite) return Trial{t, INFINITY, INFINITY};
-    const double slope = dot(to.g, d), fall = to.j - from.j;
+    const double slope = dot(to.slope, d), fall = to.objective - from.objective;
     if (std::abs(fall) > rounding) return Trial{t, fall, slope};
     unclear++;
     return Trial{t, t * (start + slope) / 2, slope};
@@ -193,8 +191,8 @@ class NewtonDirection {
  public:
   template <class Real>
   void find(Objective<Real>& objective, const Point& at, double limit, Doubles& d) {
-    const size_t n = at.g.size();
-    const double norm = std::sqrt(dot(at.g, at.g));
+    const size_t n = at.slope.size();
+    const double norm = std::sqrt(dot(at.slope, at.slope));
     // The second choice of Eisenstat and Walker with their safeguard. It asks for no more digits than the quadratic
     // model deserves, than the end of the fit needs, and than the products have.
     double forcing = 0.5;
@@ -205,7 +203,7 @@ class NewtonDirection {
     last_norm_ = norm, forcing_ = forcing;
     const double wanted = std::max({forcing * norm, limit / 2, 100. * std::numeric_limits<Real>::epsilon() * norm});
     d.assign(n, 0.);
-    r_ = at.g, hp_.resize(n), p_.resize(n);
+    r_ = at.slope, hp_.resize(n), p_.resize(n);
     for (size_t i = 0; i < n; i++) p_[i] = -r_[i];  // r = H d + g
     double square = norm * norm;
     const int most = int(std::min<size_t>(n + 10, 1000));
@@ -236,7 +234,7 @@ class LbfgsDirection {
   void forget() { pairs_.clear(); }
 
   void find(const Point& at, Doubles& d) {
-    d = at.g;
+    d = at.slope;
     std::vector<double> alpha(pairs_.size());
     for (size_t k = pairs_.size(); k-- > 0;) {
       alpha[k] = dot(pairs_[k].s, d) / pairs_[k].sy;
@@ -247,9 +245,9 @@ class LbfgsDirection {
     for (size_t k = 0; k < pairs_.size(); k++) add(d, -alpha[k] - dot(pairs_[k].y, d) / pairs_[k].sy, pairs_[k].s);
   }
   void keep(const Point& from, const Point& to) {
-    Pair pair{to.w, to.g, 0, 0};
-    add(pair.s, -1, from.w);
-    add(pair.y, -1, from.g);
+    Pair pair{to.weights, to.slope, 0, 0};
+    add(pair.s, -1, from.weights);
+    add(pair.y, -1, from.slope);
     pair.sy = dot(pair.s, pair.y), pair.yy = dot(pair.y, pair.y);
     if (int(pairs_.size()) == memory_) pairs_.erase(pairs_.begin());
     if (pair.sy > std::numeric_limits<double>::epsilon() * pair.yy) pairs_.push_back(std::move(pair));
@@ -264,13 +262,6 @@ class LbfgsDirection {
   std::vector<Pair> pairs_;  // the oldest first
 };
 
-template <class Real>
-void fill(MapResult& result, const Objective<Real>& objective, Point& at) {
-  result.weights = std::move(at.w);
-  result.objective = at.j, result.log_likelihood = at.log_likelihood, result.gradient = at.top;
-  result.evaluations = objective.evaluations();
-}
-
 }  // namespace
 
 template <class Real>
@@ -284,25 +275,26 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
   Objective<Real> objective(device, rows, classes, o.tau, mean, newton);
 
   Point at, next;
-  at.w = o.start.empty() ? mean : or_zeros(o.start, "fit_map: the start", classes, rows.dim);
-  next.w.assign(at.w.size(), 0.);
+  at.weights = o.start.empty() ? mean : or_zeros(o.start, "fit_map: the start", classes, rows.dim);
+  next.weights.assign(at.weights.size(), 0.);
   objective.evaluate(next);
-  const double limit = o.tolerance * (1 + next.top);
-  if (largest_magnitude(at.w) == 0) at = next;
+  const double limit = o.tolerance * (1 + next.gradient);
+  if (largest_magnitude(at.weights) == 0) at = next;
   else objective.evaluate(at);
   if (!at.finite) throw RunError("fit_map: the objective is not finite at the start");
 
   NewtonDirection conjugate;
   LbfgsDirection secant(o.memory);
   Doubles d;
-  MapResult result;
+  bool converged = false;
+  int iterations = 0;
   const int patience = newton ? 1 : 10;  // how many steps may gain no more than rounding
   int idle = 0;
-  double best = at.top;
+  double best = at.gradient;
   while (true) {
     if (stop_requested()) throw_stopped("nothing of this fit is kept");
-    result.converged = at.top <= limit;
-    if (result.converged || result.iterations == o.iterations) break;
+    converged = at.gradient <= limit;
+    if (converged || iterations == o.iterations) break;
     double step = 1;
     if (newton) {
       conjugate.find(objective, at, limit, d);
@@ -312,24 +304,24 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
     }
     if (!line_search(objective, at, d, step, newton ? INFINITY : 0.9, next)) {
       if (newton || secant.empty()) {
-        result.converged = -dot(at.g, d) <= objective.rounding(at);
+        converged = -dot(at.slope, d) <= objective.rounding(at);
         break;
       }
       secant.forget();  // the next direction is steepest descent
       continue;
     }
-    result.iterations++;
+    iterations++;
     if (!newton) secant.keep(at, next);
     std::swap(at, next);
-    const double decrease = next.j - at.j, rounding = objective.rounding(at);
-    if (decrease > rounding || at.top < 0.9 * best) idle = 0, best = std::min(best, at.top);
+    const double decrease = next.objective - at.objective, rounding = objective.rounding(at);
+    if (decrease > rounding || at.gradient < 0.9 * best) idle = 0, best = std::min(best, at.gradient);
     else idle++;
-    const double least = o.least_decrease * std::max({std::abs(at.j), std::abs(next.j), 1.});
-    result.converged = idle >= patience || (!newton && o.least_decrease > 0 && decrease <= least);
-    if (result.converged) break;
+    const double least = o.least_decrease * std::max({std::abs(at.objective), std::abs(next.objective), 1.});
+    converged = idle >= patience || (!newton && o.least_decrease > 0 && decrease <= least);
+    if (converged) break;
   }
-  fill(result, objective, at);
-  return result;
+  at.iterations = iterations, at.evaluations = objective.evaluations(), at.converged = converged;
+  return at;
 }
 
 template <class Real>
@@ -371,13 +363,12 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
   }
 
   Objective<Real> objective(device, rows, classes, o.tau, Doubles(weights, 0.), false);
-  Point at{download_doubles(device, w, weights), {}};
+  Point at;
+  at.weights = download_doubles(device, w, weights);
   objective.evaluate(at);
   if (!at.finite) throw RunError("fit_adam: the objective is not finite after " + std::to_string(step) + " steps");
-  MapResult result;
-  fill(result, objective, at);
-  result.iterations = step, result.evaluations += o.epochs;
-  return result;
+  at.iterations = step, at.evaluations = o.epochs + 1;
+  return at;
 }
 
 #define BATON_LAST_LAYER_MAP(Real)                                                       \

@@ -12,8 +12,6 @@
 
 #include <limits>
 
-#include "trainers/last_layer/candidates.h"
-
 namespace baton {
 namespace {
 
@@ -65,12 +63,7 @@ class Selection {
         layer_(layer),
         o_(options),
         batch_(batch),
-        rows_(device, arena_, layer, pool, candidates, batch, options.sequential),
-        n_(rows_.count),
-        dim_(rows_.dim),
-        classes_(layer.classes()),
-        random_(options.seed),
-        taken_(n_) {
+        rows_(device, arena_, layer, pool, candidates, batch, options.sequential) {
     link_ = o_.acquisition == Acquisition::bald ? Link::monte_carlo : o_.link.link;
     if (link_ == Link::monte_carlo && o_.link.draws < 1)
       throw InputError("Monte Carlo predictions need at least one draw");
@@ -277,10 +270,10 @@ class Selection {
   int batch_;
   Arena arena_;
   Candidates<Real> rows_;
-  int n_, dim_, classes_;
-  SplitMix64 random_;
+  const int n_ = rows_.count, dim_ = rows_.dim, classes_ = layer_.classes();
+  SplitMix64 random_{o_.seed};
   Link link_;
-  std::vector<char> taken_;
+  std::vector<char> taken_ = std::vector<char>(n_);
   std::vector<int> picks_;
   Real *v_ = nullptr, *logits_ = nullptr, *p_ = nullptr, *entropy_ = nullptr, *score_ = nullptr, *normals_ = nullptr;
   Real *s_ = nullptr, *fs_ = nullptr, *u_ = nullptr, *number_ = nullptr;  // S phi_k, F s, S F s
