@@ -151,10 +151,11 @@ struct FeaturePair {
   int classes() const { return std::max(pool.classes, test.classes); }
 };
 
-FeatureSet first_rows(const FeatureSet& set, int count) {
-  std::vector<int> index(std::min(count, set.count));
-  std::iota(index.begin(), index.end(), 0);
-  return rows_of(set, index);
+FeatureSet first_rows(FeatureSet set, int count) {
+  set.count = std::min(count, set.count);
+  set.x.resize(size_t(set.count) * set.dim);
+  set.labels.resize(set.count);
+  return set;
 }
 
 // Trains the network whose last hidden layer makes the features. Its images are not among the last layer's samples.
@@ -224,20 +225,20 @@ using Earlier = std::map<std::string, std::vector<json>>;
 // Empty where there is no log. Throws InputError unless the first line has the same settings.
 Earlier read_earlier(const std::filesystem::path& log, const json& settings) {
   std::ifstream file(log);
-  std::vector<json> lines;
-  Earlier units;
+  Earlier begun, units;  // a unit's last line says that it is finished
   for (std::string text; std::getline(file, text);) {
     const json line = json::parse(text, nullptr, false);
     if (!line.is_object()) break;  // torn by the kill
-    if (line.contains("unit")) units[line["unit"]];
-    lines.push_back(line);
+    if (units.empty()) {
+      if (line.value("part", "") != "settings" || line["settings"] != settings)
+        throw InputError("--resume: " + log.string() + " is of a run with other settings");
+      units["settings"] = {line};
+    } else if (line.contains("unit")) {
+      units[line["unit"]] = begun[line["unit"]];
+    } else if (line.contains("of")) {
+      begun[line["of"]].push_back(line);
+    }
   }
-  if (lines.empty()) return units;
-  if (lines[0].value("part", "") != "settings" || lines[0]["settings"] != settings)
-    throw InputError("--resume: " + log.string() + " is of a run with other settings");
-  units["settings"] = {lines[0]};
-  for (const json& line : lines)
-    if (line.contains("of") && units.count(line["of"])) units[line["of"]].push_back(line);
   return units;
 }
 

@@ -4,14 +4,11 @@
 #include <limits>
 
 #include "engine/io/stop.h"
-#include "trainers/last_layer/candidates.h"
 
 namespace baton {
 
 // -------------------------------------------------------------------------------------------------------- look-ahead
 namespace {
-
-constexpr int cluster_rounds = 30;
 
 // The cluster of each row, by Lloyd's algorithm from k-means++ centres. A cluster may be empty.
 template <class Real>
@@ -27,9 +24,9 @@ std::vector<int> k_means(Device& device, const Candidates<Real>& rows, int clust
                                                 int(random.below(uint64_t(n))), clusters, random);
   Real* centre = place_rows(device, scratch, rows.x, seeds, d);
   std::vector<int> cluster(n, -1);
-  for (int round = 0; round < cluster_rounds; round++) {
+  for (int round = 0; round < 30; round++) {
     row_dots(centre_norm, Real(1), centre, d, centre, d, Real(0), clusters, d, device.stream());
-    multiply(device, false, true, n, clusters, d, Real(1), rows.x, d, centre, d, Real(0), overlap, clusters);
+    multiply_packed(device, false, true, n, clusters, d, rows.x, centre, overlap);
     const std::vector<Real> squares = download(device, centre_norm, clusters),
                             products = download(device, overlap, size_t(n) * clusters);
     bool moved = false;
@@ -48,7 +45,7 @@ std::vector<int> k_means(Device& device, const Candidates<Real>& rows, int clust
     std::vector<Real> share(size_t(n) * clusters);
     for (int i = 0; i < n; i++) share[size_t(i) * clusters + cluster[i]] = Real(1. / size[cluster[i]]);
     upload(device, member, share);
-    multiply(device, true, false, clusters, d, n, Real(1), member, clusters, rows.x, d, Real(0), centre, d);
+    multiply_packed(device, true, false, clusters, d, n, member, rows.x, centre);
   }
   return cluster;
 }
@@ -134,8 +131,8 @@ std::vector<int> look_ahead_batch(Device& device, LastLayer<Real>& layer, const 
   layer.covariance_products(x, n, z);
   layer.logits(x, n, logits);
   layer.logits(test.x, tests, test_logits);
-  multiply(device, false, true, n, n, d, Real(1), z, d, x, d, Real(0), gram, n);
-  multiply(device, false, true, n, tests, d, Real(1), z, d, test.x, d, Real(0), test_products, tests);
+  multiply_packed(device, false, true, n, n, d, z, x, gram);
+  multiply_packed(device, false, true, n, tests, d, z, test.x, test_products);
 
   // All trials' updates in one launch.
   const size_t b = batch, cases = trials;
@@ -161,8 +158,7 @@ std::vector<int> look_ahead_batch(Device& device, LastLayer<Real>& layer, const 
   for (int t = 0; t < trials; t++) {
     gather_rows(near, test_products, at + t * b, batch, tests, stream);
     copy_on_device(device, moved, test_logits, sizeof(Real) * tests * classes);
-    multiply(device, true, false, tests, classes, batch, Real(1), near, tests, steps.step + t * b * classes, classes,
-             Real(1), moved, classes);
+    multiply_packed(device, true, false, tests, classes, batch, near, steps.step + t * b * classes, moved, 1, 1);
     softmax_residual<Real>(nullptr, nullptr, loss, nullptr, moved, test.labels, tests, classes, stream);
     row_dots(total + t, Real(1), loss, 0, ones, 0, Real(0), 1, tests, stream);
   }

@@ -18,11 +18,10 @@ class ExactLastLayer {
   static constexpr int most_weights = 8192;  // C D: 512 MB a matrix
   // Throws InputError for more weights.
   ExactLastLayer(Device&, int dim, int classes, double tau);
-  ~ExactLastLayer();
 
   // As those of LastLayer. An error leaves the posterior unchanged.
   MapResult fit(const FeatureRows<double>&, const MapOptions& = {});
-  void fit_covariance(const FeatureRows<double>&, const std::vector<double>& weights);
+  void fit_covariance(const FeatureRows<double>&, const Doubles& weights);
   void update(const FeatureRows<double>&, ExactRule);
   // argmin sum_new -ln p + 1/2 (w - w0)' P0 (w - w0) by at most `iterations` Newton steps on all samples at once (1:
   // one full step; more: damped, until convergence), then P = P0 + H_new there.
@@ -34,18 +33,35 @@ class ExactLastLayer {
   void logit_covariances(const double* x, int n, double* out);
   LinkedPredictions predict(const double* x, int n, const LinkOptions&);  // throws InputError for mean_field
 
-  std::vector<double> weights() const;     // [C][D]
-  std::vector<double> covariance() const;  // [CD][CD]
-  std::vector<double> precision() const;   // [CD][CD]
-  std::vector<double> curvature() const;   // H of the last fit, [CD][CD]
-  double log_determinant() const;          // ln det P
+  Doubles weights() const { return download(device_, w_, order_); }  // [C][D]
+  Doubles covariance() const { return whole(sigma_); }               // [CD][CD]
+  Doubles precision() const { return whole(p_); }                    // [CD][CD]
+  Doubles curvature() const { return whole(h_); }                    // H of the last fit, [CD][CD]
+  double log_determinant() const { return log_determinant_; }        // ln det P
 
  private:
-  struct State;
+  size_t bytes() const { return sizeof(double) * order_ * order_; }
+  Doubles whole(const double* m) const { return download(device_, m, size_t(order_) * order_); }
+  Doubles diagonal(const double* m);
+  std::vector<int32_t> check_samples(const FeatureRows<double>&);
+  void add_curvature(double* into, const double* x, const Doubles& probability, int n);
+  void factor(double ridge);
+  double invert(double ridge);
+  Doubles absorb(const double* phi, int label, int sample, ExactRule, double& log_determinant);
+  void commit(double log_determinant);
+
   Device& device_;
-  int dim_, classes_;
-  double tau_;
-  std::unique_ptr<State> s_;
+  const int dim_, classes_, order_;  // order: C D
+  const double tau_;
+  Arena arena_;
+  Factorizer<double> factorizer_{device_, arena_, order_};
+  // An update works on the next ones, which replace the others at its end, so that an error changes nothing.
+  double *p_, *sigma_, *next_p_, *next_sigma_, *h_;  // [CD][CD], whole
+  double *w_, *next_w_, *diagonal_;                  // [CD]
+  double *b_, *q_;                                   // [CD][C]
+  double *a_, *f_, *t_, *step_;                      // of one sample: A [C][C], f [C], T [C][C], the step a [C]
+  double* one_;
+  double log_determinant_ = order_ * std::log(tau_);
 };
 
 }  // namespace baton

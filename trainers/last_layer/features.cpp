@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "engine/io/npy.h"
 #include "engine/io/safetensors.h"
@@ -14,10 +13,6 @@ namespace baton {
 namespace {
 
 constexpr int most_features = 32768;
-
-void stop_if_asked() {
-  if (stop_requested()) throw_stopped("nothing of these features is kept");
-}
 
 // "FILE.npy" or "FILE.safetensors[:NAME]"; a safetensors file without a name must hold one tensor of this rank.
 Tensor load_tensor(const std::string& where, size_t rank) {
@@ -44,7 +39,7 @@ Tensor load_tensor(const std::string& where, size_t rank) {
 
 std::vector<float> floats_of(const std::string& where, const Tensor& t) {
   if (t.dtype == "F64") {
-    const std::vector<double> v = t.as<double>();
+    const Doubles v = t.as<double>();
     return {v.begin(), v.end()};
   }
   if (t.dtype == "F32" || t.dtype == "F16" || t.dtype == "BF16") return t.as<float>();
@@ -99,7 +94,7 @@ FeatureSet extract_features(Device& device, const NetworkFactory& make, const Na
   int32_t *indices = arena.take<int32_t>(index.size()), *labels = arena.take<int32_t>(batch);
   upload(device, indices, index);
   for (int b = 0; b < batches; b++) {
-    stop_if_asked();
+    if (stop_requested()) throw_stopped("nothing of these features is kept");
     gather_indexed(network->input().signal.value, nullptr, labels, set, indices + size_t(b) * batch, batch,
                    device.stream());
     network->forward({});
@@ -126,9 +121,10 @@ FeatureSet fourier_features(const FeatureSet& from, int dim, double length, uint
   if (dim < 1 || dim > most_features) throw InputError("1 to 32,768 Fourier features, not " + std::to_string(dim));
   if (!(length > 0) || !(amplitude > 0))
     throw InputError("the length scale and the amplitude of Fourier features must be positive");
-  char text[64];
-  snprintf(text, sizeof text, ", %d Fourier features of length %g", dim, length);
-  FeatureSet result{from.count, dim, from.classes, {}, from.labels, from.source + text};
+  FeatureSet result{
+      from.count,   dim,
+      from.classes, {},
+      from.labels,  from.source + ", " + std::to_string(dim) + " Fourier features of length " + format_number(length)};
   const int wide = (from.dim + 3) / 4 * 4;  // row d: the frequencies of feature d, to whole draws of four
   const Key key = key_of(seed, 15);
   std::vector<float> frequency(size_t(dim) * wide);
@@ -144,7 +140,7 @@ FeatureSet fourier_features(const FeatureSet& from, int dim, double length, uint
   const double scale = amplitude * std::sqrt(2.0 / dim);
   constexpr int rows_at_once = 1024;  // between two looks at whether to stop
   for (int first = 0; first < from.count; first += rows_at_once) {
-    stop_if_asked();
+    if (stop_requested()) throw_stopped("nothing of these features is kept");
 #pragma omp parallel for schedule(static)
     for (int n = first; n < std::min(from.count, first + rows_at_once); n++)
       for (int d = 0; d < dim; d++) {
@@ -202,13 +198,5 @@ FeatureSet rows_of(const FeatureSet& set, const std::vector<int>& index) {
   }
   return result;
 }
-
-template <class Real>
-FeatureRows<Real> upload_features(Device& device, Arena& arena, const FeatureSet& set) {
-  const Real* x = place(device, arena, std::vector<Real>(set.x.begin(), set.x.end()));
-  return {x, set.labels.empty() ? nullptr : place(device, arena, set.labels), set.count, set.dim};
-}
-template FeatureRows<float> upload_features(Device&, Arena&, const FeatureSet&);
-template FeatureRows<double> upload_features(Device&, Arena&, const FeatureSet&);
 
 }  // namespace baton

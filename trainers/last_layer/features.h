@@ -37,6 +37,9 @@ FeatureSet rows_of(const FeatureSet&, const std::vector<int>& index);
 
 // The rows in device memory, in another precision.
 template <class Real>
-FeatureRows<Real> upload_features(Device&, Arena&, const FeatureSet&);
+FeatureRows<Real> upload_features(Device& device, Arena& arena, const FeatureSet& set) {
+  const Real* x = place(device, arena, std::vector<Real>(set.x.begin(), set.x.end()));
+  return {x, set.labels.empty() ? nullptr : place(device, arena, set.labels), set.count, set.dim};
+}
 
 }  // namespace baton

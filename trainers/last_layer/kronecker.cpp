@@ -6,10 +6,8 @@
 
 namespace baton {
 
-using Doubles = std::vector<double>;
-
 KroneckerLastLayer::KroneckerLastLayer(Device& device, const FeatureRows<double>& rows, int classes,
-                                       const std::vector<double>& weights, double tau, bool damped)
+                                       const Doubles& weights, double tau, bool damped)
     : dim_(rows.dim), classes_(classes), tau_(tau), damped_(damped), weights_(weights) {
   check_tau(tau);
   check_weights(weights, classes, dim_, "a last layer");
@@ -67,7 +65,7 @@ Evidence KroneckerLastLayer::evidence(double log_likelihood) const {
 }
 
 // With the eigenvectors u_j of A and v_i of B: sum_i v_i v_i' sum_j (u_j'phi)^2 / (b_i a_j + tau).
-std::vector<double> KroneckerLastLayer::logit_covariances(const std::vector<double>& x, int n) const {
+Doubles KroneckerLastLayer::logit_covariances(const Doubles& x, int n) const {
   if (n < 0 || x.size() != size_t(n) * dim_)
     throw InputError(std::to_string(x.size()) + " features, expected " + std::to_string(n) + " x " +
                      std::to_string(dim_));

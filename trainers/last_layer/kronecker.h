@@ -9,21 +9,21 @@ class KroneckerLastLayer {
  public:
   // Throws InputError for no rows, features that are not finite, weights that are not [C][D] and tau <= 0; RunError
   // where the eigenvalues are not found.
-  KroneckerLastLayer(Device&, const FeatureRows<double>&, int classes, const std::vector<double>& weights, double tau,
+  KroneckerLastLayer(Device&, const FeatureRows<double>&, int classes, const Doubles& weights, double tau,
                      bool damped = false);
   double log_determinant() const;  // ln det P
   Evidence evidence(double log_likelihood) const;
-  std::vector<double> logit_covariances(const std::vector<double>& x, int n) const;  // [n][C][C], for x [n][D]
-  std::vector<double> factor_a() const { return a_; }
-  std::vector<double> factor_b() const { return b_; }
+  Doubles logit_covariances(const Doubles& x, int n) const;  // [n][C][C], for x [n][D]
+  Doubles factor_a() const { return a_; }
+  Doubles factor_b() const { return b_; }
 
  private:
   double eigenvalue(double b, double a) const;  // of P, from those of B and A
   int dim_, classes_;
   double tau_;
   bool damped_;
-  std::vector<double> weights_, a_, b_;
-  std::vector<double> a_vectors_, a_values_, b_vectors_, b_values_;  // rows are eigenvectors
+  Doubles weights_, a_, b_;
+  Doubles a_vectors_, a_values_, b_vectors_, b_values_;  // rows are eigenvectors
 };
 
 }  // namespace baton

@@ -23,11 +23,7 @@ static const LastLayerOptions& check_options(int dim, int classes, const LastLay
 
 template <class Real>
 LastLayer<Real>::LastLayer(Device& device, int dim, int classes, const LastLayerOptions& options)
-    : device_(device),
-      dim_(dim),
-      classes_(classes),
-      options_(check_options<Real>(dim, classes, options)),
-      factorizer_(device, arena_, dim) {
+    : device_(device), dim_(dim), classes_(classes), options_(check_options<Real>(dim, classes, options)) {
   const auto take = [&](size_t rows, size_t columns) { return arena_.template take<Real>(rows * columns); };
   for (Posterior* m : {&now_, &kept_})
     *m = {take(classes, dim), take(dim, dim), take(dim, dim), take(waiting_rows, dim), take(waiting_rows, dim)};
@@ -43,40 +39,10 @@ LastLayer<Real>::LastLayer(Device& device, int dim, int classes, const LastLayer
   add_diagonal(now_.s, Real(1 / options.tau), dim, device.stream());
 }
 
-template <class Real>
-void LastLayer<Real>::copy(const Posterior& to, const Posterior& from) {
-  const size_t row = sizeof(Real) * dim_;
-  copy_on_device(device_, to.w, from.w, row * classes_);
-  copy_on_device(device_, to.s, from.s, row * dim_);
-  copy_on_device(device_, to.p, from.p, row * dim_);
-  copy_on_device(device_, to.q, from.q, row * waiting_rows);
-  copy_on_device(device_, to.x, from.x, row * waiting_rows);
-}
-
-// m += sign rows' rows for a symmetric m [D][D].
-template <class Real>
-void LastLayer<Real>::add_rows(Real* m, Real sign, const Real* rows, int count) const {
-  rank_update(device_, true, dim_, count, sign, rows, dim_, Real(1), m, dim_);
-  mirror_lower(m, dim_, dim_, device_.stream());
-}
-// The same into scratch_, with m as it was.
-template <class Real>
-const Real* LastLayer<Real>::fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const {
-  copy_on_device(device_, scratch_, m, sizeof(Real) * dim_ * dim_);
-  add_rows(scratch_, sign, rows, count);
-  return scratch_;
-}
-// out += sign x rows' rows for x [n][D], n at most chunk_rows: what waiting rows add to a product with S_0 or P_0.
-template <class Real>
-void LastLayer<Real>::add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out) {
-  multiply(device_, false, true, n, count, dim_, Real(1), x, dim_, rows, dim_, Real(0), overlap_, count);
-  multiply(device_, false, false, n, dim_, count, sign, overlap_, count, rows, dim_, Real(1), out, dim_);
-}
-
 // ------------------------------------------------------------------------------------------------------ predictions
 template <class Real>
 void LastLayer<Real>::covariance_products(const Real* x, int n, Real* out) {
-  multiply(device_, false, false, n, dim_, dim_, Real(1), x, dim_, now_.s, dim_, Real(0), out, dim_);
+  multiply_packed(device_, false, false, n, dim_, dim_, x, now_.s, out);
   for (int first = 0; counts_.waiting_q && first < n; first += chunk_rows)
     add_waiting(x + size_t(first) * dim_, std::min(chunk_rows, n - first), now_.q, counts_.waiting_q, Real(-1),
                 out + size_t(first) * dim_);
@@ -116,22 +82,13 @@ template <class Real>
 LinkedPredictions LastLayer<Real>::predict(const Real* x, int n, const LinkOptions& o) {
   BATON_RANGE("last_layer_predict");
   if (n < 1) throw InputError("predictions of no samples");
-  return predict_rows<Real>(
-      device_, x, n, dim_, classes_, chunk_rows, false, o,
-      [&](const Real* rows, int count, Real* out) { logits(rows, count, out); },
-      [&](const Real* rows, int count, Real* out) { variances(rows, count, out); });
-}
-
-template <class Real>
-void LastLayer<Real>::set_weights(const std::vector<double>& weights) {
-  const std::vector<Real> w(weights.begin(), weights.end());
-  check_weights(w, classes_, dim_, "a last layer");
-  upload(device_, now_.w, w);
+  return predict_rows<Real>(device_, x, n, dim_, classes_, chunk_rows, false, o,
+                            std::bind_front(&LastLayer::logits, this), std::bind_front(&LastLayer::variances, this));
 }
 
 template <class Real>
 double LastLayer<Real>::log_evidence(double log_likelihood) {
-  fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x);
+  whole_precision();
   if (factorizer_.cholesky(scratch_, dim_)) throw RunError("the precision of the last layer is not positive definite");
   const double log_determinant = classes_ * factorizer_.log_determinant(scratch_, dim_);
   return compute_evidence(log_likelihood, log_determinant, 0, weights(), options_.tau).value;
@@ -139,16 +96,8 @@ double LastLayer<Real>::log_evidence(double log_likelihood) {
 
 // ----------------------------------------------------------------------------------------------- fold, drift, factor
 template <class Real>
-void LastLayer<Real>::fold() {
-  BATON_RANGE("last_layer_fold");
-  if (counts_.waiting_q) add_rows(now_.s, Real(-1), now_.q, counts_.waiting_q);
-  if (counts_.waiting_x) add_rows(now_.p, Real(1), now_.x, counts_.waiting_x);
-  counts_.waiting_q = counts_.waiting_x = 0;
-}
-
-template <class Real>
 double LastLayer<Real>::drift() {
-  multiply(device_, false, false, probes, dim_, dim_, Real(1), probe_, dim_, now_.p, dim_, Real(0), probe_p_, dim_);
+  multiply_packed(device_, false, false, probes, dim_, dim_, probe_, now_.p, probe_p_);
   if (counts_.waiting_x) add_waiting(probe_, probes, now_.x, counts_.waiting_x, Real(1), probe_p_);
   covariance_products(probe_p_, probes, probe_s_);
   const std::vector<Real> z = download(device_, probe_, size_t(probes) * dim_),
@@ -180,18 +129,6 @@ void LastLayer<Real>::refactor() {
   counts_.downdates = 0;
 }
 
-// Makes S from a new P. Throws InputError, ending in the advice, where P has no inverse or none that is good.
-template <class Real>
-void LastLayer<Real>::refactor_or_refuse(const std::string& advice) {
-  try {
-    refactor();
-  } catch (const RunError& e) {
-    throw InputError(e.what() + advice);
-  }
-  if (const double off = drift(); !(off <= most_drift))
-    throw InputError("the covariance of the last layer is off by " + format_number(off) + advice);
-}
-
 template <class Real>
 void LastLayer<Real>::settle() {
   if (counts_.waiting_q <= block_rows && counts_.waiting_x <= block_rows) return;
@@ -220,6 +157,27 @@ void LastLayer<Real>::all_or_nothing(const std::function<void()>& work) {
   }
 }
 
+// Replaces W and P, which `fill_precision` writes, and makes S from P; `seen` are the samples' hashes. Throws
+// InputError, ending in the advice, where P has no inverse or none that is good.
+template <class Real>
+void LastLayer<Real>::start_from(const Doubles& weights, const std::function<void()>& fill_precision,
+                                 const std::string& advice, const std::vector<uint64_t>& seen) {
+  all_or_nothing([&] {
+    set_weights(weights);
+    counts_.waiting_q = counts_.waiting_x = 0;
+    fill_precision();
+    try {
+      refactor();
+    } catch (const RunError& e) {
+      throw InputError(e.what() + advice);
+    }
+    if (const double off = drift(); !(off <= most_drift))
+      throw InputError("the covariance of the last layer is off by " + format_number(off) + advice);
+  });
+  seen_ = {seen.begin(), seen.end()};
+  counts_.absorbed = 0;
+}
+
 template <class Real>
 MapResult LastLayer<Real>::fit(const FeatureRows<Real>& data, const MapOptions& o) {
   check_features(device_, data, dim_);
@@ -231,26 +189,23 @@ MapResult LastLayer<Real>::fit(const FeatureRows<Real>& data, const MapOptions& 
 }
 
 template <class Real>
-void LastLayer<Real>::fit_covariance(const FeatureRows<Real>& data, const std::vector<double>& weights) {
+void LastLayer<Real>::fit_covariance(const FeatureRows<Real>& data, const Doubles& weights) {
   BATON_RANGE("last_layer_fit_covariance");
   const std::vector<uint64_t> hashes = check_features(device_, data, dim_);
   if (data.count < 1) throw InputError("a covariance of no samples");
-  all_or_nothing([&] {
-    set_weights(weights);
-    counts_.waiting_q = counts_.waiting_x = 0;
+  const auto fill_precision = [&] {
     fill_zero(device_, now_.p, sizeof(Real) * dim_ * dim_);
     add_curvature(data.x, data.count, options_.weight, Real(1), now_.p);
     add_diagonal(now_.p, Real(options_.tau), dim_, device_.stream());
-    refactor_or_refuse(": features are collinear or differ too much in scale for " + std::string(real_name) +
-                       " and tau = " + format_number(options_.tau) + "; scale them, raise tau, or use double");
-  });
-  seen_.clear();
-  seen_.insert(hashes.begin(), hashes.end());
-  counts_.absorbed = 0;
+  };
+  start_from(weights, fill_precision,
+             ": features are collinear or differ too much in scale for " + std::string(real_name) +
+                 " and tau = " + format_number(options_.tau) + "; scale them, raise tau, or use double",
+             hashes);
 }
 
 template <class Real>
-void LastLayer<Real>::set(const std::vector<double>& weights, const std::vector<double>& precision) {
+void LastLayer<Real>::set(const Doubles& weights, const Doubles& precision) {
   if (precision.size() != size_t(dim_) * dim_)
     throw InputError("a precision of " + std::to_string(precision.size()) + " numbers for " + std::to_string(dim_) +
                      " features");
@@ -260,15 +215,12 @@ void LastLayer<Real>::set(const std::vector<double>& weights, const std::vector<
       if (!(std::abs(a - b) <= 1e-6 * (std::abs(a) + std::abs(b))))
         throw InputError("a precision that is not symmetric at (" + std::to_string(i) + ", " + std::to_string(j) + ")");
     }
-  all_or_nothing([&] {
-    set_weights(weights);
+  const auto fill_precision = [&] {
     upload(device_, now_.p, std::vector<Real>(precision.begin(), precision.end()));
     mirror_lower(now_.p, dim_, dim_, device_.stream());
-    counts_.waiting_q = counts_.waiting_x = 0;
-    refactor_or_refuse(": the given precision is singular, or nearly singular in " + std::string(real_name));
-  });
-  seen_.clear();
-  counts_.absorbed = 0;
+  };
+  start_from(weights, fill_precision,
+             ": the given precision is singular, or nearly singular in " + std::string(real_name), {});
 }
 
 template <class Real>
@@ -325,15 +277,14 @@ void LastLayer<Real>::update_block(const FeatureRows<Real>& data, const LastLaye
   const int samples = data.count, rows = samples * o.passes;
   steps_.labels = data.labels;
   covariance_products(x, samples, u_);
-  multiply(device_, false, true, samples, samples, dim_, Real(1), u_, dim_, x, dim_, Real(0), steps_.gram, samples);
+  multiply_packed(device_, false, true, samples, samples, dim_, u_, x, steps_.gram);
   logits(x, samples, steps_.logits);
   sequential_steps(steps_, o.rule, o.gamma, o.passes, samples, classes_, 1, device_.stream());
   check_steps(device_, steps_, first);
 
-  multiply(device_, true, false, classes_, dim_, samples, Real(1), steps_.step, classes_, u_, dim_, Real(1), now_.w,
-           dim_);
-  multiply(device_, false, false, rows, dim_, samples, Real(1), steps_.downdate, samples, u_, dim_, Real(0),
-           now_.q + size_t(counts_.waiting_q) * dim_, dim_);
+  multiply_packed(device_, true, false, classes_, dim_, samples, steps_.step, u_, now_.w, 1, 1);
+  multiply_packed(device_, false, false, rows, dim_, samples, steps_.downdate, u_,
+                  now_.q + size_t(counts_.waiting_q) * dim_);
   for (int pass = 0; pass < o.passes; pass++)
     scale_rows(now_.x + size_t(counts_.waiting_x + pass * samples) * dim_, x, steps_.weight + pass * samples, samples,
                dim_, device_.stream());
@@ -378,7 +329,7 @@ void LastLayer<Real>::update_one_by_one(const FeatureRows<Real>& data, const Las
       row_dots(steps_.logits, Real(1), now_.w, dim_, x, 0, Real(0), classes_, dim_, stream);
       sequential_steps(steps_, o.rule, o.gamma, 1, 1, classes_, 1, stream);
       check_steps(device_, steps_, sample);
-      multiply(device_, false, false, 1, dim_, 1, Real(1), steps_.downdate, 1, product, dim_, Real(0), downdate, dim_);
+      multiply_packed(device_, false, false, 1, dim_, 1, steps_.downdate, product, downdate);
       add_outer(now_.s, Real(-1), downdate, downdate, dim_, dim_, stream);
       add_outer(now_.w, Real(1), steps_.step, product, classes_, dim_, stream);
       scale_rows(now_.x + size_t(counts_.waiting_x) * dim_, x, steps_.weight, 1, dim_, stream);
@@ -404,11 +355,10 @@ void LastLayer<Real>::update_first_order(const FeatureRows<Real>& data, double g
     softmax_residual<Real>(nullptr, r, nullptr, nullptr, r, data.labels + i, 1, classes_, device_.stream());
     add_outer(now_.w, Real(gamma), r, x, classes_, dim_, device_.stream());
   }
-  for (double w : weights())
-    if (!std::isfinite(w)) {
-      copy_on_device(device_, now_.w, kept_.w, bytes);
-      throw InputError("a first-order update with gamma = " + format_number(gamma) + " diverged: lower gamma");
-    }
+  if (!all_finite(weights())) {
+    copy_on_device(device_, now_.w, kept_.w, bytes);
+    throw InputError("a first-order update with gamma = " + format_number(gamma) + " diverged: lower gamma");
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------- files
@@ -439,15 +389,12 @@ void LastLayer<Real>::save(const std::filesystem::path& path) {
 
 template <class Real>
 std::unique_ptr<LastLayer<Real>> LastLayer<Real>::load(Device& device, const std::filesystem::path& path) {
-  const TensorFile file = load_safetensors(path);
+  TensorFile file = load_safetensors(path);
   const auto refuse = [&](const std::string& why) { throw InputError(path.string() + ": " + why); };
-  const auto meta = [&](const char* key) {
-    const auto found = file.metadata.find(key);
-    return found == file.metadata.end() ? std::string() : found->second;
-  };
-  if (meta("format") != "baton.last_layer" || meta("version") != "1")
-    refuse("not a last layer of version 1 (format '" + meta("format") + "', version '" + meta("version") + "')");
-  const json settings = json::parse(meta("settings"), nullptr, false);
+  const std::string format = file.metadata["format"], version = file.metadata["version"];  // "" where it has none
+  if (format != "baton.last_layer" || version != "1")
+    refuse("not a last layer of version 1 (format '" + format + "', version '" + version + "')");
+  const json settings = json::parse(file.metadata["settings"], nullptr, false);
   LastLayerOptions options;
   Counts counts;
   try {
@@ -468,8 +415,7 @@ std::unique_ptr<LastLayer<Real>> LastLayer<Real>::load(Device& device, const std
   auto layer = std::make_unique<LastLayer>(device, int(d), int(c), options);
   const auto read = [&](const char* name, Real* to, int64_t rows) {
     const std::vector<Real> v = file.at(name, {rows, d}).as<Real>();
-    for (Real x : v)
-      if (!std::isfinite(x)) refuse(std::string("tensor '") + name + "' is not finite");
+    if (!all_finite(v)) refuse(std::string("tensor '") + name + "' is not finite");
     upload(device, to, v);
   };
   const auto read_waiting = [&](const char* name, Real* to) {

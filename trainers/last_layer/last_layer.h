@@ -21,15 +21,10 @@ namespace baton {
 
 // The weight of a sample in P.
 enum class SampleWeight { gaussian, categorical };
-template <>
-struct NamesOf<SampleWeight> {
-  static constexpr const char *what = "sample weight", *names[] = {"gaussian", "categorical"};
-};
-template <>
-struct NamesOf<UpdateRule> {
-  static constexpr const char *what = "update rule",
-                              *names[] = {"implicit", "gaussian", "categorical", "categorical_published"};
-};
+inline Names names(SampleWeight) { return {"sample weight", {"gaussian", "categorical"}}; }
+inline Names names(UpdateRule) {
+  return {"update rule", {"implicit", "gaussian", "categorical", "categorical_published"}};
+}
 
 struct LastLayerOptions {
   double tau = 1;                                   // prior precision
@@ -59,9 +54,9 @@ class LastLayer {
   // this precision (collinear or badly scaled features), saying what to raise. An error leaves the posterior unchanged.
   MapResult fit(const FeatureRows<Real>&, const MapOptions& = {});
   // The same with given weights W [C][D]: P = tau I + sum w phi phi' over the rows.
-  void fit_covariance(const FeatureRows<Real>&, const std::vector<double>& weights);
+  void fit_covariance(const FeatureRows<Real>&, const Doubles& weights);
   // Sets the whole state: W [C][D] and P [D][D].
-  void set(const std::vector<double>& weights, const std::vector<double>& precision);
+  void set(const Doubles& weights, const Doubles& precision);
   // Copies the posterior of another layer, on the device. Throws InputError where its shape is another.
   void copy_from(const LastLayer&);
 
@@ -77,7 +72,7 @@ class LastLayer {
 
   // On the device: logits [n][C] = Phi W', products [n][D] = Phi S (rows S phi), variances [n] = phi'S phi.
   void logits(const Real* x, int n, Real* out) {
-    multiply(device_, false, true, n, classes_, dim_, Real(1), x, dim_, now_.w, dim_, Real(0), out, classes_);
+    multiply_packed(device_, false, true, n, classes_, dim_, x, now_.w, out);
   }
   void covariance_products(const Real* x, int n, Real* out);
   void variances(const Real* x, int n, Real* out);
@@ -87,21 +82,24 @@ class LastLayer {
   LinkedPredictions predict(const Real* x, int n, const LinkOptions& = {});
 
   // On the host, what the posterior is now: W [C][D], S [D][D], P [D][D].
-  std::vector<double> weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
-  std::vector<double> covariance() const {
-    return download_doubles(device_, fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q),
-                            size_t(dim_) * dim_);
+  Doubles weights() const { return download_doubles(device_, now_.w, size_t(classes_) * dim_); }
+  Doubles covariance() const { return download_doubles(device_, whole_covariance(), size_t(dim_) * dim_); }
+  Doubles precision() const { return download_doubles(device_, whole_precision(), size_t(dim_) * dim_); }
+  void set_weights(const Doubles& weights) {
+    const std::vector<Real> w(weights.begin(), weights.end());
+    check_weights(w, classes_, dim_, "a last layer");
+    upload(device_, now_.w, w);
   }
-  std::vector<double> precision() const {
-    return download_doubles(device_, fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x),
-                            size_t(dim_) * dim_);
-  }
-  void set_weights(const std::vector<double>&);
 
   // The evidence ln p(D | W) - 1/2 [C ln det P - C D ln tau + tau |W|^2], given the log-likelihood of the fitted data.
   double log_evidence(double log_likelihood);
 
-  void fold();      // adds the waiting rows to S_0 and P_0
+  void fold() {  // adds the waiting rows to S_0 and P_0
+    BATON_RANGE("last_layer_fold");
+    if (counts_.waiting_q) add_rows(now_.s, Real(-1), now_.q, counts_.waiting_q);
+    if (counts_.waiting_x) add_rows(now_.p, Real(1), now_.x, counts_.waiting_x);
+    counts_.waiting_q = counts_.waiting_x = 0;
+  }
   double drift();   // |S P z - z| / |z|, the larger of two random z
   void refactor();  // makes S from P; throws RunError where P is not positive definite, and leaves S unchanged
   int64_t downdates() const { return counts_.downdates; }    // since S was last factored
@@ -128,21 +126,44 @@ class LastLayer {
     int waiting_q = 0, waiting_x = 0;  // rows of Q and of X
     int64_t downdates = 0, refactored = 0, absorbed = 0;
   };
-  void copy(const Posterior& to, const Posterior& from);
-  void add_rows(Real* m, Real sign, const Real* rows, int count) const;
-  const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const;
-  void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out);
+  void copy(const Posterior& to, const Posterior& from) {
+    const size_t row = sizeof(Real) * dim_;
+    copy_on_device(device_, to.w, from.w, row * classes_);
+    copy_on_device(device_, to.s, from.s, row * dim_);
+    copy_on_device(device_, to.p, from.p, row * dim_);
+    copy_on_device(device_, to.q, from.q, row * waiting_rows);
+    copy_on_device(device_, to.x, from.x, row * waiting_rows);
+  }
+  // m += sign rows' rows for a symmetric m [D][D].
+  void add_rows(Real* m, Real sign, const Real* rows, int count) const {
+    rank_update(device_, true, dim_, count, sign, rows, dim_, Real(1), m, dim_);
+    mirror_lower(m, dim_, dim_, device_.stream());
+  }
+  // The same into scratch_, with m as it was.
+  const Real* fold_into_scratch(const Real* m, Real sign, const Real* rows, int count) const {
+    copy_on_device(device_, scratch_, m, sizeof(Real) * dim_ * dim_);
+    add_rows(scratch_, sign, rows, count);
+    return scratch_;
+  }
+  const Real* whole_covariance() const { return fold_into_scratch(now_.s, Real(-1), now_.q, counts_.waiting_q); }
+  const Real* whole_precision() const { return fold_into_scratch(now_.p, Real(1), now_.x, counts_.waiting_x); }
+  // out += sign x rows' rows for x [n][D], n at most chunk_rows: what waiting rows add to a product with S_0 or P_0.
+  void add_waiting(const Real* x, int n, const Real* rows, int count, Real sign, Real* out) {
+    multiply_packed(device_, false, true, n, count, dim_, x, rows, overlap_);
+    multiply_packed(device_, false, false, n, dim_, count, overlap_, rows, out, sign, 1);
+  }
   std::vector<uint64_t> check_update(const FeatureRows<Real>&, const LastLayerUpdateOptions&);
   void update_block(const FeatureRows<Real>&, const LastLayerUpdateOptions&, int first);
   void all_or_nothing(const std::function<void()>& work);
-  void refactor_or_refuse(const std::string& advice);
+  void start_from(const Doubles& weights, const std::function<void()>& fill_precision, const std::string& advice,
+                  const std::vector<uint64_t>& seen);
   void settle();
 
   Device& device_;
   int dim_, classes_;
   LastLayerOptions options_;
   Arena arena_;
-  Factorizer<Real> factorizer_;
+  Factorizer<Real> factorizer_{device_, arena_, dim_};
   Posterior now_, kept_;  // a call that fails goes back to kept_
   Counts counts_;
   std::unordered_set<uint64_t> seen_;  // hashes of the samples absorbed

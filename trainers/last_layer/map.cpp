@@ -19,51 +19,43 @@
 namespace baton {
 namespace {
 
-using Vector = std::vector<double>;
-
-double dot(const Vector& x, const Vector& y) {
+double dot(const Doubles& x, const Doubles& y) {
   double sum = 0;
   SIMT_SIMD(reduction(+ : sum))
   for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
   return sum;
 }
-void add(Vector& y, double scale, const Vector& x) {
+void add(Doubles& y, double scale, const Doubles& x) {
   SIMT_SIMD()
   for (size_t i = 0; i < y.size(); i++) y[i] += scale * x[i];
 }
-double largest(const Vector& x) {
-  double top = 0;
-  SIMT_SIMD(reduction(max : top))
-  for (size_t i = 0; i < x.size(); i++) top = std::abs(x[i]) > top ? std::abs(x[i]) : top;
-  return top;
-}
 
+// Returns the labels.
 template <class Real>
-void check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
+std::vector<int32_t> check_samples(Device& device, const std::string& who, const FeatureRows<Real>& rows, int classes) {
   if (rows.count < 1) throw InputError(who + ": there are no samples");
   if (rows.dim < 1) throw InputError(who + ": features have dimension " + std::to_string(rows.dim));
   if (classes < 2) throw InputError(who + ": at least 2 classes, not " + std::to_string(classes));
-  download_labels(device, rows, classes, who + ": sample");
+  const std::vector<int32_t> labels = download_labels(device, rows, classes, who + ": sample");
   check_features(device, rows, rows.dim, who + ": sample");
+  return labels;
 }
 
-Vector or_zeros(const Vector& given, const std::string& what, int classes, int dim) {
-  if (given.empty()) return Vector(size_t(classes) * dim, 0.);
+Doubles or_zeros(const Doubles& given, const std::string& what, int classes, int dim) {
+  if (given.empty()) return Doubles(size_t(classes) * dim, 0.);
   check_weights(given, classes, dim, what);
   return given;
 }
 
-struct Point {
-  Vector w, g;
-  double j = 0, log_likelihood = 0;
-  double top = 0;  // the largest |g|
+struct Point : MapResult {
+  Doubles slope;  // dJ/dW
   bool finite = false;
 };
 
 template <class Real>
 class Objective {
  public:
-  Objective(Device& device, const FeatureRows<Real>& rows, int classes, double tau, const Vector& prior_mean,
+  Objective(Device& device, const FeatureRows<Real>& rows, int classes, double tau, const Doubles& prior_mean,
             bool curvature)
       : device_(device), rows_(rows), classes_(classes), tau_(tau), mean_(prior_mean) {
     const size_t logits = size_t(rows.count) * classes;
@@ -81,7 +73,7 @@ class Objective {
 
   void evaluate(Point& at) {
     evaluations_++;
-    multiply_by_rows(at.w);
+    multiply_by_rows(at.weights);
     // The samples' part of the gradient and their losses lie in one piece, so that one copy fetches both.
     softmax_residual(p_, r_, out_ + size(), static_cast<Real*>(nullptr), logits_, rows_.labels, rows_.count, classes_,
                      device_.stream());
@@ -89,19 +81,19 @@ class Objective {
     copy_to_host(device_, down_.data(), out_, down_.size() * sizeof(Real));
     double loss = 0, square = 0;
     for (size_t i = size(); i < down_.size(); i++) loss += double(down_[i]);
-    at.g.resize(size());
+    at.slope.resize(size());
     for (size_t i = 0; i < size(); i++) {
-      const double from_mean = at.w[i] - mean_[i];
+      const double from_mean = at.weights[i] - mean_[i];
       square += from_mean * from_mean;
-      at.g[i] = double(down_[i]) + tau_ * from_mean;
+      at.slope[i] = double(down_[i]) + tau_ * from_mean;
     }
     at.log_likelihood = -loss;
-    at.j = loss + tau_ / 2 * square;
-    at.top = largest(at.g);
-    at.finite = std::isfinite(at.j) && std::isfinite(dot(at.g, at.g));
+    at.objective = loss + tau_ / 2 * square;
+    at.gradient = largest_magnitude(at.slope);
+    at.finite = std::isfinite(at.objective) && std::isfinite(dot(at.slope, at.slope));
   }
   // out = H v at the point that was evaluated last.
-  void curvature_product(Vector& out, const Vector& v) {
+  void curvature_product(Doubles& out, const Doubles& v) {
     multiply_by_rows(v);
     softmax_curvature_product(r_, p_, logits_, rows_.count, classes_, device_.stream());
     multiply_by_residual(Real(1));
@@ -110,28 +102,26 @@ class Objective {
   }
   // A change of J below this says nothing, since every loss, however small, is a difference of logits.
   double rounding(const Point& at) const {
-    return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.j));
+    return 10 * std::numeric_limits<Real>::epsilon() * (rows_.count + std::abs(at.objective));
   }
 
  private:
   // logits = Phi W'
-  void multiply_by_rows(const Vector& w) {
+  void multiply_by_rows(const Doubles& w) {
     for (size_t i = 0; i < size(); i++) up_[i] = Real(w[i]);
     upload(device_, w_, up_);
-    multiply<Real>(device_, false, true, rows_.count, classes_, rows_.dim, Real(1), rows_.x, rows_.dim, w_, rows_.dim,
-                   Real(0), logits_, classes_);
+    multiply_packed(device_, false, true, rows_.count, classes_, rows_.dim, rows_.x, w_, logits_);
   }
   // out = sign r' Phi
   void multiply_by_residual(Real sign) {
-    multiply<Real>(device_, true, false, classes_, rows_.dim, rows_.count, sign, r_, classes_, rows_.x, rows_.dim,
-                   Real(0), out_, rows_.dim);
+    multiply_packed(device_, true, false, classes_, rows_.dim, rows_.count, r_, rows_.x, out_, sign);
   }
 
   Device& device_;
   FeatureRows<Real> rows_;
   int classes_;
   double tau_;
-  Vector mean_;
+  Doubles mean_;
   Arena arena_;
   Real *w_, *out_, *logits_, *r_, *p_;
   std::vector<Real> up_, down_;
@@ -152,18 +142,18 @@ double cubic_minimum(const Trial& a, const Trial& b) {
 // Finds a step along d with sufficient decrease and |J'(t)| <= bend |J'(0)|, by the algorithms 3.5 and 3.6 of Nocedal
 // and Wright in one loop; bend = infinity makes it a backtracking search. Returns false when no step lowers J.
 template <class Real>
-bool line_search(Objective<Real>& objective, const Point& from, const Vector& d, double step, double bend, Point& to) {
+bool line_search(Objective<Real>& objective, const Point& from, const Doubles& d, double step, double bend, Point& to) {
   constexpr double sufficient = 1e-4;
   constexpr int most_trials = 20, most_unclear = 5;  // unclear: only the slopes tell the steps apart
-  const double start = dot(from.g, d), rounding = objective.rounding(from);
+  const double start = dot(from.slope, d), rounding = objective.rounding(from);
   if (!(start < 0)) return false;
   int unclear = 0;
   const auto try_step = [&](double t) {
-    to.w = from.w;
-    add(to.w, t, d);
+    to.weights = from.weights;
+    add(to.weights, t, d);
     objective.evaluate(to);
     if (!to.finite) return Trial{t, INFINITY, INFINITY};
-    const double slope = dot(to.g, d), fall = to.j - from.j;
+    const double slope = dot(to.slope, d), fall = to.objective - from.objective;
     if (std::abs(fall) > rounding) return Trial{t, fall, slope};
     unclear++;
     return Trial{t, t * (start + slope) / 2, slope};
@@ -200,9 +190,9 @@ bool line_search(Objective<Real>& objective, const Point& from, const Vector& d,
 class NewtonDirection {
  public:
   template <class Real>
-  void find(Objective<Real>& objective, const Point& at, double limit, Vector& d) {
-    const size_t n = at.g.size();
-    const double norm = std::sqrt(dot(at.g, at.g));
+  void find(Objective<Real>& objective, const Point& at, double limit, Doubles& d) {
+    const size_t n = at.slope.size();
+    const double norm = std::sqrt(dot(at.slope, at.slope));
     // The second choice of Eisenstat and Walker with their safeguard. It asks for no more digits than the quadratic
     // model deserves, than the end of the fit needs, and than the products have.
     double forcing = 0.5;
@@ -213,7 +203,7 @@ class NewtonDirection {
     last_norm_ = norm, forcing_ = forcing;
     const double wanted = std::max({forcing * norm, limit / 2, 100. * std::numeric_limits<Real>::epsilon() * norm});
     d.assign(n, 0.);
-    r_ = at.g, hp_.resize(n), p_.resize(n);
+    r_ = at.slope, hp_.resize(n), p_.resize(n);
     for (size_t i = 0; i < n; i++) p_[i] = -r_[i];  // r = H d + g
     double square = norm * norm;
     const int most = int(std::min<size_t>(n + 10, 1000));
@@ -232,7 +222,7 @@ class NewtonDirection {
   }
 
  private:
-  Vector r_, p_, hp_;
+  Doubles r_, p_, hp_;
   double last_norm_ = 0, forcing_ = 0;
 };
 
@@ -243,8 +233,8 @@ class LbfgsDirection {
   bool empty() const { return pairs_.empty(); }
   void forget() { pairs_.clear(); }
 
-  void find(const Point& at, Vector& d) {
-    d = at.g;
+  void find(const Point& at, Doubles& d) {
+    d = at.slope;
     std::vector<double> alpha(pairs_.size());
     for (size_t k = pairs_.size(); k-- > 0;) {
       alpha[k] = dot(pairs_[k].s, d) / pairs_[k].sy;
@@ -255,9 +245,9 @@ class LbfgsDirection {
     for (size_t k = 0; k < pairs_.size(); k++) add(d, -alpha[k] - dot(pairs_[k].y, d) / pairs_[k].sy, pairs_[k].s);
   }
   void keep(const Point& from, const Point& to) {
-    Pair pair{to.w, to.g, 0, 0};
-    add(pair.s, -1, from.w);
-    add(pair.y, -1, from.g);
+    Pair pair{to.weights, to.slope, 0, 0};
+    add(pair.s, -1, from.weights);
+    add(pair.y, -1, from.slope);
     pair.sy = dot(pair.s, pair.y), pair.yy = dot(pair.y, pair.y);
     if (int(pairs_.size()) == memory_) pairs_.erase(pairs_.begin());
     if (pair.sy > std::numeric_limits<double>::epsilon() * pair.yy) pairs_.push_back(std::move(pair));
@@ -265,19 +255,12 @@ class LbfgsDirection {
 
  private:
   struct Pair {
-    Vector s, y;
+    Doubles s, y;
     double sy, yy;
   };
   int memory_;
   std::vector<Pair> pairs_;  // the oldest first
 };
-
-template <class Real>
-void fill(MapResult& result, const Objective<Real>& objective, Point& at) {
-  result.weights = std::move(at.w);
-  result.objective = at.j, result.log_likelihood = at.log_likelihood, result.gradient = at.top;
-  result.evaluations = objective.evaluations();
-}
 
 }  // namespace
 
@@ -288,29 +271,30 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
     throw InputError("fit_map: tolerances and iterations must not be negative, and L-BFGS keeps at least one pair");
   check_samples(device, "fit_map", rows, classes);
   const bool newton = o.method == MapMethod::newton;
-  const Vector mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
+  const Doubles mean = or_zeros(o.prior_mean, "fit_map: the prior's mean", classes, rows.dim);
   Objective<Real> objective(device, rows, classes, o.tau, mean, newton);
 
   Point at, next;
-  at.w = o.start.empty() ? mean : or_zeros(o.start, "fit_map: the start", classes, rows.dim);
-  next.w.assign(at.w.size(), 0.);
+  at.weights = o.start.empty() ? mean : or_zeros(o.start, "fit_map: the start", classes, rows.dim);
+  next.weights.assign(at.weights.size(), 0.);
   objective.evaluate(next);
-  const double limit = o.tolerance * (1 + next.top);
-  if (largest(at.w) == 0) at = next;
+  const double limit = o.tolerance * (1 + next.gradient);
+  if (largest_magnitude(at.weights) == 0) at = next;
   else objective.evaluate(at);
   if (!at.finite) throw RunError("fit_map: the objective is not finite at the start");
 
   NewtonDirection conjugate;
   LbfgsDirection secant(o.memory);
-  Vector d;
-  MapResult result;
+  Doubles d;
+  bool converged = false;
+  int iterations = 0;
   const int patience = newton ? 1 : 10;  // how many steps may gain no more than rounding
   int idle = 0;
-  double best = at.top;
+  double best = at.gradient;
   while (true) {
     if (stop_requested()) throw_stopped("nothing of this fit is kept");
-    result.converged = at.top <= limit;
-    if (result.converged || result.iterations == o.iterations) break;
+    converged = at.gradient <= limit;
+    if (converged || iterations == o.iterations) break;
     double step = 1;
     if (newton) {
       conjugate.find(objective, at, limit, d);
@@ -320,39 +304,33 @@ MapResult fit_map(Device& device, const FeatureRows<Real>& rows, int classes, co
     }
     if (!line_search(objective, at, d, step, newton ? INFINITY : 0.9, next)) {
       if (newton || secant.empty()) {
-        result.converged = -dot(at.g, d) <= objective.rounding(at);
+        converged = -dot(at.slope, d) <= objective.rounding(at);
         break;
       }
       secant.forget();  // the next direction is steepest descent
       continue;
     }
-    result.iterations++;
+    iterations++;
     if (!newton) secant.keep(at, next);
     std::swap(at, next);
-    const double decrease = next.j - at.j, rounding = objective.rounding(at);
-    if (!newton && o.least_decrease > 0 &&
-        decrease <= o.least_decrease * std::max({std::abs(at.j), std::abs(next.j), 1.})) {
-      result.converged = true;
-      break;
-    }
-    if (decrease > rounding || at.top < 0.9 * best) idle = 0, best = std::min(best, at.top);
+    const double decrease = next.objective - at.objective, rounding = objective.rounding(at);
+    if (decrease > rounding || at.gradient < 0.9 * best) idle = 0, best = std::min(best, at.gradient);
     else idle++;
-    if (idle >= patience) {
-      result.converged = true;
-      break;
-    }
+    const double least = o.least_decrease * std::max({std::abs(at.objective), std::abs(next.objective), 1.});
+    converged = idle >= patience || (!newton && o.least_decrease > 0 && decrease <= least);
+    if (converged) break;
   }
-  fill(result, objective, at);
-  return result;
+  at.iterations = iterations, at.evaluations = objective.evaluations(), at.converged = converged;
+  return at;
 }
 
 template <class Real>
 MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, const AdamOptions& o) {
   if (!(o.tau >= 0) || !std::isfinite(o.tau) || !(o.lr > 0) || o.epochs < 1 || o.batch < 1)
     throw InputError("fit_adam: expected tau >= 0, a positive step size, and at least one epoch and sample a batch");
-  check_samples(device, "fit_adam", rows, classes);
+  const std::vector<int32_t> labels = check_samples(device, "fit_adam", rows, classes);
   const int n = rows.count, dim = rows.dim, batch = std::min(o.batch, n), weights = classes * dim;
-  const Vector start = or_zeros(o.start, "fit_adam: the start", classes, dim);
+  const Doubles start = or_zeros(o.start, "fit_adam: the start", classes, dim);
 
   Arena arena;
   Real *w = arena.take<Real>(weights), *m = arena.take<Real>(weights), *v = arena.take<Real>(weights);
@@ -362,7 +340,6 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
   arena.freeze();
   upload(device, w, std::vector<Real>(start.begin(), start.end()));
 
-  const std::vector<int32_t> labels = download(device, rows.labels, n);
   std::vector<int32_t> order(2 * size_t(n));
   std::iota(order.begin(), order.begin() + n, 0);
   SplitMix64 random(o.seed);
@@ -376,25 +353,22 @@ MapResult fit_adam(Device& device, const FeatureRows<Real>& rows, int classes, c
     for (int first = 0; first < n; first += batch) {
       const int count = std::min(batch, n - first);
       gather_rows(x, rows.x, plan + first, count, dim, device.stream());
-      multiply<Real>(device, false, true, count, classes, dim, Real(1), x, dim, w, dim, Real(0), logits, classes);
+      multiply_packed(device, false, true, count, classes, dim, x, w, logits);
       softmax_residual<Real>(nullptr, r, nullptr, nullptr, logits, plan + n + first, count, classes, device.stream());
-      multiply<Real>(device, true, false, classes, dim, count, Real(-1. / count), r, classes, x, dim, Real(0), g, dim);
+      multiply_packed(device, true, false, classes, dim, count, r, x, g, Real(-1. / count));
       const double lr = o.lr * (1 + std::cos(M_PI * double(step) / double(steps))) / 2;
       step++;
       adam_step(w, m, v, g, Real(lr), Real(o.tau / n), step, weights, device.stream());
     }
   }
 
-  Objective<Real> objective(device, rows, classes, o.tau, Vector(weights, 0.), false);
-  const std::vector<Real> last = download(device, w, weights);
+  Objective<Real> objective(device, rows, classes, o.tau, Doubles(weights, 0.), false);
   Point at;
-  at.w.assign(last.begin(), last.end());
+  at.weights = download_doubles(device, w, weights);
   objective.evaluate(at);
   if (!at.finite) throw RunError("fit_adam: the objective is not finite after " + std::to_string(step) + " steps");
-  MapResult result;
-  fill(result, objective, at);
-  result.iterations = step, result.evaluations += o.epochs;
-  return result;
+  at.iterations = step, at.evaluations = o.epochs + 1;
+  return at;
 }
 
 #define BATON_LAST_LAYER_MAP(Real)                                                       \

@@ -3,9 +3,6 @@
 // by three methods. The features phi [n][D] and labels lie on the device, W [C][D] on the host. Real = double is the
 // reference; with float the products are in float, and sums over samples and the optimizer's vectors in double.
 #pragma once
-#include <vector>
-
-#include "engine/linalg.h"
 #include "trainers/last_layer/rows.h"
 
 namespace baton {

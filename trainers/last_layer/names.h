@@ -1,29 +1,33 @@
 // The names of an enumeration's values, as options, results and files spell them.
 #pragma once
-#include <iterator>
 #include <string>
+#include <vector>
 
 #include "engine/error.h"
 
 namespace baton {
 
-// Specialised for an enumeration E: `what` one of its values is, and `names` of all in their order.
-template <class E>
-struct NamesOf;
+// What a value of an enumeration is, and the names of all in their order. An enumeration with names has a function
+// names(E), which returns them for any value.
+struct Names {
+  const char* what;
+  std::vector<const char*> all;
+};
 
-template <class E>
-auto to_string(E value) -> decltype(NamesOf<E>::names[0]) {
-  return NamesOf<E>::names[int(value)];
+template <class E, class = decltype(names(E()))>
+const char* to_string(E value) {
+  return names(value).all[size_t(value)];
 }
 // Throws InputError for an unknown name, listing the known ones.
 template <class E>
 E parse_name(const std::string& name) {
-  std::string known;
-  for (size_t i = 0; i < std::size(NamesOf<E>::names); i++) {
-    if (name == NamesOf<E>::names[i]) return E(i);
-    known += (i ? ", " : "") + std::string(NamesOf<E>::names[i]);
+  const Names known = names(E());
+  std::string list;
+  for (size_t i = 0; i < known.all.size(); i++) {
+    if (name == known.all[i]) return E(i);
+    list += (i ? ", " : "") + std::string(known.all[i]);
   }
-  throw InputError(std::string("unknown ") + NamesOf<E>::what + " '" + name + "': one of " + known);
+  throw InputError(std::string("unknown ") + known.what + " '" + name + "': one of " + list);
 }
 
 }  // namespace baton

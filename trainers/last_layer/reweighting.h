@@ -22,18 +22,16 @@ class Reweighting {
     Arena scratch;
     Real* normals = scratch.take<Real>(rows * d);
     Factorizer<Real> factorizer(device, scratch, dim_);
-    const std::vector<double> covariance = layer.covariance(), mean = layer.weights();
-    Real* factor = place(device, scratch, std::vector<Real>(covariance.begin(), covariance.end()));
+    const Doubles covariance = layer.covariance(), mean = layer.weights();
+    std::vector<Real> lower(covariance.begin(), covariance.end());
+    for (size_t i = 0; i < d; i++) std::fill_n(&lower[i * d + i] + 1, d - i - 1, Real(0));
+    Real* factor = place(device, scratch, lower);
     if (factorizer.cholesky(factor, dim_)) throw RunError("the covariance of the last layer is not positive definite");
-    std::vector<Real> lower = download(device, factor, d * d);
-    for (size_t i = 0; i < d; i++)
-      for (size_t j = i + 1; j < d; j++) lower[i * d + j] = 0;
-    upload(device, factor, lower);
     fill_normals(normals, int(rows * d), key_of(seed, 14), device.stream());
     std::vector<Real> all;
     for (int s = 0; s < draws; s++) all.insert(all.end(), mean.begin(), mean.end());
     weights_ = place(device, arena_, all);
-    multiply(device, false, true, int(rows), dim_, dim_, Real(1), normals, dim_, factor, dim_, Real(1), weights_, dim_);
+    multiply_packed(device, false, true, int(rows), dim_, dim_, normals, factor, weights_, 1, 1);
   }
 
   // Throws InputError for samples of another dim, without valid labels or not finite, and leaves the weights unchanged.
@@ -49,36 +47,30 @@ class Reweighting {
     std::vector<int32_t> repeated(rows);
     for (size_t i = 0; i < rows; i++) repeated[i] = y[i / draws_];
     const int32_t* labels = place(device_, scratch, repeated);
-    multiply(device_, false, true, data.count, wide, dim_, Real(1), data.x, dim_, weights_, dim_, Real(0), logits,
-             wide);
+    multiply_packed(device_, false, true, data.count, wide, dim_, data.x, weights_, logits);
     softmax_residual<Real>(nullptr, nullptr, loss, nullptr, logits, labels, int(rows), classes_, device_.stream());
     const std::vector<Real> losses = download(device_, loss, rows);
-    std::vector<double> next = log_weight_;
-    for (size_t i = 0; i < rows; i++) {
-      if (!std::isfinite(losses[i])) throw InputError("re-weighting: a sample's likelihood is not finite");
-      next[i % draws_] -= gamma * losses[i];
-    }
-    log_weight_ = next;
+    if (!all_finite(losses)) throw InputError("re-weighting: a sample's likelihood is not finite");
+    for (size_t i = 0; i < rows; i++) log_weight_[i % draws_] -= gamma * losses[i];
   }
 
   // [n][C]; throws Stopped when a signal asks the program to end.
-  std::vector<double> predict(const Real* x, int n) {
-    const std::vector<double> w = draw_weights();
+  Doubles predict(const Real* x, int n) {
+    const Doubles w = draw_weights();
     const int wide = draws_ * classes_, chunk = std::max(1, std::min(n, 4000000 / wide));
     Scratch::Frame scratch(device_);
     Real *logits = scratch.take<Real>(size_t(chunk) * wide), *mean = scratch.take<Real>(size_t(chunk) * classes_),
          *weight = place(device_, scratch, std::vector<Real>(w.begin(), w.end()));
-    std::vector<double> result;
+    Doubles result;
     for (int first = 0; first < n; first += chunk) {
       if (stop_requested()) throw_stopped("a prediction was under way");
       const int count = std::min(chunk, n - first);
-      multiply(device_, false, true, count, wide, dim_, Real(1), x + size_t(first) * dim_, dim_, weights_, dim_,
-               Real(0), logits, wide);
+      multiply_packed(device_, false, true, count, wide, dim_, x + size_t(first) * dim_, weights_, logits);
       softmax_residual<Real>(logits, nullptr, nullptr, nullptr, logits, nullptr, count * draws_, classes_,
                              device_.stream());
       for (int i = 0; i < count; i++)
-        multiply(device_, false, false, 1, classes_, draws_, Real(1), weight, draws_, logits + size_t(i) * wide,
-                 classes_, Real(0), mean + size_t(i) * classes_, classes_);
+        multiply_packed(device_, false, false, 1, classes_, draws_, weight, logits + size_t(i) * wide,
+                        mean + size_t(i) * classes_);
       const std::vector<Real> host = download(device_, mean, size_t(count) * classes_);
       result.insert(result.end(), host.begin(), host.end());
     }
@@ -94,12 +86,9 @@ class Reweighting {
 
  private:
   // w_s
-  std::vector<double> draw_weights() const {
-    const double top = *std::max_element(log_weight_.begin(), log_weight_.end());
-    std::vector<double> w;
-    double sum = 0;
-    for (double l : log_weight_) sum += w.emplace_back(std::exp(l - top));
-    for (double& v : w) v /= sum;
+  Doubles draw_weights() const {
+    Doubles w = log_weight_;
+    softmax_in_place(w);
     return w;
   }
 
@@ -107,7 +96,7 @@ class Reweighting {
   int dim_, classes_, draws_;
   Arena arena_;
   Real* weights_;  // [draws][C][D]
-  std::vector<double> log_weight_;
+  Doubles log_weight_;
 };
 
 }  // namespace baton

@@ -12,8 +12,6 @@
 
 #include <limits>
 
-#include "trainers/last_layer/candidates.h"
-
 namespace baton {
 namespace {
 
@@ -65,12 +63,7 @@ class Selection {
         layer_(layer),
         o_(options),
         batch_(batch),
-        rows_(device, arena_, layer, pool, candidates, batch, options.sequential),
-        n_(rows_.count),
-        dim_(rows_.dim),
-        classes_(layer.classes()),
-        random_(options.seed),
-        taken_(n_) {
+        rows_(device, arena_, layer, pool, candidates, batch, options.sequential) {
     link_ = o_.acquisition == Acquisition::bald ? Link::monte_carlo : o_.link.link;
     if (link_ == Link::monte_carlo && o_.link.draws < 1)
       throw InputError("Monte Carlo predictions need at least one draw");
@@ -97,39 +90,31 @@ class Selection {
     }
   }
 
-  std::vector<int> at_once() {
-    if (o_.acquisition == Acquisition::random) return draw_different(n_, batch_, random_);
-    if (bait()) return forward_backward();
-    if (o_.acquisition == Acquisition::badge) {
-      const Embeddings<Real> e = embeddings();
-      return draw_plus_plus(device_, e, largest(e), batch_, random_);
-    }
-    const std::vector<Real> score = scores();
-    check_scores(score);
-    std::vector<int> order(n_);
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + batch_, order.end(),
-                      [&](int a, int b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
-    order.resize(batch_);
-    return order;
-  }
-
-  std::vector<int> one_by_one() {
+  std::vector<int> choose() {
     if (o_.acquisition == Acquisition::random) {
       picks_ = draw_different(n_, batch_, random_);
-      for (int k : picks_) learn(k, false);
-      return picks_;
-    }
-    while (int(picks_.size()) < batch_) {
-      const int k = next();
-      picks_.push_back(k), taken_[k] = 1;
-      learn(k, int(picks_.size()) < batch_);
+      for (int k : picks_)
+        if (o_.sequential) learn(k, false);
+    } else if (o_.sequential) {
+      while (int(picks_.size()) < batch_) {
+        pick(next());
+        learn(picks_.back(), int(picks_.size()) < batch_);
+      }
+    } else if (bait()) {
+      return forward_backward();
+    } else if (o_.acquisition == Acquisition::badge) {
+      const Embeddings<Real> e = embeddings();
+      return draw_plus_plus(device_, e, largest(e), batch_, random_);
+    } else {
+      const std::vector<Real> score = scores();
+      while (int(picks_.size()) < batch_) pick(best_of(score, taken_));
     }
     return picks_;
   }
 
  private:
   bool bait() const { return o_.acquisition == Acquisition::bait; }
+  void pick(int k) { picks_.push_back(k), taken_[k] = 1; }
   void predict(Real* information) {
     layer_.logits(rows_.x, n_, logits_);
     link_probabilities<Real>(
@@ -172,7 +157,7 @@ class Selection {
   double number(const Real* at) { return double(download(device_, at, 1)[0]); }
   // s' F s on the host, F s on the device.
   double fisher_form(const Real* s) {
-    multiply(device_, false, false, 1, dim_, dim_, Real(1), s, dim_, fisher_, dim_, Real(0), fs_, dim_);
+    multiply_packed(device_, false, false, 1, dim_, dim_, s, fisher_, fs_);
     row_dots(number_, Real(1), fs_, 0, s, 0, Real(0), 1, dim_, device_.stream());
     return number(number_);
   }
@@ -215,7 +200,7 @@ class Selection {
     for (int first = 0; first < n_; first += most) {
       const int count = std::min(most, n_ - first);
       layer_.covariance_products(rows_.row(first), count, z);
-      multiply(device_, false, false, count, dim_, dim_, Real(1), z, dim_, fisher_, dim_, Real(0), zf, dim_);
+      multiply_packed(device_, false, false, count, dim_, dim_, z, fisher_, zf);
       row_dots(v_ + first, Real(1), rows_.row(first), d, z, d, Real(0), count, dim_, device_.stream());
       row_dots(f_ + first, Real(1), zf, d, z, d, Real(0), count, dim_, device_.stream());
     }
@@ -233,7 +218,7 @@ class Selection {
       const auto add = [&](const Real* rows, int count, Real sign) {
         if (!count) return;
         row_dots(overlap, Real(1), rows, d, x, 0, Real(0), count, dim_, device_.stream());
-        multiply(device_, false, false, 1, dim_, count, sign, overlap, count, rows, dim_, Real(1), out, dim_);
+        multiply_packed(device_, false, false, 1, dim_, count, overlap, rows, out, sign, 1);
       };
       add(joined, joins, Real(-1));
       add(left, leaves, Real(1));
@@ -254,7 +239,7 @@ class Selection {
     const std::vector<Real> weight = download(device_, w_, n_);
     while (int(picks_.size()) < most) {
       const int k = best_by_fisher();
-      picks_.push_back(k), taken_[k] = 1;
+      pick(k);
       move(rows_.row(k), double(weight[k]), number(v_ + k), false, rows_.x, v_, f_, n_);
     }
 
@@ -285,10 +270,10 @@ class Selection {
   int batch_;
   Arena arena_;
   Candidates<Real> rows_;
-  int n_, dim_, classes_;
-  SplitMix64 random_;
+  const int n_ = rows_.count, dim_ = rows_.dim, classes_ = layer_.classes();
+  SplitMix64 random_{o_.seed};
   Link link_;
-  std::vector<char> taken_;
+  std::vector<char> taken_ = std::vector<char>(n_);
   std::vector<int> picks_;
   Real *v_ = nullptr, *logits_ = nullptr, *p_ = nullptr, *entropy_ = nullptr, *score_ = nullptr, *normals_ = nullptr;
   Real *s_ = nullptr, *fs_ = nullptr, *u_ = nullptr, *number_ = nullptr;  // S phi_k, F s, S F s
@@ -317,8 +302,7 @@ template <class Real>
 std::vector<int> select_batch(Device& device, LastLayer<Real>& layer, const FeatureRows<Real>& pool,
                               const std::vector<int>& candidates, int batch, const SelectionOptions& options) {
   BATON_RANGE("select_batch");
-  Selection<Real> selection(device, layer, pool, candidates, batch, options);
-  std::vector<int> picks = options.sequential ? selection.one_by_one() : selection.at_once();
+  std::vector<int> picks = Selection<Real>(device, layer, pool, candidates, batch, options).choose();
   for (int& k : picks) k = candidates[k];
   return picks;
 }

@@ -1,7 +1,6 @@
 #include "trainers/last_layer/update_study.h"
 
 #include <algorithm>
-#include <map>
 #include <numeric>
 
 #include "trainers/checkpoints.h"
@@ -17,12 +16,9 @@ const char* label(UpdateMethod method) {
                                     "retrained (Adam)"};
   return labels[int(method)];
 }
-const std::vector<UpdateMethod>& all_update_methods() {
-  static const std::vector<UpdateMethod> all = [] {
-    std::vector<UpdateMethod> methods;
-    for (size_t i = 0; i < std::size(NamesOf<UpdateMethod>::names); i++) methods.push_back(UpdateMethod(i));
-    return methods;
-  }();
+std::vector<UpdateMethod> all_update_methods() {
+  std::vector<UpdateMethod> all;
+  for (size_t i = 0; i < names(UpdateMethod()).all.size(); i++) all.push_back(UpdateMethod(i));
   return all;
 }
 
@@ -39,10 +35,6 @@ namespace {
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
-}
-
-void stop_if_asked() {
-  if (stop_requested()) throw_stopped("the unit under way is not kept");
 }
 
 struct Judged {
@@ -129,7 +121,7 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
             const auto time = [&](int repeats, const LastLayer<Real>& from, const std::function<void()>& work) {
               std::vector<double> seconds;
               for (int k = 0; k < repeats; k++) {
-                stop_if_asked();
+                if (stop_requested()) throw_stopped("the unit under way is not kept");
                 layer.copy_from(from);
                 device.synchronize();
                 const double start = seconds_now();
@@ -155,7 +147,6 @@ void run_update_study(Device& device, const FeatureSet& pool, const FeatureSet& 
             };
             LastLayerUpdateOptions update{.gamma = o.gamma, .duplicates = true};  // a set may hold equal samples
             if (method != UpdateMethod::implicit) update.rule = UpdateRule::gaussian;
-            stop_if_asked();
             using M = UpdateMethod;
             if (method == M::base) report(before, {});
             else if (method == M::first_order)
@@ -189,29 +180,24 @@ template void run_update_study<double>(Device&, const FeatureSet&, const Feature
                                        const std::function<void(const json&)>&);
 
 std::vector<json> summarise(const std::vector<json>& lines) {
-  std::vector<std::vector<json>> groups;
-  std::map<std::string, size_t> known;
-  for (const json& l : lines) {
-    const std::string key = json{l["tau"], l["base"], l["new"], l["method"]}.dump();
-    const size_t at = known.emplace(key, groups.size()).first->second;
-    if (at == groups.size()) groups.emplace_back();
-    groups[at].push_back(l);
-  }
+  json groups;  // in the order of their first lines
+  for (const json& l : lines) groups[json{l["tau"], l["base"], l["new"], l["method"]}.dump()].push_back(l);
   std::vector<json> all;
-  for (const std::vector<json>& group : groups) {
+  for (const json& group : groups) {
+    const auto collect = [&](const char* key) {
+      std::vector<double> values;
+      for (const json& l : group)
+        if (l.contains(key)) values.push_back(l[key]);
+      return values;
+    };
     json& result = all.emplace_back();
     for (const char* key : {"set", "tau", "base", "new", "method", "label"})
       if (group[0].contains(key)) result[key] = group[0][key];
     for (const char* key : {"accuracy", "nll", "ece", "flips", "gain"}) {
-      std::vector<double> v;
-      for (const json& l : group) v.push_back(l[key]);
-      const MeanAndSpread m = mean_and_spread(v);
+      const MeanAndSpread m = mean_and_spread(collect(key));
       result[key] = {{"mean", m.mean}, {"sd", m.sd}, {"n", m.n}};
     }
-    std::vector<double> seconds;
-    for (const json& l : group)
-      if (l.contains("seconds")) seconds.push_back(l["seconds"]);
-    if (!seconds.empty())
+    if (const std::vector<double> seconds = collect("seconds"); !seconds.empty())
       result["seconds"] = {{"median", median(seconds)},
                            {"least", *std::min_element(seconds.begin(), seconds.end())},
                            {"greatest", *std::max_element(seconds.begin(), seconds.end())}};

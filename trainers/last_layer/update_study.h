@@ -18,14 +18,13 @@ enum class UpdateMethod {
   retrained,    // the MAP and the covariance of all samples, from 0
   adam,         // 200 epochs of Adam from 0: what the papers call retraining
 };
-template <>
-struct NamesOf<UpdateMethod> {
-  static constexpr const char *what = "method",
-                              *names[] = {"base",       "first_order", "monte_carlo", "gaussian",  "implicit",
-                                          "one_by_one", "lbfgs_warm",  "newton_warm", "retrained", "adam"};
-};
+inline Names names(UpdateMethod) {
+  return {"method",
+          {"base", "first_order", "monte_carlo", "gaussian", "implicit", "one_by_one", "lbfgs_warm", "newton_warm",
+           "retrained", "adam"}};
+}
 const char* label(UpdateMethod);  // for tables and figures
-const std::vector<UpdateMethod>& all_update_methods();
+std::vector<UpdateMethod> all_update_methods();
 
 struct UpdateStudyOptions {
   std::vector<UpdateMethod> methods = all_update_methods();
