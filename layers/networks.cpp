@@ -1,5 +1,7 @@
 #include "layers/networks.h"
 
+#include "engine/io/safetensors.h"
+
 namespace baton {
 
 extern const NetworkKind lenet5_kind, conv3fc3_kind, vgg11_kind, mlp_kind, task_cnn_kind;
@@ -14,12 +16,6 @@ namespace {
 
 std::string describe_image(const ImageShape& s) {
   return std::to_string(s.height) + " x " + std::to_string(s.width) + (s.channels == 1 ? " grey" : " colour");
-}
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
 }
 
 }  // namespace
@@ -76,9 +72,13 @@ std::unique_ptr<Network> make_network(const NetworkSpec& spec) {
   return kind.make(whole);
 }
 
-NetworkFactory network_factory(const NetworkSpec& spec) {
+NetworkFactory network_factory(const NetworkSpec& spec, int head) {
   check_network(spec);
-  return [spec] { return make_network(spec); };
+  return [spec, head] {
+    auto network = make_network(spec);
+    network->use_head(head);
+    return network;
+  };
 }
 
 NetworkSpec recognise_network(const TensorShapes& shapes, const std::string& who) {

@@ -19,12 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string hex(uint64_t x) {
-  char text[32];
-  snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(x));
-  return text;
-}
-
 // What is left to do at the step where a run stands, beside going on.
 enum class Due { nothing, measurement, end_of_stage };
 
@@ -196,7 +190,7 @@ class Runner {
     j["seed"] = run.training.replicas[replica].seed;
     j["settings"] = describe_settings(run, replica);
     j["parameters"] = trainer.network().layout().parameters();
-    j["split_hash"] = hex(index_hash(run.stages.order[replica]));
+    j["split_hash"] = hash_text(index_hash(run.stages.order[replica]));
     if (run.inference) j["inference"] = name(*run.inference);
     j["stages"] = json::array();
     return j;
@@ -292,12 +286,8 @@ class Runner {
     Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(trainer.stage())),
                                                           size_t(std::min(run.stages.sizes[stage], most))));
     if (!run.stages.pixel_order.empty()) reorder_pixels(images, run.stages.pixel_order[stage]);
-    const NetworkFactory make = [&] {
-      auto network = make_network(run.network);
-      network->use_head(trainer.stages().heads[stage]);
-      return network;
-    };
-    return mean_fisher(device_, make, images, options_.normalisation, trainer.posterior().store());
+    return mean_fisher(device_, network_factory(run.network, trainer.stages().heads[stage]), images,
+                       options_.normalisation, trainer.posterior().store());
   }
 
   // --------------------------------------------------------------------------------------------------- measurements

@@ -258,13 +258,8 @@ class Update {
   // Of the first examples that were learned.
   std::vector<float> find_fisher(const Posterior& posterior, int examples) const {
     const size_t count = std::min(order_.size(), size_t(examples));
-    const NetworkFactory make = [&] {
-      auto network = make_network(model_.network);
-      network->use_head(options_.head);
-      return network;
-    };
-    return mean_fisher(device_, make, subset(data_.images, std::span(order_).first(count)), model_.normalisation,
-                       posterior.store());
+    return mean_fisher(device_, network_factory(model_.network, options_.head),
+                       subset(data_.images, std::span(order_).first(count)), model_.normalisation, posterior.store());
   }
 
   // The posterior before is the prior of what Bayesian gradient descent left; pruned weights have the prior's sigma.
