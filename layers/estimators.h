@@ -41,7 +41,7 @@ class PointEstimator : public Estimator {
   void backward(Linear&, const Activation& x, const Pass&) override;
 
  protected:
-  virtual void write_gradients(Linear&, const Activation& x, const Pass&);
+  virtual void add_gradients(Linear&, const Activation& x, const Pass&);  // of the bias, or what else is wanted
   RowWeights w_;
   Rows rows_;
   std::unique_ptr<Product> product_;
@@ -53,7 +53,7 @@ class MomentsEstimator : public PointEstimator {
   MomentsEstimator(Linear&, const LayerContext&, const float* draws, size_t stride, const Moments&);
 
  protected:
-  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  void add_gradients(Linear&, const Activation& x, const Pass&) override;
   Moments moments_;
 };
 
@@ -63,7 +63,7 @@ class SquaresEstimator : public PointEstimator {
   SquaresEstimator(Linear&, const LayerContext&, const float* weights, float* squares);
 
  protected:
-  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  void add_gradients(Linear&, const Activation& x, const Pass&) override;
   float* squares_;
 };
 
@@ -89,8 +89,8 @@ class LocalReparameterization : public Estimator {
   virtual void variance_backward(Linear&, const Activation& x);
   GaussianWeights w_;
   RowWeights means_;
-  Rows rows_;  // without groups
-  std::unique_ptr<Product> mean_product_, variance_product_;
+  Rows rows_;                                                 // without groups
+  std::shared_ptr<Product> mean_product_, variance_product_;  // the same where there is one group
 };
 
 // Cholesky factors of convolutions, [rows][stride], and their gradients, which are added to (+=).
