@@ -50,10 +50,8 @@ class CfgPosterior : public GaussianPosterior {
         if (tensors[j].name == bias) biases_.push_back(j);
     }
     if (weights_.empty()) throw InputError("a channel factorized posterior needs a convolution");
-    for (const char* name : {"scale_tril", "prior_scale_tril", "scale_tril.adam_m", "scale_tril.adam_v"}) {
-      factors_.add(name);
-      state_.push_back({&factors_, name, std::string(name).find("adam") == std::string::npos});
-    }
+    for (const char* name : {"scale_tril", "prior_scale_tril"}) add_state(name, Role::believed, &factors_);
+    for (const char* name : {"scale_tril.adam_m", "scale_tril.adam_v"}) add_state(name, Role::optimizer, &factors_);
     factors_.add("prior_inverse");
     if (moments_) factors_.add("scale_tril.grad");
     block_partial_ = arena_.take<float>(size_t(most) * replicas());
@@ -83,11 +81,6 @@ class CfgPosterior : public GaussianPosterior {
   void restored(bool first_stage) override {
     GaussianPosterior::restored(first_stage);
     invert_prior();
-  }
-  void reset_optimizer() override {
-    GaussianPosterior::reset_optimizer();
-    for (const char* name : {"scale_tril.adam_m", "scale_tril.adam_v"})
-      fill_zero(device_, factors_.at(name), factors_.bytes());
   }
   void hand_over() override {
     GaussianPosterior::hand_over();
@@ -205,11 +198,13 @@ class CfgPosterior : public GaussianPosterior {
 
 extern const PosteriorKind cfg_kind;
 const PosteriorKind cfg_kind{
-    "cfg", "cfg, channel factorized Gaussian: the weights of a kernel have a covariance, all others a sigma each",
+    "cfg",
+    "cfg, channel factorized Gaussian: the weights of a kernel have a covariance, all others a sigma each",
     gaussian_options(
         {whole_option("groups", 1, {1, 256}, "groups of a batch that draw their own weights (cfg) or z (mnf)"),
          flag_option("moments", false, "cfg: sample outputs from their exact marginal moments, not weights (slow)")}),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<CfgPosterior>(setup); },
+    make_kind<CfgPosterior>,
+    true,
     false};
 
 }  // namespace baton

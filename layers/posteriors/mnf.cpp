@@ -26,10 +26,8 @@ class MnfPosterior : public GaussianPosterior {
       : GaussianPosterior(setup), groups_(settings()["groups"]), path_gradient_(settings()["path_gradient"]) {
     lay_out_flows();
     flows_ = std::make_unique<ParameterStore>(arena_, layout_, replicas());
-    for (const char* name : {"value", "prior", "value.adam_m", "value.adam_v"}) {
-      flows_->add(name);
-      state_.push_back({flows_.get(), name, std::string(name).find("adam") == std::string::npos});
-    }
+    for (const char* name : {"value", "prior"}) add_state(name, Role::believed, flows_.get());
+    for (const char* name : {"value.adam_m", "value.adam_v"}) add_state(name, Role::optimizer, flows_.get());
     flows_->add("value.grad");
     take_buffers();
     use_runs(runs_);
@@ -45,13 +43,11 @@ class MnfPosterior : public GaussianPosterior {
     flow_initialise(flows_->at("value"), shape_, layout_.stride(), float(double(settings()["z_log_std"])), states,
                     replicas(), device_.stream());
     copy_on_device(device_, flows_->at("prior"), flows_->at("value"), flows_->bytes());
-    float* values = z_partial_;  // the prior of the first stage: N(1, 1)
-    const auto fill = [&](int at, int size, float value) {
-      upload(device_, values, std::vector<float>(size_t(replicas()), value));
-      fill_rows(flows_->at("prior") + at, layout_.stride(), size, values, replicas(), device_.stream());
-      device_.synchronize();  // values is used again
-    };
-    for (const FlowTensor& t : table_) fill(t.base_mean, t.size, 1.f), fill(t.base_log_std, t.size, 0.f);
+    float* prior = flows_->at("prior");  // of the first stage: N(1, 1)
+    for (const FlowTensor& t : table_) {
+      fill(prior + t.base_mean, layout_.stride(), t.size, std::vector<float>(size_t(replicas()), 1.f));
+      fill(prior + t.base_log_std, layout_.stride(), t.size, std::vector<float>(size_t(replicas()), 0.f));
+    }
   }
   void restored(bool first_stage) override {
     GaussianPosterior::restored(first_stage);
@@ -60,10 +56,6 @@ class MnfPosterior : public GaussianPosterior {
   void clear_gradients() override {
     GaussianPosterior::clear_gradients();
     fill_zero(device_, draw_gradients_, store_.bytes() * size_t(groups_));
-  }
-  void reset_optimizer() override {
-    GaussianPosterior::reset_optimizer();
-    for (const char* name : {"value.adam_m", "value.adam_v"}) fill_zero(device_, flows_->at(name), flows_->bytes());
   }
   void hand_over() override {
     GaussianPosterior::hand_over();
@@ -86,15 +78,7 @@ class MnfPosterior : public GaussianPosterior {
     backward_through_flows(states);
     gaussian_step(arrays(), scale_rule_, pieces_, states, accumulated_, partial_, device_.stream(),
                   multipliers(draw_gradients_));
-    GaussianArrays a{};
-    a.mean = flows_->at("value");
-    a.grad_mean = flows_->at("value.grad");
-    a.mean_m = flows_->at("value.adam_m");
-    a.mean_v = flows_->at("value.adam_v");
-    a.stride = layout_.stride();
-    a.count = int(layout_.stride());
-    a.replicas = replicas();
-    point_step(a, states, device_.stream());
+    point_step(adam_arrays(*flows_, "value"), states, device_.stream());
     apply_mask();
   }
 
@@ -283,6 +267,6 @@ const PosteriorKind mnf_kind{
          flag_option("fixed_base", false, "mnf: do not learn the flow's base"),
          flag_option("path_gradient", false, "mnf: drop the score term of ln q(z), whose mean is 0"),
          number_option("z_log_std", -2.302585093, {-30, 10}, "mnf: initial ln of the base's standard deviation")}),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<MnfPosterior>(setup); }};
+    make_kind<MnfPosterior>};
 
 }  // namespace baton
