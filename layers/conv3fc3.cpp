@@ -49,7 +49,6 @@ class Conv3Fc3 : public Network {
 
 }  // namespace
 
-extern const NetworkKind conv3fc3_kind;
-const NetworkKind conv3fc3_kind{"3conv3fc", {3, 32, 32}, false, {}, make_chain<Conv3Fc3>};
+extern const NetworkKind conv3fc3_kind{"3conv3fc", {3, 32, 32}, false, {}, make_chain<Conv3Fc3>};
 
 }  // namespace baton

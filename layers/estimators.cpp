@@ -42,25 +42,6 @@ void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&
   layer.bias_gradient(w_.gradients + layer.bias_at(), nullptr, w_.stride, rows_);
 }
 
-MomentsEstimator::MomentsEstimator(Linear& layer, const LayerContext& c, const float* draws, size_t stride,
-                                   const Moments& moments)
-    : PointEstimator(layer, c, {draws, nullptr, stride}), moments_(moments) {
-  layer.take_moment_buffers(c);
-}
-
-void MomentsEstimator::add_gradients(Linear& layer, const Activation& x, const Pass& pass) {
-  layer.add_moments(moments_, {pass.first_draw, rows_.count, pass.first_draw > 0}, x, pass);
-}
-
-SquaresEstimator::SquaresEstimator(Linear& layer, const LayerContext& c, const float* weights, float* squares)
-    : PointEstimator(layer, c, {weights, nullptr, 0}), squares_(squares) {
-  layer.take_square_buffers(c);
-}
-
-void SquaresEstimator::add_gradients(Linear& layer, const Activation& x, const Pass&) {
-  layer.add_squares(squares_, x);
-}
-
 // ------------------------------------------------------------------------------------------------- Gaussian weights
 LocalReparameterization::LocalReparameterization(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
                                                  const RowWeights& means)
@@ -93,18 +74,18 @@ void LocalReparameterization::variance_backward(Linear& layer, const Activation&
 }
 
 ChannelMoments::ChannelMoments(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
-                               const FactorWeights& factors, size_t factor_at, const ConvShape& shape)
+                               const RowWeights& factors, const ConvShape& shape)
     : LocalReparameterization(layer, c, w, {w.mean, w.mean_gradient, w.stride}),
-      factors_{factors.factors + factor_at, factors.gradients + factor_at, factors.stride},
+      factors_(factors),
       moments_(c.device, c.arena, shape, c.rows) {}
 
 void ChannelMoments::variance_forward(Linear& layer, const Activation& x) {
-  moments_.forward(layer.device(), {x.signal.value, x.stride}, factors_.factors, factors_.stride,
+  moments_.forward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                    {layer.variance(), layer.pre_stride()});
 }
 
 void ChannelMoments::variance_backward(Linear& layer, const Activation& x) {
-  moments_.backward(layer.device(), {x.signal.value, x.stride}, factors_.factors, factors_.stride,
+  moments_.backward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                     {layer.variance_gradient(), layer.pre_stride()}, {x.signal.grad, x.stride}, factors_.gradients,
                     factors_.stride);
   if (x.signal.grad_square)

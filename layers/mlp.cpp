@@ -43,8 +43,7 @@ void recognise(const TensorShapes& shapes, NetworkSpec& spec) {
 
 }  // namespace
 
-extern const NetworkKind mlp_kind;
-const NetworkKind mlp_kind{
+extern const NetworkKind mlp_kind{
     "mlp",
     {1, 28, 28},
     true,

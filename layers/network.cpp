@@ -45,12 +45,6 @@ void Network::use_head(int head) {
   head_ = head;
 }
 
-bool Network::has_dropout() const {
-  for (const Link& link : chain_)
-    if (link.dropout > 0) return true;
-  return false;
-}
-
 void Network::prepare(const LayerContext& c) {
   rows_ = c.rows;
   training_ = c.training;

@@ -45,8 +45,6 @@ class Network {
   virtual void backward(const Pass&);
   // Every layer's output in the order of the forward pass: where to look for what went wrong.
   std::vector<NamedActivation> activations() const;
-  // Whether the layer's output is random in training even where its weights are not.
-  bool has_dropout() const;
 
  protected:
   Network(std::string name, ImageShape input, int classes);

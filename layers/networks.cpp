@@ -45,14 +45,13 @@ std::string NetworkSpec::description() const {
 }
 
 NetworkSpec network_spec(const std::string& name, int classes, const json& options) {
-  const NetworkKind& kind = find_network(name);
-  NetworkSpec spec{name, classes, kind.image, complete_options(kind.options, options, name)};
-  check_network(spec);
-  return spec;
+  return check_network({name, classes, find_network(name).image, options});
 }
 
-void check_network(const NetworkSpec& spec) {
-  const NetworkKind& kind = find_network(spec.name);
+NetworkSpec check_network(const NetworkSpec& given) {
+  const NetworkKind& kind = find_network(given.name);
+  NetworkSpec spec = given;
+  spec.options = complete_options(kind.options, spec.options, spec.name);
   if (spec.classes < 2 || spec.classes > 256)
     throw InputError("classes must be 2 to 256, not " + std::to_string(spec.classes));
   const ImageShape& s = spec.image;
@@ -61,15 +60,11 @@ void check_network(const NetworkSpec& spec) {
                      " ones");
   if ((s.channels != 1 && s.channels != 3) || s.height < 1 || s.width < 1 || s.height > 1024 || s.width > 1024)
     throw InputError(spec.name + " takes images of 1 or 3 channels and at most 1024 x 1024 pixels");
-  complete_options(kind.options, spec.options, spec.name);
+  return spec;
 }
 
 std::unique_ptr<Network> make_network(const NetworkSpec& spec) {
-  const NetworkKind& kind = find_network(spec.name);
-  NetworkSpec whole = spec;
-  whole.options = complete_options(kind.options, spec.options, spec.name);
-  check_network(whole);
-  return kind.make(whole);
+  return find_network(spec.name).make(check_network(spec));
 }
 
 NetworkFactory network_factory(const NetworkSpec& spec, int head) {

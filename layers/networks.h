@@ -43,8 +43,9 @@ std::string list_networks();  // "lenet5, 3conv3fc, vgg11, mlp or task-cnn"
 
 // The named network with its usual image size. options: those that differ from the standard.
 NetworkSpec network_spec(const std::string& name, int classes = 10, const json& options = json::object());
-// InputError for an unknown name, options that do not fit, or an image size that the network does not take.
-void check_network(const NetworkSpec&);
+// The same with all of its options. InputError for an unknown name, options that do not fit, or an image size that the
+// network does not take.
+NetworkSpec check_network(const NetworkSpec&);
 std::unique_ptr<Network> make_network(const NetworkSpec&);
 using NetworkFactory = std::function<std::unique_ptr<Network>()>;
 NetworkFactory network_factory(const NetworkSpec&, int head = 0);  // checked; head: that the passes use

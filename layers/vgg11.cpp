@@ -28,7 +28,6 @@ class Vgg11 : public Network {
 
 }  // namespace
 
-extern const NetworkKind vgg11_kind;
-const NetworkKind vgg11_kind{"vgg11", {3, 32, 32}, false, {}, make_chain<Vgg11>};
+extern const NetworkKind vgg11_kind{"vgg11", {3, 32, 32}, false, {}, make_chain<Vgg11>};
 
 }  // namespace baton

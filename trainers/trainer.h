@@ -73,7 +73,6 @@ class Trainer {
   int count_steps(int stage) const;
   int count_epoch_steps(int stage) const;      // examples / batch, rounded
   const int32_t* pixel_order(int task) const;  // in device memory; null: pixels as they are
-  int graph_nodes() const { return graph_ ? graph_->nodes() : 0; }
 
   // The posterior of settings().stages_before stages, as Posterior::save() wrote it, before the first begin_stage();
   // `step`: of the whole history so far, so that no noise is used twice. One replica. InputError for a tensor that is

@@ -49,8 +49,7 @@ class BbbPosterior : public DrawnPosterior {
 
 }  // namespace
 
-extern const PosteriorKind bbb_kind;
-const PosteriorKind bbb_kind{
+extern const PosteriorKind bbb_kind{
     "bbb", "bbb, Bayes by Backprop: every weight has a mean and a standard deviation, and a fixed prior",
     with_schedule(
         1e-3, "step size on the summed loss",

@@ -82,9 +82,7 @@ class BgdPosterior : public DrawnPosterior {
     return bytes;
   }
   void set_notes(const std::vector<uint8_t>& bytes) override {
-    std::vector<TripWire> wire(1);
-    std::memcpy(wire.data(), bytes.data(), sizeof(TripWire));
-    upload(device_, wire_, wire);
+    copy_to_device(device_, wire_, bytes.data(), sizeof(TripWire));
     warned_ = bytes.back() != 0;
   }
 
@@ -122,8 +120,7 @@ class BgdPosterior : public DrawnPosterior {
 
 }  // namespace
 
-extern const PosteriorKind bgd_kind;
-const PosteriorKind bgd_kind{
+extern const PosteriorKind bgd_kind{
     "bgd", "bgd, Bayesian gradient descent: every weight has a mean and a standard deviation, updated at every step",
     with_schedule(
         1, "bgd: the step size of the means, in units of sigma^2",

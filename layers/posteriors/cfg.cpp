@@ -45,9 +45,6 @@ class CfgPosterior : public GaussianPosterior {
                          std::to_string(largest_block) + " can have a Cholesky factor");
       weights_.push_back(i);
       most = std::max(most, int(t.shape[0] * t.shape[1]));
-      const std::string bias = t.name.substr(0, t.name.rfind('.')) + ".bias";
-      for (int j = 0; j < int(tensors.size()); j++)
-        if (tensors[j].name == bias) biases_.push_back(j);
     }
     if (weights_.empty()) throw InputError("a channel factorized posterior needs a convolution");
     for (const char* name : {"scale_tril", "prior_scale_tril"}) add_state(name, Role::believed, &factors_);
@@ -67,9 +64,10 @@ class CfgPosterior : public GaussianPosterior {
     if (found == weights_.end()) return GaussianPosterior::make_estimator(layer, c);
     if (!moments_)
       return std::make_unique<PointEstimator>(layer, c, RowWeights{draws_, draw_gradients_, size_t(stride()), groups_});
-    const FactorWeights factors{factors_.at("scale_tril"), factors_.at("scale_tril.grad"), factors_.layout().stride()};
+    const size_t at = factors_.layout()[int(found - weights_.begin())].offset;
+    const RowWeights factors{factors_.at("scale_tril") + at, factors_.at("scale_tril.grad") + at,
+                             factors_.layout().stride()};
     return std::make_unique<ChannelMoments>(layer, c, weights(), factors,
-                                            factors_.layout()[int(found - weights_.begin())].offset,
                                             static_cast<const Conv2d&>(layer).shape(c.batch));
   }
 
@@ -94,16 +92,16 @@ class CfgPosterior : public GaussianPosterior {
     for (size_t i = 0; i < weights_.size(); i++)
       cholesky_sample(draws_ + tensor(weights_[i]).offset, size_t(stride()), blocks(i), groups_, states,
                       stream_draws + uint32_t(weights_[i]), device_.stream());
-    for (int b : biases_)
-      draw_gaussian(draws_, size_t(stride()), arrays(), int(tensor(b).offset), int(tensor(b).size), groups_, states,
-                    stream_draws + uint32_t(b), device_.stream());
+    for (int w : weights_)
+      draw_gaussian(draws_, size_t(stride()), arrays(), int(bias(w).offset), int(bias(w).size), groups_, states,
+                    stream_draws + uint32_t(w + 1), device_.stream());
   }
 
   void step(StepState* states) override {
-    for (int b : biases_)
+    for (int w : weights_)
       if (!moments_)
-        draw_gaussian_backward(arrays(), draw_gradients_, size_t(stride()), int(tensor(b).offset), int(tensor(b).size),
-                               groups_, states, stream_draws + uint32_t(b), device_.stream());
+        draw_gaussian_backward(arrays(), draw_gradients_, size_t(stride()), int(bias(w).offset), int(bias(w).size),
+                               groups_, states, stream_draws + uint32_t(w + 1), device_.stream());
     for (size_t i = 0; i < weights_.size(); i++) {
       const size_t at = tensor(weights_[i]).offset;
       double* kl = accumulated_.sums + weights_[i];
@@ -144,6 +142,7 @@ class CfgPosterior : public GaussianPosterior {
 
  private:
   const TensorSpec& tensor(int number) const { return store_.layout()[number]; }
+  const TensorSpec& bias(int weight) const { return tensor(weight + 1); }  // of the same layer
 
   CholeskyArrays blocks(size_t i) const {
     const TensorSpec& t = tensor(weights_[i]);
@@ -189,15 +188,14 @@ class CfgPosterior : public GaussianPosterior {
   int groups_;
   bool moments_;
   ParameterStore factors_;
-  std::vector<int> weights_, biases_;                   // numbers of tensors in the layout
+  std::vector<int> weights_;                            // of convolutions: numbers of tensors in the layout
   float *draws_ = nullptr, *draw_gradients_ = nullptr;  // [replicas * groups][stride]
   float* block_partial_;
 };
 
 }  // namespace
 
-extern const PosteriorKind cfg_kind;
-const PosteriorKind cfg_kind{
+extern const PosteriorKind cfg_kind{
     "cfg",
     "cfg, channel factorized Gaussian: the weights of a kernel have a covariance, all others a sigma each",
     gaussian_options(

@@ -22,10 +22,6 @@ GaussianPosterior::GaussianPosterior(const PosteriorSetup& setup)
   for (const TensorSpec& t : store_.layout().tensors()) kl_names_.push_back(t.name);
 }
 
-void GaussianPosterior::add_kl_names(const std::vector<std::string>& names) {
-  kl_names_.insert(kl_names_.end(), names.begin(), names.end());
-}
-
 void GaussianPosterior::use_runs(std::vector<Run> runs) {
   const std::vector<Run> pieces = pieces_of(runs);
   Run* table = arena_.take<Run>(pieces.size());
@@ -235,9 +231,8 @@ class Ffg : public GaussianPosterior {
 };
 }  // namespace
 
-extern const PosteriorKind ffg_kind;
-const PosteriorKind ffg_kind{"ffg",
-                             "ffg, fully factorized Gaussian: every weight has a mean and a standard deviation, sigma",
-                             gaussian_options(), make_kind<Ffg>};
+extern const PosteriorKind ffg_kind{
+    "ffg", "ffg, fully factorized Gaussian: every weight has a mean and a standard deviation, sigma",
+    gaussian_options(), make_kind<Ffg>};
 
 }  // namespace baton

@@ -33,7 +33,6 @@ class GaussianPosterior : public Posterior {
  protected:
   // Tensors whose weights are not held as independent Gaussians are left out of the step and of the KL.
   void use_runs(std::vector<Run>);
-  void add_kl_names(const std::vector<std::string>&);  // before use_runs()
   GaussianArrays arrays() const;
   GaussianArrays arrays(int replica) const;  // of one replica alone
   GaussianWeights weights() const;
@@ -46,7 +45,7 @@ class GaussianPosterior : public Posterior {
   virtual void sample_weights(float* w, int replica, int first, int count, Key);
   void apply_mask() override;
 
-  std::vector<std::string> kl_names_;
+  std::vector<std::string> kl_names_;  // at first the tensors'; complete before use_runs()
   Pieces pieces_{};
   KlAccumulator accumulated_{};  // over steps
   float* partial_ = nullptr;

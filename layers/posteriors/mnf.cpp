@@ -16,10 +16,6 @@ namespace {
 
 constexpr int kl_draws = 8, draws_together = 16;
 
-FlowKind parse_flow(const std::string& name) {
-  return name == "planar" ? FlowKind::planar : name == "affine" ? FlowKind::affine : FlowKind::gated;
-}
-
 class MnfPosterior : public GaussianPosterior {
  public:
   explicit MnfPosterior(const PosteriorSetup& setup)
@@ -119,9 +115,11 @@ class MnfPosterior : public GaussianPosterior {
   // The flow of every weight tensor: where its parameters lie, and which z its weights have.
   void lay_out_flows() {
     const int steps = settings()["flow_steps"], hidden = settings()["flow_hidden"];
-    const FlowKind kind = parse_flow(settings()["flow"]);
+    const json& flow_name = settings()["flow"];
+    const FlowKind kind = flow_name == "planar"   ? FlowKind::planar
+                          : flow_name == "affine" ? FlowKind::affine
+                                                  : FlowKind::gated;
     const bool per_filter = settings()["z"] == "per-filter";
-    std::vector<std::string> names;
     int z_at = 0, largest = 0;
     for (const TensorSpec& t : store_.layout().tensors()) {
       const int number = int(runs_.size());
@@ -133,7 +131,7 @@ class MnfPosterior : public GaussianPosterior {
         run.column = dense;
         run.width = dense ? size : int(t.size) / size;
         const std::string name = t.name.substr(0, t.name.rfind('.')) + ".z";
-        names.push_back(name);
+        kl_names_.push_back(name);
         FlowTensor flow{};
         flow.size = size;
         flow.z_at = z_at;
@@ -169,7 +167,6 @@ class MnfPosterior : public GaussianPosterior {
     if (int(table_.size()) > most_flow_tensors)
       throw InputError("multiplicative flows for " + std::to_string(table_.size()) + " tensors, at most " +
                        std::to_string(most_flow_tensors));
-    add_kl_names(names);
     FlowTensor* table = arena_.take<FlowTensor>(table_.size());
     upload(device_, table, table_);
     shape_ = {kind, steps, hidden, int(table_.size()), table, z_at, largest, settings()["fixed_base"]};
@@ -254,8 +251,7 @@ class MnfPosterior : public GaussianPosterior {
 
 }  // namespace
 
-extern const PosteriorKind mnf_kind;
-const PosteriorKind mnf_kind{
+extern const PosteriorKind mnf_kind{
     "mnf", "mnf, multiplicative normalizing flow: w = z mean + sigma e, with z from a flow",
     gaussian_options(
         {whole_option("groups", 1, {1, 256}, "groups of a batch that draw their own weights (cfg) or z (mnf)"),

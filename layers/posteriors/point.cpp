@@ -115,18 +115,19 @@ Option strength() {
 
 }  // namespace
 
-extern const PosteriorKind ft_kind, sgd_kind, adam_kind, si_kind, ewc_kind;
-const PosteriorKind ft_kind{"ft", "ft, a point estimate (fine-tuning): weights without uncertainty",
-                            with_schedule(1e-3, "Adam's step size", {}), make_kind<FineTuning>};
-const PosteriorKind sgd_kind{"sgd", "sgd, a point estimate by stochastic gradient descent",
-                             point_options(0.01, {number_option("momentum", 0, {0, 0.999999}, "momentum of SGD")}),
-                             make_kind<PointPosterior>, false};
-const PosteriorKind adam_kind{"adam", "adam, a point estimate by Adam", point_options(1e-3, {}),
-                              make_kind<PointPosterior>, false};
-const PosteriorKind si_kind{"si", "si, Synaptic Intelligence: Adam, anchored where weights mattered along their path",
-                            point_options(1e-3, {strength(), number_option("xi", 0.1, positive, "si: damping")}),
-                            make_kind<PointPosterior>, false};
-const PosteriorKind ewc_kind{
+extern const PosteriorKind ft_kind{"ft", "ft, a point estimate (fine-tuning): weights without uncertainty",
+                                   with_schedule(1e-3, "Adam's step size", {}), make_kind<FineTuning>};
+extern const PosteriorKind sgd_kind{
+    "sgd", "sgd, a point estimate by stochastic gradient descent",
+    point_options(0.01, {number_option("momentum", 0, {0, 0.999999}, "momentum of SGD")}), make_kind<PointPosterior>,
+    false};
+extern const PosteriorKind adam_kind{"adam", "adam, a point estimate by Adam", point_options(1e-3, {}),
+                                     make_kind<PointPosterior>, false};
+extern const PosteriorKind si_kind{"si",
+                                   "si, Synaptic Intelligence: Adam, anchored where weights mattered along their path",
+                                   point_options(1e-3, {strength(), number_option("xi", 0.1, positive, "si: damping")}),
+                                   make_kind<PointPosterior>, false};
+extern const PosteriorKind ewc_kind{
     "ewc", "ewc, elastic weight consolidation: Adam, anchored by the Fisher information of earlier tasks",
     point_options(1e-3, {strength(),
                          whole_option("fisher_examples", 1000, {1, 1e9}, "ewc: of a task, for its Fisher information"),

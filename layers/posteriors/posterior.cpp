@@ -1,7 +1,7 @@
 #include "layers/posteriors/posterior.h"
 
-#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "engine/io/safetensors.h"
 #include "kernels/gaussian.h"
@@ -71,11 +71,7 @@ void Posterior::adopt(int replica, const TensorSpec& t, std::span<const float> w
 
 std::vector<double> Posterior::kl() {
   std::vector<double> totals;
-  for (const auto& row : kl_by_name()) {
-    double sum = 0;
-    for (double x : row) sum += x;
-    totals.push_back(sum);
-  }
+  for (const auto& row : kl_by_name()) totals.push_back(std::accumulate(row.begin(), row.end(), 0.0));
   return totals;
 }
 
