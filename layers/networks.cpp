@@ -22,9 +22,8 @@ std::string describe_image(const ImageShape& s) {
 
 std::string list_networks() {
   std::string list;
-  const auto& kinds = network_kinds();
-  for (size_t i = 0; i < kinds.size(); i++)
-    list += (i == 0 ? "" : i + 1 == kinds.size() ? " or " : ", ") + std::string(kinds[i]->name);
+  for (const NetworkKind* kind : network_kinds())
+    list += (list.empty() ? "" : kind == network_kinds().back() ? " or " : ", ") + std::string(kind->name);
   return list;
 }
 

@@ -273,12 +273,13 @@ void initialise(Device& device, Model& m, const Pretrained* pretrained, double s
 }
 
 OwnDataOptions data_options(const Model& m) {
-  const ImageShape& image = m.network.image;
-  return {.channels = image.channels,
-          .height = image.height,
-          .width = image.width,
-          .classes = m.network.classes,
-          .class_names = m.class_names};
+  OwnDataOptions o;
+  o.channels = m.network.image.channels;
+  o.height = m.network.image.height;
+  o.width = m.network.image.width;
+  o.classes = m.network.classes;
+  o.class_names = m.class_names;
+  return o;
 }
 
 void check_classes(const Model& m, const OwnData& data) {

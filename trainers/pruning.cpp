@@ -62,9 +62,8 @@ json prune_and_judge(Device& device, Posterior& posterior, const std::vector<dou
 
 void add_masks(TensorFile& file, const ParameterLayout& layout) {
   for (const TensorSpec& t : layout.tensors()) {
-    std::vector<uint8_t> kept(t.size, 1);
-    const std::vector<float> mean = file.at(t.name + ".mean", t.shape).as<float>();
-    for (size_t i = 0; i < t.size; i++) kept[i] = t.bias || mean[i] != 0;
+    std::vector<uint8_t> kept;
+    for (float mean : file.at(t.name + ".mean", t.shape).as<float>()) kept.push_back(t.bias || mean != 0);
     file.tensors[t.name + ".mask"] = Tensor::of<uint8_t>(kept, t.shape);
   }
 }

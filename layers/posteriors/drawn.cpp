@@ -7,11 +7,12 @@
 
 namespace baton {
 
-DrawnPosterior::DrawnPosterior(const PosteriorSetup& setup) : Posterior(setup), draws_(settings()["draws"]) {
-  const int asked = settings()["draws_at_once"];
-  draws_at_once_ = asked ? asked : draws_;
+DrawnPosterior::DrawnPosterior(const PosteriorSetup& setup)
+    : Posterior(setup), draws_(settings()["draws"]), draws_at_once_(settings()["draws_at_once"]) {
+  if (draws_at_once_ == 0) draws_at_once_ = draws_;
   if (draws_ % draws_at_once_ != 0)
-    throw InputError(std::to_string(draws_) + " draws a step do not divide into passes of " + std::to_string(asked));
+    throw InputError(std::to_string(draws_) + " draws a step do not divide into passes of " +
+                     std::to_string(draws_at_once_));
   mean_ = add_state("mean");
   sd_ = add_state("std", Role::other);  // a file has log_std
   add_mask();
