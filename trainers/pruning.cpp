@@ -33,8 +33,7 @@ json prune_and_judge(Device& device, Posterior& posterior, const std::vector<dou
   for (Ranking ranking : rankings)
     for (double fraction : fractions) {
       prune_scores(score, means, deviations, stretches, ranking, device.stream());
-      const int lowest = int(std::lround(fraction * weights));
-      const Selection selection = mark_lowest(device, marked, score, weights, lowest);
+      const Selection selection = mark_lowest(device, marked, score, weights, int(std::lround(fraction * weights)));
       prune_weights(means, deviations, marked, stretches, device.stream());
       const double left = error();
       const int64_t values = deviations ? 2 : 1;
