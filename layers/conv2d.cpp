@@ -44,10 +44,7 @@ ConvShape Conv2d::shape(int batch) const {
 }
 
 ConvPlanes Conv2d::planes(Rows rows) const {
-  ConvPlanes p = planes_;
-  p.replicas = rows.count;
-  p.batch = rows.batch;
-  return p;
+  return {rows.count, rows.batch, planes_.channels, planes_.h, planes_.w, planes_.window};
 }
 
 std::unique_ptr<Product> Conv2d::make_product(Device& device, Arena& arena, Rows rows) const {
@@ -96,22 +93,17 @@ void Conv2d::bias_gradient(float* mean, float* variance, size_t stride, Rows row
 void Conv2d::take_moment_buffers(const LayerContext& c) {
   draw_product_ = make_product(c.device, c.arena, {1, c.batch});
   gradients_ = c.arena.take<float>(geometry_.weight_size());
-  bias_gradients_ = c.arena.take<float>(size_t(planes_.channels) * c.rows);
 }
 
 // One draw's gradient at a time: it is folded into the moments before the next one takes its place.
 void Conv2d::add_moments(const Moments& moments, const DrawnPass& draws, const Activation& x, const Pass& pass) {
   const size_t weights = geometry_.weight_size();
-  const int channels = planes_.channels;
   for (int k = 0; k < draws.draws; k++) {
     draw_product_->backward_weights(device(), {x.signal.value + x.stride * k, 0}, {dm_ + pre_stride_ * k, 0},
                                     {gradients_, 0});
     accumulate_moments(moments, gradients_, weights, int(weight_at()), int(weights),
                        {draws.first_draw + k, 1, draws.add || k > 0}, pass.states, device().stream());
   }
-  bias_gradient(bias_gradients_, nullptr, channels, {draws.draws, geometry_.batch});
-  accumulate_moments(moments, bias_gradients_, channels, int(bias_at()), channels, draws, pass.states,
-                     device().stream());
 }
 
 void Conv2d::take_square_buffers(const LayerContext& c) {

@@ -38,9 +38,8 @@ class Conv2d : public Linear {
   Pooling pooling_;
   uint8_t* which_ = nullptr;  // pooled: each window's winner, and its slope
   float* slope_ = nullptr;
-  float* sums_ = nullptr;            // of the pre-activations' gradients over each plane
-  float* gradients_ = nullptr;       // of one draw for its moments, or of single examples for their squares
-  float* bias_gradients_ = nullptr;  // of every draw
+  float* sums_ = nullptr;       // of the pre-activations' gradients over each plane
+  float* gradients_ = nullptr;  // of one draw for its moments, or of single examples for their squares
   std::unique_ptr<Product> draw_product_, example_product_;
 };
 

@@ -49,13 +49,6 @@ class Conv3Fc3 : public Network {
 
 }  // namespace
 
-extern const NetworkKind conv3fc3_kind;
-const NetworkKind conv3fc3_kind{
-    "3conv3fc",
-    {3, 32, 32},
-    false,
-    {},
-    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<Conv3Fc3>(spec); },
-    nullptr};
+extern const NetworkKind conv3fc3_kind{"3conv3fc", {3, 32, 32}, false, {}, make_chain<Conv3Fc3>};
 
 }  // namespace baton

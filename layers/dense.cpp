@@ -57,11 +57,7 @@ void Dense::bias_gradient(float* mean, float* variance, size_t stride, Rows rows
   dense_bias_gradient(mean, variance, stride, dm_, variance ? dv_ : nullptr, shape(rows), device().stream());
 }
 
-void Dense::take_moment_buffers(const LayerContext& c) { bias_gradients_ = c.arena.take<float>(size_t(out_) * c.rows); }
-
 void Dense::add_moments(const Moments& moments, const DrawnPass& draws, const Activation& x, const Pass& pass) {
-  dense_bias_gradient(bias_gradients_, nullptr, out_, dm_, nullptr, {draws.draws, batch_, out_}, device().stream());
-  accumulate_moments(moments, bias_gradients_, out_, int(bias_at()), out_, draws, pass.states, device().stream());
   accumulate_product_moments(device(), moments, int(weight_at()), out_, in_, batch_, {dm_, pre_stride_},
                              {x.signal.value, x.stride}, draws, pass.states);
 }

@@ -13,7 +13,6 @@ class Dense : public Linear {
   void activate(Bias, Rows, const Pass&) override;
   void activate_backward(Rows, const Pass&) override;
   void bias_gradient(float* mean, float* variance, size_t stride, Rows) override;
-  void take_moment_buffers(const LayerContext&) override;
   void add_moments(const Moments&, const DrawnPass&, const Activation& x, const Pass&) override;
   void take_square_buffers(const LayerContext&) override;
   void add_squares(float* squares, const Activation& x) override;
@@ -25,7 +24,6 @@ class Dense : public Linear {
   DenseShape shape(Rows rows) const { return {rows.count, rows.batch, out_}; }
   int in_, out_, batch_ = 0;
   bool relu_;
-  float* bias_gradients_ = nullptr;  // of every draw, for their moments
   float *squared_input_ = nullptr, *squared_gradient_ = nullptr;
 };
 

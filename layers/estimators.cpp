@@ -2,48 +2,44 @@
 
 namespace baton {
 
+namespace {
+
+// From x to the pre-activations y. A row is split where groups of its examples have weights of their own.
+void multiply(const Product& product, const Linear& layer, const float* x, size_t stride, const RowWeights& w,
+              float* y) {
+  product.forward(layer.device(), {x, stride / w.groups}, {w.weights + layer.weight_at(), w.stride},
+                  {y, layer.pre_stride() / w.groups});
+}
+
+// From the gradients dy of the pre-activations to those of the weights, where they are wanted, and of x, where dx is
+// not null.
+void multiply_back(const Product& product, const Linear& layer, const float* x, size_t stride, const RowWeights& w,
+                   const float* dy, float* dx) {
+  const Matrices d{dy, layer.pre_stride() / w.groups};
+  if (w.gradients)
+    product.backward_weights(layer.device(), {x, stride / w.groups}, d, {w.gradients + layer.weight_at(), w.stride});
+  if (dx) product.backward_data(layer.device(), d, {w.weights + layer.weight_at(), w.stride}, {dx, stride / w.groups});
+}
+
+}  // namespace
+
 // ------------------------------------------------------------------------------------------------- given weights
 PointEstimator::PointEstimator(const Linear& layer, const LayerContext& c, const RowWeights& w)
     : w_(w), rows_(split_rows(c, w.groups)), product_(layer.make_product(c.device, c.arena, rows_)) {}
 
 void PointEstimator::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  product_->forward(layer.device(), {x.signal.value, x.stride / w_.groups}, {w_.weights + layer.weight_at(), w_.stride},
-                    {layer.mean(), layer.pre_stride() / w_.groups});
+  multiply(*product_, layer, x.signal.value, x.stride, w_, layer.mean());
   layer.activate({w_.weights + layer.bias_at(), nullptr, w_.stride}, rows_, pass);
 }
 
 void PointEstimator::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
-  write_gradients(layer, x, pass);
-  if (x.signal.grad)
-    product_->backward_data(layer.device(), {layer.mean_gradient(), layer.pre_stride() / w_.groups},
-                            {w_.weights + layer.weight_at(), w_.stride}, {x.signal.grad, x.stride / w_.groups});
+  add_gradients(layer, x, pass);
+  multiply_back(*product_, layer, x.signal.value, x.stride, w_, layer.mean_gradient(), x.signal.grad);
 }
 
-void PointEstimator::write_gradients(Linear& layer, const Activation& x, const Pass&) {
+void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&) {
   layer.bias_gradient(w_.gradients + layer.bias_at(), nullptr, w_.stride, rows_);
-  product_->backward_weights(layer.device(), {x.signal.value, x.stride / w_.groups},
-                             {layer.mean_gradient(), layer.pre_stride() / w_.groups},
-                             {w_.gradients + layer.weight_at(), w_.stride});
-}
-
-MomentsEstimator::MomentsEstimator(Linear& layer, const LayerContext& c, const float* draws, size_t stride,
-                                   const Moments& moments)
-    : PointEstimator(layer, c, {draws, nullptr, stride}), moments_(moments) {
-  layer.take_moment_buffers(c);
-}
-
-void MomentsEstimator::write_gradients(Linear& layer, const Activation& x, const Pass& pass) {
-  layer.add_moments(moments_, {pass.first_draw, rows_.count, pass.first_draw > 0}, x, pass);
-}
-
-SquaresEstimator::SquaresEstimator(Linear& layer, const LayerContext& c, const float* weights, float* squares)
-    : PointEstimator(layer, c, {weights, nullptr, 0}), squares_(squares) {
-  layer.take_square_buffers(c);
-}
-
-void SquaresEstimator::write_gradients(Linear& layer, const Activation& x, const Pass&) {
-  layer.add_squares(squares_, x);
 }
 
 // ------------------------------------------------------------------------------------------------- Gaussian weights
@@ -53,12 +49,10 @@ LocalReparameterization::LocalReparameterization(const Linear& layer, const Laye
       means_(means),
       rows_{c.rows, c.batch},
       mean_product_(layer.make_product(c.device, c.arena, split_rows(c, means.groups))),
-      variance_product_(means.groups > 1 ? layer.make_product(c.device, c.arena, rows_) : nullptr) {}
+      variance_product_(means.groups > 1 ? layer.make_product(c.device, c.arena, rows_) : mean_product_) {}
 
 void LocalReparameterization::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  mean_product_->forward(layer.device(), {x.signal.value, x.stride / means_.groups},
-                         {means_.weights + layer.weight_at(), means_.stride},
-                         {layer.mean(), layer.pre_stride() / means_.groups});
+  multiply(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean());
   variance_forward(layer, x);
   layer.activate({w_.mean + layer.bias_at(), w_.variance + layer.bias_at(), w_.stride}, rows_, pass);
 }
@@ -66,44 +60,32 @@ void LocalReparameterization::forward(Linear& layer, const Activation& x, const 
 void LocalReparameterization::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
   layer.bias_gradient(w_.mean_gradient + layer.bias_at(), w_.variance_gradient + layer.bias_at(), w_.stride, rows_);
-  const Matrices dm{layer.mean_gradient(), layer.pre_stride() / means_.groups};
-  mean_product_->backward_weights(layer.device(), {x.signal.value, x.stride / means_.groups}, dm,
-                                  {means_.gradients + layer.weight_at(), means_.stride});
-  if (x.signal.grad)
-    mean_product_->backward_data(layer.device(), dm, {means_.weights + layer.weight_at(), means_.stride},
-                                 {x.signal.grad, x.stride / means_.groups});
+  multiply_back(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean_gradient(), x.signal.grad);
   variance_backward(layer, x);
 }
 
 void LocalReparameterization::variance_forward(Linear& layer, const Activation& x) {
-  const Product& product = variance_product_ ? *variance_product_ : *mean_product_;
-  product.forward(layer.device(), {x.signal.square, x.stride}, {w_.variance + layer.weight_at(), w_.stride},
-                  {layer.variance(), layer.pre_stride()});
+  multiply(*variance_product_, layer, x.signal.square, x.stride, {w_.variance, nullptr, w_.stride}, layer.variance());
 }
 
 void LocalReparameterization::variance_backward(Linear& layer, const Activation& x) {
-  const Product& product = variance_product_ ? *variance_product_ : *mean_product_;
-  const Matrices dv{layer.variance_gradient(), layer.pre_stride()};
-  product.backward_weights(layer.device(), {x.signal.square, x.stride}, dv,
-                           {w_.variance_gradient + layer.weight_at(), w_.stride});
-  if (x.signal.grad_square)
-    product.backward_data(layer.device(), dv, {w_.variance + layer.weight_at(), w_.stride},
-                          {x.signal.grad_square, x.stride});
+  multiply_back(*variance_product_, layer, x.signal.square, x.stride, {w_.variance, w_.variance_gradient, w_.stride},
+                layer.variance_gradient(), x.signal.grad_square);
 }
 
 ChannelMoments::ChannelMoments(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
-                               const FactorWeights& factors, size_t factor_at, const ConvShape& shape)
+                               const RowWeights& factors, const ConvShape& shape)
     : LocalReparameterization(layer, c, w, {w.mean, w.mean_gradient, w.stride}),
-      factors_{factors.factors + factor_at, factors.gradients + factor_at, factors.stride},
+      factors_(factors),
       moments_(c.device, c.arena, shape, c.rows) {}
 
 void ChannelMoments::variance_forward(Linear& layer, const Activation& x) {
-  moments_.forward(layer.device(), {x.signal.value, x.stride}, factors_.factors, factors_.stride,
+  moments_.forward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                    {layer.variance(), layer.pre_stride()});
 }
 
 void ChannelMoments::variance_backward(Linear& layer, const Activation& x) {
-  moments_.backward(layer.device(), {x.signal.value, x.stride}, factors_.factors, factors_.stride,
+  moments_.backward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                     {layer.variance_gradient(), layer.pre_stride()}, {x.signal.grad, x.stride}, factors_.gradients,
                     factors_.stride);
   if (x.signal.grad_square)

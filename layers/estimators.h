@@ -8,8 +8,6 @@
 //   drawn means              m = x (z mu), v = x^2 sigma^2: each group of examples has a z    MNF
 //   exact channel moments    m = x mu, v from Cholesky factors                                CFG with `moments`
 #pragma once
-#include <optional>
-
 #include "kernels/cholesky_moments.h"
 #include "layers/layer.h"
 
@@ -41,7 +39,7 @@ class PointEstimator : public Estimator {
   void backward(Linear&, const Activation& x, const Pass&) override;
 
  protected:
-  virtual void write_gradients(Linear&, const Activation& x, const Pass&);
+  virtual void add_gradients(Linear&, const Activation& x, const Pass&);  // of the bias, or what else is wanted
   RowWeights w_;
   Rows rows_;
   std::unique_ptr<Product> product_;
@@ -50,20 +48,35 @@ class PointEstimator : public Estimator {
 // Every row's weights are a draw of the step: the backward pass adds the moments of their gradients.
 class MomentsEstimator : public PointEstimator {
  public:
-  MomentsEstimator(Linear&, const LayerContext&, const float* draws, size_t stride, const Moments&);
+  MomentsEstimator(Linear& layer, const LayerContext& c, const float* draws, size_t stride, const Moments& moments)
+      : PointEstimator(layer, c, {draws, nullptr, stride}), moments_(moments) {
+    layer.take_moment_buffers(c);
+    bias_gradients_ = c.arena.take<float>(size_t(layer.outputs()) * c.rows);
+  }
 
  protected:
-  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  void add_gradients(Linear& layer, const Activation& x, const Pass& pass) override {
+    const DrawnPass draws{pass.first_draw, rows_.count, pass.first_draw > 0};
+    const int n = layer.outputs();
+    layer.bias_gradient(bias_gradients_, nullptr, size_t(n), rows_);
+    accumulate_moments(moments_, bias_gradients_, size_t(n), int(layer.bias_at()), n, draws, pass.states,
+                       layer.device().stream());
+    layer.add_moments(moments_, draws, x, pass);
+  }
   Moments moments_;
+  float* bias_gradients_;  // [draws][outputs]
 };
 
 // The backward pass adds (+=) to `squares` the squares of every example's gradient: sums over examples of (dl_n/dw)^2.
 class SquaresEstimator : public PointEstimator {
  public:
-  SquaresEstimator(Linear&, const LayerContext&, const float* weights, float* squares);
+  SquaresEstimator(Linear& layer, const LayerContext& c, const float* weights, float* squares)
+      : PointEstimator(layer, c, {weights, nullptr, 0}), squares_(squares) {
+    layer.take_square_buffers(c);
+  }
 
  protected:
-  void write_gradients(Linear&, const Activation& x, const Pass&) override;
+  void add_gradients(Linear& layer, const Activation& x, const Pass&) override { layer.add_squares(squares_, x); }
   float* squares_;
 };
 
@@ -89,29 +102,22 @@ class LocalReparameterization : public Estimator {
   virtual void variance_backward(Linear&, const Activation& x);
   GaussianWeights w_;
   RowWeights means_;
-  Rows rows_;  // without groups
-  std::unique_ptr<Product> mean_product_, variance_product_;
-};
-
-// Cholesky factors of convolutions, [rows][stride], and their gradients, which are added to (+=).
-struct FactorWeights {
-  const float* factors;
-  float* gradients;
-  size_t stride;
+  Rows rows_;                                                 // without groups
+  std::shared_ptr<Product> mean_product_, variance_product_;  // the same where there is one group
 };
 
 // Local reparameterization of a convolution from the exact marginal moments of its pre-activations. The squares of the
 // input are not read, but a layer with variances has them written (kernels/local_reparam.h); their gradient is 0.
 class ChannelMoments : public LocalReparameterization {
  public:
-  // factor_at: where the layer's factors lie in a row.
-  ChannelMoments(const Linear&, const LayerContext&, const GaussianWeights&, const FactorWeights&, size_t factor_at,
+  // factors: the layer's Cholesky factors; their gradients are added to (+=).
+  ChannelMoments(const Linear&, const LayerContext&, const GaussianWeights&, const RowWeights& factors,
                  const ConvShape&);
 
  protected:
   void variance_forward(Linear&, const Activation& x) override;
   void variance_backward(Linear&, const Activation& x) override;
-  FactorWeights factors_;
+  RowWeights factors_;
   CholeskyMoments moments_;
 };
 

@@ -25,10 +25,9 @@ Activation take_activation(const LayerContext& c, size_t size, bool squares, boo
 
 Linear::Linear(ParameterLayout& layout, std::string name, std::vector<int64_t> weight_shape, int fan_in,
                uint32_t stream_id)
-    : name_(std::move(name)), stream_id_(stream_id) {
-  const int64_t outputs = weight_shape[0];
+    : name_(std::move(name)), outputs_(int(weight_shape[0])), stream_id_(stream_id) {
   weight_ = layout.add(name_ + ".weight", std::move(weight_shape), fan_in, false);
-  layout.add(name_ + ".bias", {outputs}, fan_in, true);
+  layout.add(name_ + ".bias", {outputs_}, fan_in, true);
   weight_at_ = layout[weight()].offset;
   bias_at_ = layout[bias()].offset;
 }

@@ -78,6 +78,7 @@ class Linear {
   int bias() const { return weight_ + 1; }
   size_t weight_at() const { return weight_at_; }  // where they lie in a row of the store
   size_t bias_at() const { return bias_at_; }
+  int outputs() const { return outputs_; }  // units or filters: the size of the bias
 
   // Takes the buffers. squares: the next layer reads the squares of the output.
   void prepare(const LayerContext&, bool squares);
@@ -102,8 +103,8 @@ class Linear {
   virtual void activate_backward(Rows, const Pass&) = 0;
   // Sums of the pre-activations' gradients over the examples of each row; `variance` may be null.
   virtual void bias_gradient(float* mean, float* variance, size_t stride, Rows) = 0;
-  // Rows are draws of the weights: adds the moments of their gradients (kernels/bgd.h).
-  virtual void take_moment_buffers(const LayerContext&) = 0;
+  // Rows are draws of the weights: adds the moments of their gradients, those of the bias excepted (kernels/bgd.h).
+  virtual void take_moment_buffers(const LayerContext&) {}
   virtual void add_moments(const Moments&, const DrawnPass&, const Activation& x, const Pass&) = 0;
   // One row: adds the squares of every single example's gradient to `squares`, laid out like the store.
   virtual void take_square_buffers(const LayerContext&) = 0;
@@ -115,7 +116,7 @@ class Linear {
   virtual void take_buffers(const LayerContext&, bool noisy, bool squares) = 0;
 
   std::string name_;
-  int weight_;
+  int weight_, outputs_;
   size_t weight_at_, bias_at_;
   uint32_t stream_id_;
   Activation y_;

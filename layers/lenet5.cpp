@@ -42,13 +42,6 @@ class LeNet5 : public Network {
 
 }  // namespace
 
-extern const NetworkKind lenet5_kind;
-const NetworkKind lenet5_kind{
-    "lenet5",
-    {1, 28, 28},
-    false,
-    {},
-    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<LeNet5>(spec); },
-    nullptr};
+extern const NetworkKind lenet5_kind{"lenet5", {1, 28, 28}, false, {}, make_chain<LeNet5>};
 
 }  // namespace baton

@@ -43,13 +43,12 @@ void recognise(const TensorShapes& shapes, NetworkSpec& spec) {
 
 }  // namespace
 
-extern const NetworkKind mlp_kind;
-const NetworkKind mlp_kind{
+extern const NetworkKind mlp_kind{
     "mlp",
     {1, 28, 28},
     true,
     {wholes_option("hidden", {400, 400}, {1, 1 << 16}, "widths of the hidden layers of an mlp, as 400,400")},
-    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<Mlp>(spec); },
+    make_chain<Mlp>,
     recognise};
 
 }  // namespace baton

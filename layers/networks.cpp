@@ -1,5 +1,7 @@
 #include "layers/networks.h"
 
+#include "engine/io/safetensors.h"
+
 namespace baton {
 
 extern const NetworkKind lenet5_kind, conv3fc3_kind, vgg11_kind, mlp_kind, task_cnn_kind;
@@ -16,19 +18,12 @@ std::string describe_image(const ImageShape& s) {
   return std::to_string(s.height) + " x " + std::to_string(s.width) + (s.channels == 1 ? " grey" : " colour");
 }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 }  // namespace
 
 std::string list_networks() {
   std::string list;
-  const auto& kinds = network_kinds();
-  for (size_t i = 0; i < kinds.size(); i++)
-    list += (i == 0 ? "" : i + 1 == kinds.size() ? " or " : ", ") + std::string(kinds[i]->name);
+  for (const NetworkKind* kind : network_kinds())
+    list += (list.empty() ? "" : kind == network_kinds().back() ? " or " : ", ") + std::string(kind->name);
   return list;
 }
 
@@ -49,14 +44,13 @@ std::string NetworkSpec::description() const {
 }
 
 NetworkSpec network_spec(const std::string& name, int classes, const json& options) {
-  const NetworkKind& kind = find_network(name);
-  NetworkSpec spec{name, classes, kind.image, complete_options(kind.options, options, name)};
-  check_network(spec);
-  return spec;
+  return check_network({name, classes, find_network(name).image, options});
 }
 
-void check_network(const NetworkSpec& spec) {
-  const NetworkKind& kind = find_network(spec.name);
+NetworkSpec check_network(const NetworkSpec& given) {
+  const NetworkKind& kind = find_network(given.name);
+  NetworkSpec spec = given;
+  spec.options = complete_options(kind.options, spec.options, spec.name);
   if (spec.classes < 2 || spec.classes > 256)
     throw InputError("classes must be 2 to 256, not " + std::to_string(spec.classes));
   const ImageShape& s = spec.image;
@@ -65,20 +59,20 @@ void check_network(const NetworkSpec& spec) {
                      " ones");
   if ((s.channels != 1 && s.channels != 3) || s.height < 1 || s.width < 1 || s.height > 1024 || s.width > 1024)
     throw InputError(spec.name + " takes images of 1 or 3 channels and at most 1024 x 1024 pixels");
-  complete_options(kind.options, spec.options, spec.name);
+  return spec;
 }
 
 std::unique_ptr<Network> make_network(const NetworkSpec& spec) {
-  const NetworkKind& kind = find_network(spec.name);
-  NetworkSpec whole = spec;
-  whole.options = complete_options(kind.options, spec.options, spec.name);
-  check_network(whole);
-  return kind.make(whole);
+  return find_network(spec.name).make(check_network(spec));
 }
 
-NetworkFactory network_factory(const NetworkSpec& spec) {
+NetworkFactory network_factory(const NetworkSpec& spec, int head) {
   check_network(spec);
-  return [spec] { return make_network(spec); };
+  return [spec, head] {
+    auto network = make_network(spec);
+    network->use_head(head);
+    return network;
+  };
 }
 
 NetworkSpec recognise_network(const TensorShapes& shapes, const std::string& who) {

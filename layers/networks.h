@@ -27,10 +27,14 @@ struct NetworkKind {
   ImageShape image;  // the one that it takes, or, where any_image, the usual one
   bool any_image;
   Schema options;
-  std::unique_ptr<Network> (*make)(const NetworkSpec&);
+  std::unique_ptr<Network> (*make)(const NetworkSpec&);  // make_chain of the network's class
   // Reads options and image size off a plain network's tensors, as far as they tell; null: there is nothing to read.
-  void (*recognise)(const TensorShapes&, NetworkSpec&);
+  void (*recognise)(const TensorShapes&, NetworkSpec&) = nullptr;
 };
+template <class N>
+std::unique_ptr<Network> make_chain(const NetworkSpec& spec) {
+  return std::make_unique<N>(spec);
+}
 
 const std::vector<const NetworkKind*>& network_kinds();
 // InputError for an unknown name: it lists those that there are.
@@ -39,11 +43,12 @@ std::string list_networks();  // "lenet5, 3conv3fc, vgg11, mlp or task-cnn"
 
 // The named network with its usual image size. options: those that differ from the standard.
 NetworkSpec network_spec(const std::string& name, int classes = 10, const json& options = json::object());
-// InputError for an unknown name, options that do not fit, or an image size that the network does not take.
-void check_network(const NetworkSpec&);
+// The same with all of its options. InputError for an unknown name, options that do not fit, or an image size that the
+// network does not take.
+NetworkSpec check_network(const NetworkSpec&);
 std::unique_ptr<Network> make_network(const NetworkSpec&);
 using NetworkFactory = std::function<std::unique_ptr<Network>()>;
-NetworkFactory network_factory(const NetworkSpec&);  // checked
+NetworkFactory network_factory(const NetworkSpec&, int head = 0);  // checked; head: that the passes use
 
 // The network whose tensors these are, by their names and shapes: classes and options are read off. InputError that
 // says which tensor fits none; `who` begins the message.

@@ -37,14 +37,12 @@ void recognise(const TensorShapes& shapes, NetworkSpec& spec) {
 
 }  // namespace
 
-extern const NetworkKind task_cnn_kind;
-const NetworkKind task_cnn_kind{
-    "task-cnn",
-    {3, 32, 32},
-    false,
-    {whole_option("heads", 1, {1, 1000}, "output layers, one a task"),
-     flag_option("dropout", true, "drop activations in training")},
-    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<TaskCnn>(spec); },
-    recognise};
+extern const NetworkKind task_cnn_kind{"task-cnn",
+                                       {3, 32, 32},
+                                       false,
+                                       {whole_option("heads", 1, {1, 1000}, "output layers, one a task"),
+                                        flag_option("dropout", true, "drop activations in training")},
+                                       make_chain<TaskCnn>,
+                                       recognise};
 
 }  // namespace baton

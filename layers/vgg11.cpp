@@ -28,13 +28,6 @@ class Vgg11 : public Network {
 
 }  // namespace
 
-extern const NetworkKind vgg11_kind;
-const NetworkKind vgg11_kind{
-    "vgg11",
-    {3, 32, 32},
-    false,
-    {},
-    [](const NetworkSpec& spec) -> std::unique_ptr<Network> { return std::make_unique<Vgg11>(spec); },
-    nullptr};
+extern const NetworkKind vgg11_kind{"vgg11", {3, 32, 32}, false, {}, make_chain<Vgg11>};
 
 }  // namespace baton

@@ -34,15 +34,14 @@ void Checkpoints::stop(Trainer& trainer) {
 
 json left_by_earlier_run(const std::filesystem::path& path, const json& identity) {
   if (!std::filesystem::exists(path)) return json();
-  json j;
+  std::vector<uint8_t> bytes;
   if (path.extension() == ".safetensors") {
-    const TensorFile file = load_safetensors(path);
-    const auto extra = file.metadata.find("extra");
-    if (extra != file.metadata.end()) j = json::parse(extra->second, nullptr, false);
+    const std::string extra = load_safetensors(path).metadata["extra"];
+    bytes.assign(extra.begin(), extra.end());
   } else {
-    const std::vector<uint8_t> bytes = read_file(path);
-    j = json::parse(bytes.begin(), bytes.end(), nullptr, false);
+    bytes = read_file(path);
   }
+  const json j = json::parse(bytes, nullptr, false);
   if (!j.is_object() || !j.contains("identity")) throw InputError(path.string() + ": not a checkpoint of Baton");
   if (j["identity"] != identity)
     throw InputError(path.string() + ": --resume finds another experiment here; use its options, or another --out");

@@ -9,7 +9,6 @@
 #include "engine/io/stop.h"
 #include "trainers/checkpoints.h"
 #include "trainers/laplace.h"
-#include "trainers/metrics.h"
 #include "trainers/model.h"
 #include "trainers/pruning.h"
 
@@ -18,12 +17,6 @@ namespace baton {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string hex(uint64_t x) {
-  char text[32];
-  snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(x));
-  return text;
-}
 
 // What is left to do at the step where a run stands, beside going on.
 enum class Due { nothing, measurement, end_of_stage };
@@ -53,21 +46,16 @@ class Runner {
     else
       for (const fs::path& path : {state_path(), checkpoints_.path()}) fs::remove(path);
     // A line of an epoch that the checkpoint does not hold will be written again.
-    const size_t run = at_.run;
-    const int64_t step = resume_step_;
     log_.truncate_after([&](const json& line) {
       const size_t of = line.value("run", size_t(0));
-      return of < run || (of == run && line.value("step", int64_t(0)) <= step);
+      return of < at_.run || (of == at_.run && line.value("step", int64_t(0)) <= resume_step_);
     });
   }
 
   json run() {
     long total = 0;
-    for (size_t i = 0; i < runs_.size(); i++) {
-      if (i == at_.run) before_run_ = total;
-      total += count_images(runs_[i]);
-    }
-    if (at_.run == runs_.size()) before_run_ = total;
+    for (const ExperimentRun& r : runs_) total += count_images(r);
+    for (size_t i = 0; i < at_.run; i++) before_run_ += count_images(runs_[i]);
     ProgressOptions progress_options;
     progress_options.images_before = before_run_;
     if (resuming_) progress_options.images_before += resume_step_ * images_a_step(runs_[at_.run]);
@@ -188,15 +176,17 @@ class Runner {
     if (!run.pruned.empty()) prune(run, trainer);
   }
 
+  static json name_run(const ExperimentRun& run, size_t replica) {
+    return {{"method", run.method},
+            {"label", run.label},
+            {"parts", run.stages.tasks()},
+            {"seed", run.training.replicas[replica].seed}};
+  }
   json begin_result(const ExperimentRun& run, Trainer& trainer, size_t replica) const {
-    json j;
-    j["method"] = run.method;
-    j["label"] = run.label;
-    j["parts"] = run.stages.tasks();
-    j["seed"] = run.training.replicas[replica].seed;
+    json j = name_run(run, replica);
     j["settings"] = describe_settings(run, replica);
     j["parameters"] = trainer.network().layout().parameters();
-    j["split_hash"] = hex(index_hash(run.stages.order[replica]));
+    j["split_hash"] = hash_text(index_hash(run.stages.order[replica]));
     if (run.inference) j["inference"] = name(*run.inference);
     j["stages"] = json::array();
     return j;
@@ -243,10 +233,7 @@ class Runner {
     for (size_t r = 0; r < totals.size(); r++) {
       json line;
       line["run"] = at_.run;
-      line["method"] = run.method;
-      line["label"] = run.label;
-      line["parts"] = run.stages.tasks();
-      line["seed"] = run.training.replicas[r].seed;
+      line.update(name_run(run, r));
       line["stage"] = trainer.stage() + 1;
       line["epoch"] = double(trainer.stage_step()) / trainer.count_epoch_steps(trainer.stage());
       line["step"] = trainer.step();
@@ -292,12 +279,8 @@ class Runner {
     Images images = subset(data_.set.train, order.subspan(size_t(run.stages.first(trainer.stage())),
                                                           size_t(std::min(run.stages.sizes[stage], most))));
     if (!run.stages.pixel_order.empty()) reorder_pixels(images, run.stages.pixel_order[stage]);
-    const NetworkFactory make = [&] {
-      auto network = make_network(run.network);
-      network->use_head(trainer.stages().heads[stage]);
-      return network;
-    };
-    return mean_fisher(device_, make, images, options_.normalisation, trainer.posterior().store());
+    return mean_fisher(device_, network_factory(run.network, trainer.stages().heads[stage]), images,
+                       options_.normalisation, trainer.posterior().store());
   }
 
   // --------------------------------------------------------------------------------------------------- measurements

@@ -58,8 +58,4 @@ json describe_settings(const ExperimentRun&, size_t replica);
 // error by every way of inference where the runs have them.
 std::string format_table(const json& result);
 
-// The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
-// error by every way of inference where the runs have them.
-std::string format_table(const json& result);
-
 }  // namespace baton

@@ -9,7 +9,7 @@ namespace {
 struct Row {
   std::string label;
   int parts;
-  std::vector<double> accuracy, nll, ece, map, softmax, committee;
+  std::map<std::string, std::vector<double>> figures;  // one a run, by their names in the result
   double seconds = 0;
 };
 
@@ -30,27 +30,21 @@ std::vector<Row> collect_rows(const json& runs) {
     const int parts = run["parts"];
     auto row =
         std::find_if(rows.begin(), rows.end(), [&](const Row& r) { return r.label == label && r.parts == parts; });
-    if (row == rows.end()) row = rows.insert(row, Row{label, parts, {}, {}, {}, {}, {}, {}});
+    if (row == rows.end()) row = rows.insert(row, Row{label, parts, {}});
     const json& last = run["stages"].back();
-    row->accuracy.push_back(last["test_accuracy"]);
-    row->nll.push_back(last["test_nll"]);
-    row->ece.push_back(last["test_ece"]);
+    for (const char* name : {"test_accuracy", "test_nll", "test_ece"}) row->figures[name].push_back(last[name]);
     row->seconds += add_seconds(run["stages"]);
     if (!last.contains("by_inference")) continue;
-    row->map.push_back(last["by_inference"]["map"]);
-    row->softmax.push_back(last["by_inference"]["softmax"]);
-    row->committee.push_back(last["by_inference"]["committee"]);
+    for (const char* way : {"map", "softmax", "committee"}) row->figures[way].push_back(last["by_inference"][way]);
   }
   return rows;
 }
-
-double percent_wrong(const std::vector<double>& accuracy) { return 100 * (1 - mean_and_spread(accuracy).mean); }
 
 }  // namespace
 
 std::string format_table(const json& result) {
   const std::vector<Row> rows = collect_rows(result["runs"]);
-  const bool by_inference = !rows.empty() && !rows[0].map.empty();
+  const bool by_inference = !rows.empty() && rows[0].figures.count("map");
   std::string text =
       by_inference
           ? "run                     seeds  test error %      MAP   mean softmax  committee     NLL      time\n"
@@ -58,17 +52,19 @@ std::string format_table(const json& result) {
           : "method         T  seeds  test accuracy        NLL     ECE     time\n"
             "-------------------------------------------------------------------\n";
   for (const Row& row : rows) {
-    const MeanAndSpread a = mean_and_spread(row.accuracy), n = mean_and_spread(row.nll), e = mean_and_spread(row.ece);
+    const auto mean = [&](const char* name) { return mean_and_spread(row.figures.at(name)).mean; };
+    const auto percent_wrong = [&](const char* name) { return 100 * (1 - mean(name)); };
+    const MeanAndSpread a = mean_and_spread(row.figures.at("test_accuracy"));
     char line[200], spread[24] = "";
     if (a.n > 1 && by_inference) snprintf(spread, sizeof spread, "+- %.2f", 100 * a.sd);
     else if (a.n > 1) snprintf(spread, sizeof spread, "+- %.4f", a.sd);
     if (by_inference)
       snprintf(line, sizeof line, "%-22s %6zu  %6.2f %-8s %7.2f %14.2f %10.2f %7.4f %8.1fs\n", row.label.c_str(), a.n,
-               percent_wrong(row.accuracy), spread, percent_wrong(row.map), percent_wrong(row.softmax),
-               percent_wrong(row.committee), n.mean, row.seconds);
+               percent_wrong("test_accuracy"), spread, percent_wrong("map"), percent_wrong("softmax"),
+               percent_wrong("committee"), mean("test_nll"), row.seconds);
     else
       snprintf(line, sizeof line, "%-13s %2d  %5zu  %.4f %-11s %8.4f %7.4f %7.1fs\n", row.label.c_str(), row.parts, a.n,
-               a.mean, spread, n.mean, e.mean, row.seconds);
+               a.mean, spread, mean("test_nll"), mean("test_ece"), row.seconds);
     text += line;
   }
   return text;

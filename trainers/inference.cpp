@@ -17,11 +17,6 @@ const char* name(Inference i) {
   return names[int(i)];
 }
 
-double InferenceAccuracies::of(Inference i) const {
-  const double all[] = {map, sampled, softmax, committee};
-  return all[int(i)];
-}
-
 static void check_choices(const char* who, const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels) {
   if (labels.empty() || chosen.empty() || chosen.size() % labels.size() != 0)
     throw InputError(std::string(who) + ": choices of whole draws over the labelled images are expected");
@@ -50,10 +45,7 @@ double committee_accuracy(const std::vector<uint8_t>& chosen, const std::vector<
 }
 
 void Measurement::add(const Measurement& m, int of) {
-  accuracies.map += m.accuracies.map / of;
-  accuracies.sampled += m.accuracies.sampled / of;
-  accuracies.softmax += m.accuracies.softmax / of;
-  accuracies.committee += m.accuracies.committee / of;
+  for (Inference i : all_inferences) accuracies.all[int(i)] += m.accuracies.of(i) / of;
   metrics.nll += m.metrics.nll / of;
   metrics.ece += m.metrics.ece / of;
   metrics.entropy += m.metrics.entropy / of;
@@ -67,13 +59,11 @@ Measurement measure(Predictor& predictor, Posterior& posterior, int replica, con
   m.samples = !posterior.uncertain() || (own == Inference::map && !all_ways) ? 0 : samples;
   const Predictions p = predictor.predict(posterior, replica, m.samples, seed, own.has_value());
   m.metrics = evaluate(p.probability, labels, classes, p.entropy, p.mutual_information);
-  m.accuracies.map = m.accuracies.softmax = m.metrics.accuracy;
-  if (!own) return m;
-  m.accuracies.sampled = sampled_accuracy(p.chosen, labels);
-  m.accuracies.committee = committee_accuracy(p.chosen, labels, classes);
-  if (m.samples > 0 && (all_ways || own == Inference::map))
-    m.accuracies.map =
-        evaluate(predictor.predict(posterior, replica, 0, 0).probability, labels, classes, {}, {}).accuracy;
+  double map = m.metrics.accuracy;
+  if (own && m.samples > 0 && (all_ways || own == Inference::map))
+    map = evaluate(predictor.predict(posterior, replica, 0, 0).probability, labels, classes).accuracy;
+  m.accuracies = {map, own ? sampled_accuracy(p.chosen, labels) : 0, m.metrics.accuracy,
+                  own ? committee_accuracy(p.chosen, labels, classes) : 0};
   return m;
 }
 

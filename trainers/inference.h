@@ -15,8 +15,8 @@ Inference parse_inference(const std::string& name);  // "map", ...; InputError
 const char* name(Inference);
 
 struct InferenceAccuracies {
-  double map = 0, sampled = 0, softmax = 0, committee = 0;  // fractions; all alike for a point estimate
-  double of(Inference) const;
+  double all[4] = {};  // fractions by Inference; all alike for a point estimate
+  double of(Inference i) const { return all[int(i)]; }
 };
 // chosen [draws][images]: the classes that the draws chose.
 double sampled_accuracy(const std::vector<uint8_t>& chosen, const std::vector<uint8_t>& labels);

@@ -16,7 +16,7 @@ struct Metrics {
 // probability [n][classes]; labels [n]; entropy, mutual_information [n] (may be empty). A probability of the true class
 // below 1e-12 counts as 1e-12. Throws InputError when the sizes disagree or n is 0.
 Metrics evaluate(const std::vector<float>& probability, const std::vector<uint8_t>& labels, int classes,
-                 const std::vector<float>& entropy, const std::vector<float>& mutual_information);
+                 const std::vector<float>& entropy = {}, const std::vector<float>& mutual_information = {});
 
 // Brier's score for several classes: mean over images of sum_c (p_c - [c = label])^2; 0 to 2.
 double brier(const std::vector<float>& probability, const std::vector<uint8_t>& labels, int classes);

@@ -1,8 +1,5 @@
 #include "trainers/model.h"
 
-#include <algorithm>
-#include <cmath>
-
 namespace baton {
 
 namespace {
@@ -14,7 +11,6 @@ constexpr const char* format_before = "baton-model-1";
 class Metadata {
  public:
   explicit Metadata(const TensorFile& file) : file_(file) {}
-  bool has(const std::string& key) const { return file_.metadata.count(key) > 0; }
   std::string text(const std::string& key) const {
     const auto found = file_.metadata.find(key);
     if (found == file_.metadata.end()) throw InputError(file_.path + ": no \"" + key + "\" in the metadata");
@@ -271,10 +267,8 @@ void initialise(Device& device, Model& m, const Pretrained* pretrained, double s
   StepState* states = arena.take<StepState>(1);
   upload(device, states, std::vector<StepState>{state});
   posterior->initialise(states);
-  if (pretrained) {
-    adopt(*posterior, *network, 0, *pretrained, sd);
-    posterior->settle();
-  }
+  if (pretrained) adopt(*posterior, *network, 0, *pretrained, sd);
+  posterior->settle();
   keep(m, *posterior);
 }
 

@@ -6,9 +6,8 @@
 #include "engine/io/files.h"
 #include "engine/io/stop.h"
 #include "trainers/checkpoints.h"
+#include "trainers/inference.h"
 #include "trainers/laplace.h"
-#include "trainers/metrics.h"
-#include "trainers/predictor.h"
 
 namespace baton {
 
@@ -56,11 +55,9 @@ class Update {
   json run() {
     const fs::path checkpoint = checkpoint_of(out_);
     for (const fs::path& path : {out_, checkpoint}) remove_leftovers(path);
-    if (options_.start == UpdateOptions::Start::resume) {
-      if (auto stage = done_before()) {
-        fs::remove(checkpoint);
-        return *stage;
-      }
+    if (const auto stage = options_.start == UpdateOptions::Start::resume ? done_before() : std::nullopt) {
+      fs::remove(checkpoint);
+      return *stage;
     }
     std::error_code ignored;
     if (!options_.overwrite && fs::exists(out_, ignored))
@@ -106,9 +103,7 @@ class Update {
   std::optional<json> done_before() const {
     std::error_code ignored;
     if (!fs::is_regular_file(out_, ignored)) return std::nullopt;
-    const TensorFile file = load_safetensors(out_);
-    const auto format = file.metadata.find("format");
-    if (format == file.metadata.end() || format->second.rfind("baton-model-", 0) != 0) return std::nullopt;
+    if (!load_safetensors(out_).metadata["format"].starts_with("baton-model-")) return std::nullopt;
     const Model found = read_model(out_);
     if (found.history.empty()) return std::nullopt;
     json stage = found.history.back();
@@ -167,8 +162,7 @@ class Update {
     }
     arena.freeze();
     const auto accuracy = [&] {
-      return evaluate(predictor->predict(trainer.posterior(), 0, 0, 0).probability, held.labels, held.classes, {}, {})
-          .accuracy;
+      return evaluate(predictor->predict(trainer.posterior(), 0, 0, 0).probability, held.labels, held.classes).accuracy;
     };
 
     json held_out;
@@ -258,13 +252,8 @@ class Update {
   // Of the first examples that were learned.
   std::vector<float> find_fisher(const Posterior& posterior, int examples) const {
     const size_t count = std::min(order_.size(), size_t(examples));
-    const NetworkFactory make = [&] {
-      auto network = make_network(model_.network);
-      network->use_head(options_.head);
-      return network;
-    };
-    return mean_fisher(device_, make, subset(data_.images, std::span(order_).first(count)), model_.normalisation,
-                       posterior.store());
+    return mean_fisher(device_, network_factory(model_.network, options_.head),
+                       subset(data_.images, std::span(order_).first(count)), model_.normalisation, posterior.store());
   }
 
   // The posterior before is the prior of what Bayesian gradient descent left; pruned weights have the prior's sigma.

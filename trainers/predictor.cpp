@@ -82,12 +82,11 @@ Predictions Predictor::predict(Posterior& posterior, int replica, int samples, u
     pass(1);
   } else {
     const Key key = key_of(seed, 7);
-    for (int first = 0; first < samples;) {
+    for (int first = 0, draws; first < samples; first += draws) {
       stop_if_asked();
-      const int draws = samples - first >= at_once_ ? at_once_ : 1;
+      draws = samples - first >= at_once_ ? at_once_ : 1;
       posterior.sample(weights_, replica, first, draws, key);
       pass(draws);
-      first += draws;
     }
   }
   float* variances = information_ + size_t(padded) * 2;

@@ -1,6 +1,6 @@
 // Predictions of a whole set: the softmax averaged over draws of the weights, or at the posterior mean.
 #pragma once
-#include <functional>
+#include <optional>
 
 #include "kernels/batch.h"
 #include "kernels/predictive.h"

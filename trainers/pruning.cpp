@@ -33,8 +33,7 @@ json prune_and_judge(Device& device, Posterior& posterior, const std::vector<dou
   for (Ranking ranking : rankings)
     for (double fraction : fractions) {
       prune_scores(score, means, deviations, stretches, ranking, device.stream());
-      const int lowest = int(std::lround(fraction * weights));
-      const Selection selection = mark_lowest(device, marked, score, weights, lowest);
+      const Selection selection = mark_lowest(device, marked, score, weights, int(std::lround(fraction * weights)));
       prune_weights(means, deviations, marked, stretches, device.stream());
       const double left = error();
       const int64_t values = deviations ? 2 : 1;
@@ -62,9 +61,8 @@ json prune_and_judge(Device& device, Posterior& posterior, const std::vector<dou
 
 void add_masks(TensorFile& file, const ParameterLayout& layout) {
   for (const TensorSpec& t : layout.tensors()) {
-    std::vector<uint8_t> kept(t.size, 1);
-    const std::vector<float> mean = file.at(t.name + ".mean", t.shape).as<float>();
-    for (size_t i = 0; i < t.size; i++) kept[i] = t.bias || mean[i] != 0;
+    std::vector<uint8_t> kept;
+    for (float mean : file.at(t.name + ".mean", t.shape).as<float>()) kept.push_back(t.bias || mean != 0);
     file.tensors[t.name + ".mask"] = Tensor::of<uint8_t>(kept, t.shape);
   }
 }

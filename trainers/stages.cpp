@@ -14,12 +14,9 @@ int Stages::first(int stage) const { return std::accumulate(sizes.begin(), sizes
 Stages split_into_parts(int images, int parts, const std::vector<uint64_t>& seeds, bool augment) {
   Stages stages;
   for (uint64_t seed : seeds) {
-    stages.sizes.clear();
-    stages.order.emplace_back();
-    for (const auto& part : split_parts(images, parts, seed)) {
-      stages.order.back().insert(stages.order.back().end(), part.begin(), part.end());
-      stages.sizes.push_back(int(part.size()));
-    }
+    const Stages one = tasks_in_turn(split_parts(images, parts, seed));
+    stages.sizes = one.sizes;
+    stages.order.push_back(one.order[0]);
   }
   stages.augment.assign(stages.sizes.size(), augment);
   return stages;

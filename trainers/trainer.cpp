@@ -86,13 +86,10 @@ Trainer::Trainer(Device& device, Arena& arena, const NetworkFactory& make, const
   }
   upload_states();
   posterior_->initialise(states_);
-  bool adopted = false;
   for (int r = 0; r < replicas; r++)
-    if (const Replica& from = settings_.replicas[size_t(r)]; from.pretrained) {
+    if (const Replica& from = settings_.replicas[size_t(r)]; from.pretrained)
       adopt(*posterior_, *network_, r, *from.pretrained, from.pretrained_sd);
-      adopted = true;
-    }
-  if (adopted) posterior_->settle();
+  posterior_->settle();
 }
 
 void Trainer::check() const {
@@ -335,9 +332,16 @@ namespace {
 
 constexpr const char* checkpoint_format = "baton-training-3";
 
-std::string name_tensor(const std::string& tensor, const std::string& array, int replica, int replicas) {
-  const std::string name = tensor + "." + array;
-  return replicas == 1 ? name : "replica" + text(replica) + "/" + name;
+// Every tensor that a posterior has to keep, with its name in a checkpoint.
+void for_each_tensor(
+    const Posterior& posterior,
+    const std::function<void(const StateArray&, const TensorSpec&, int replica, const std::string& name)>& visit) {
+  for (int r = 0; r < posterior.replicas(); r++)
+    for (const StateArray& a : posterior.state())
+      for (const TensorSpec& t : a.store->layout().tensors()) {
+        const std::string name = t.name + "." + a.array;
+        visit(a, t, r, posterior.replicas() == 1 ? name : "replica" + text(r) + "/" + name);
+      }
 }
 
 template <class T>
@@ -372,20 +376,16 @@ std::string Trainer::make_identity() const {
 
 void Trainer::save(const std::filesystem::path& path, const std::string& extra) {
   TensorFile file;
-  const int replicas = posterior_->replicas();
-  for (int r = 0; r < replicas; r++)
-    for (const StateArray& a : posterior_->state())
-      for (const TensorSpec& t : a.store->layout().tensors()) {
-        const std::vector<float> values = a.store->read(device_, a.array, r, t);
-        file.tensors[name_tensor(t.name, a.array, r, replicas)] =
-            Tensor::of<float>(std::span<const float>(values), t.shape);
-      }
+  for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string& name) {
+    file.tensors[name] = Tensor::of<float>(a.store->read(device_, a.array, r, t), t.shape);
+  });
   const std::vector<StepState> states = download(device_, states_, size_t(rows()));
-  for (int r = 0; r < replicas; r++) states_host_[size_t(r)] = states[size_t(r) * posterior_->draws_at_once()];
+  for (int r = 0; r < posterior_->replicas(); r++)
+    states_host_[size_t(r)] = states[size_t(r) * posterior_->draws_at_once()];
   file.tensors["step_state"] = as_bytes(states_host_);
   file.tensors["totals"] = as_bytes(download(device_, totals_, size_t(rows())));
   const std::vector<double> kl = posterior_->accumulated_kl();
-  file.tensors["accumulated_kl"] = Tensor::of<double>(std::span<const double>(kl), {int64_t(kl.size())});
+  file.tensors["accumulated_kl"] = Tensor::of<double>(kl, {int64_t(kl.size())});
   file.tensors["notes"] = as_bytes(posterior_->notes());
   const int before = settings_.stages_before + stage_;
   file.metadata = {{"format", checkpoint_format},
@@ -426,10 +426,9 @@ std::string Trainer::restore(const std::filesystem::path& path) {
   const int64_t step = whole_number("step", INT32_MAX);
   std::vector<std::vector<float>> values;
   const int replicas = posterior_->replicas(), at_once = posterior_->draws_at_once();
-  for (int r = 0; r < replicas; r++)
-    for (const StateArray& a : posterior_->state())
-      for (const TensorSpec& t : a.store->layout().tensors())
-        values.push_back(file.at(name_tensor(t.name, a.array, r, replicas), t.shape).as<float>());
+  for_each_tensor(*posterior_, [&](const StateArray&, const TensorSpec& t, int, const std::string& name) {
+    values.push_back(file.at(name, t.shape).as<float>());
+  });
   const std::vector<uint8_t> states =
       file.at("step_state", {int64_t(states_host_.size() * sizeof(StepState))}).as<uint8_t>();
   const std::vector<uint8_t> total_bytes = file.at("totals").as<uint8_t>();
@@ -440,9 +439,9 @@ std::string Trainer::restore(const std::filesystem::path& path) {
   const std::string extra = meta("extra");
 
   size_t next = 0;
-  for (int r = 0; r < replicas; r++)
-    for (const StateArray& a : posterior_->state())
-      for (const TensorSpec& t : a.store->layout().tensors()) a.store->write(device_, a.array, r, t, values[next++]);
+  for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string&) {
+    a.store->write(device_, a.array, r, t, values[next++]);
+  });
   posterior_->restored(settings_.stages_before + stage == 0);
   posterior_->set_accumulated_kl(kl);
   if (!notes.empty()) posterior_->set_notes(notes);

@@ -21,11 +21,11 @@ class BbbPosterior : public DrawnPosterior {
     arrays_.mean = mean_;
     arrays_.sd = sd_;
     arrays_.moments = moments_;
-    arrays_.rho = add_state("rho", false);
-    arrays_.mean_m = add_state("mean.m", false);
-    arrays_.mean_v = add_state("mean.v", false);
-    arrays_.rho_m = add_state("rho.m", false);
-    arrays_.rho_v = add_state("rho.v", false);
+    arrays_.rho = add_state("rho", Role::other);
+    arrays_.mean_m = add_state("mean.m", Role::optimizer);
+    arrays_.mean_v = add_state("mean.v", Role::optimizer);
+    arrays_.rho_m = add_state("rho.m", Role::optimizer);
+    arrays_.rho_v = add_state("rho.v", Role::optimizer);
   }
   // On the KL against a batch's summed loss: 1 / M, M batches an epoch (Graves 2011).
   double kl_weight(int, int examples, int batch) const override { return double(batch) / double(examples); }
@@ -36,10 +36,6 @@ class BbbPosterior : public DrawnPosterior {
     rho_of_sd(arrays_.rho, sd_, stride(), device_.stream());
   }
   bool begin_stage(bool) override { return false; }
-  void reset_optimizer() override {
-    for (float* a : {arrays_.mean_m, arrays_.mean_v, arrays_.rho_m, arrays_.rho_v})
-      fill_zero(device_, a, store_.bytes());
-  }
   void step(StepState* states) override { bbb_update(arrays_, stride(), rule_, states, device_.stream()); }
   void refresh(bool first_stage) override {
     rho_of_sd(arrays_.rho, sd_, stride(), device_.stream());
@@ -53,10 +49,8 @@ class BbbPosterior : public DrawnPosterior {
 
 }  // namespace
 
-extern const PosteriorKind bbb_kind;
-const PosteriorKind bbb_kind{
-    "bbb",
-    "bbb, Bayes by Backprop: every weight has a mean and a standard deviation, and a fixed prior",
+extern const PosteriorKind bbb_kind{
+    "bbb", "bbb, Bayes by Backprop: every weight has a mean and a standard deviation, and a fixed prior",
     with_schedule(
         1e-3, "step size on the summed loss",
         drawn_options(
@@ -66,8 +60,6 @@ const PosteriorKind bbb_kind{
                 number_option("prior_weight", 0.5, {0, 0.999999, true}, "bbb: of the mixture's wide component"),
                 number_option("momentum", 0, {0, 0.999999}, "momentum of SGD"),
                 choice_option("optimizer", "sgd", {"sgd", "adam"}, "bbb: sgd or adam")})),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<BbbPosterior>(setup); },
-    true,
-    false};
+    make_kind<BbbPosterior>, false};
 
 }  // namespace baton

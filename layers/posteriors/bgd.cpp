@@ -39,7 +39,6 @@ class BgdPosterior : public DrawnPosterior {
     fill_sigma(float(sigma_), false);
   }
   bool begin_stage(bool) override { return false; }
-  void reset_optimizer() override {}
   void step(StepState* states) override {
     bgd_update(mean_, sd_, moments_, stride(), rule_, statistics_, wire_, states, draws_at_once_, partial_,
                device_.stream());
@@ -83,9 +82,7 @@ class BgdPosterior : public DrawnPosterior {
     return bytes;
   }
   void set_notes(const std::vector<uint8_t>& bytes) override {
-    std::vector<TripWire> wire(1);
-    std::memcpy(wire.data(), bytes.data(), sizeof(TripWire));
-    upload(device_, wire_, wire);
+    copy_to_device(device_, wire_, bytes.data(), sizeof(TripWire));
     warned_ = bytes.back() != 0;
   }
 
@@ -123,10 +120,8 @@ class BgdPosterior : public DrawnPosterior {
 
 }  // namespace
 
-extern const PosteriorKind bgd_kind;
-const PosteriorKind bgd_kind{
-    "bgd",
-    "bgd, Bayesian gradient descent: every weight has a mean and a standard deviation, updated at every step",
+extern const PosteriorKind bgd_kind{
+    "bgd", "bgd, Bayesian gradient descent: every weight has a mean and a standard deviation, updated at every step",
     with_schedule(
         1, "bgd: the step size of the means, in units of sigma^2",
         drawn_options(
@@ -137,8 +132,6 @@ const PosteriorKind bgd_kind{
                  number_option("warn_ratio", 10, {1, 1e30, true}, "bgd: of sigma to its initial value: warn"),
                  number_option("halt_ratio", 100, {1, 1e30, true}, "bgd: of sigma to its initial value: stop")}),
         "eta"),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<BgdPosterior>(setup); },
-    true,
-    false};
+    make_kind<BgdPosterior>, false};
 
 }  // namespace baton

@@ -45,15 +45,10 @@ class CfgPosterior : public GaussianPosterior {
                          std::to_string(largest_block) + " can have a Cholesky factor");
       weights_.push_back(i);
       most = std::max(most, int(t.shape[0] * t.shape[1]));
-      const std::string bias = t.name.substr(0, t.name.rfind('.')) + ".bias";
-      for (int j = 0; j < int(tensors.size()); j++)
-        if (tensors[j].name == bias) biases_.push_back(j);
     }
     if (weights_.empty()) throw InputError("a channel factorized posterior needs a convolution");
-    for (const char* name : {"scale_tril", "prior_scale_tril", "scale_tril.adam_m", "scale_tril.adam_v"}) {
-      factors_.add(name);
-      state_.push_back({&factors_, name, std::string(name).find("adam") == std::string::npos});
-    }
+    for (const char* name : {"scale_tril", "prior_scale_tril"}) add_state(name, Role::believed, &factors_);
+    for (const char* name : {"scale_tril.adam_m", "scale_tril.adam_v"}) add_state(name, Role::optimizer, &factors_);
     factors_.add("prior_inverse");
     if (moments_) factors_.add("scale_tril.grad");
     block_partial_ = arena_.take<float>(size_t(most) * replicas());
@@ -69,9 +64,10 @@ class CfgPosterior : public GaussianPosterior {
     if (found == weights_.end()) return GaussianPosterior::make_estimator(layer, c);
     if (!moments_)
       return std::make_unique<PointEstimator>(layer, c, RowWeights{draws_, draw_gradients_, size_t(stride()), groups_});
-    const FactorWeights factors{factors_.at("scale_tril"), factors_.at("scale_tril.grad"), factors_.layout().stride()};
+    const size_t at = factors_.layout()[int(found - weights_.begin())].offset;
+    const RowWeights factors{factors_.at("scale_tril") + at, factors_.at("scale_tril.grad") + at,
+                             factors_.layout().stride()};
     return std::make_unique<ChannelMoments>(layer, c, weights(), factors,
-                                            factors_.layout()[int(found - weights_.begin())].offset,
                                             static_cast<const Conv2d&>(layer).shape(c.batch));
   }
 
@@ -83,11 +79,6 @@ class CfgPosterior : public GaussianPosterior {
   void restored(bool first_stage) override {
     GaussianPosterior::restored(first_stage);
     invert_prior();
-  }
-  void reset_optimizer() override {
-    GaussianPosterior::reset_optimizer();
-    for (const char* name : {"scale_tril.adam_m", "scale_tril.adam_v"})
-      fill_zero(device_, factors_.at(name), factors_.bytes());
   }
   void hand_over() override {
     GaussianPosterior::hand_over();
@@ -101,16 +92,16 @@ class CfgPosterior : public GaussianPosterior {
     for (size_t i = 0; i < weights_.size(); i++)
       cholesky_sample(draws_ + tensor(weights_[i]).offset, size_t(stride()), blocks(i), groups_, states,
                       stream_draws + uint32_t(weights_[i]), device_.stream());
-    for (int b : biases_)
-      draw_gaussian(draws_, size_t(stride()), arrays(), int(tensor(b).offset), int(tensor(b).size), groups_, states,
-                    stream_draws + uint32_t(b), device_.stream());
+    for (int w : weights_)
+      draw_gaussian(draws_, size_t(stride()), arrays(), int(bias(w).offset), int(bias(w).size), groups_, states,
+                    stream_draws + uint32_t(w + 1), device_.stream());
   }
 
   void step(StepState* states) override {
-    for (int b : biases_)
+    for (int w : weights_)
       if (!moments_)
-        draw_gaussian_backward(arrays(), draw_gradients_, size_t(stride()), int(tensor(b).offset), int(tensor(b).size),
-                               groups_, states, stream_draws + uint32_t(b), device_.stream());
+        draw_gaussian_backward(arrays(), draw_gradients_, size_t(stride()), int(bias(w).offset), int(bias(w).size),
+                               groups_, states, stream_draws + uint32_t(w + 1), device_.stream());
     for (size_t i = 0; i < weights_.size(); i++) {
       const size_t at = tensor(weights_[i]).offset;
       double* kl = accumulated_.sums + weights_[i];
@@ -151,6 +142,7 @@ class CfgPosterior : public GaussianPosterior {
 
  private:
   const TensorSpec& tensor(int number) const { return store_.layout()[number]; }
+  const TensorSpec& bias(int weight) const { return tensor(weight + 1); }  // of the same layer
 
   CholeskyArrays blocks(size_t i) const {
     const TensorSpec& t = tensor(weights_[i]);
@@ -196,20 +188,21 @@ class CfgPosterior : public GaussianPosterior {
   int groups_;
   bool moments_;
   ParameterStore factors_;
-  std::vector<int> weights_, biases_;                   // numbers of tensors in the layout
+  std::vector<int> weights_;                            // of convolutions: numbers of tensors in the layout
   float *draws_ = nullptr, *draw_gradients_ = nullptr;  // [replicas * groups][stride]
   float* block_partial_;
 };
 
 }  // namespace
 
-extern const PosteriorKind cfg_kind;
-const PosteriorKind cfg_kind{
-    "cfg", "cfg, channel factorized Gaussian: the weights of a kernel have a covariance, all others a sigma each",
+extern const PosteriorKind cfg_kind{
+    "cfg",
+    "cfg, channel factorized Gaussian: the weights of a kernel have a covariance, all others a sigma each",
     gaussian_options(
         {whole_option("groups", 1, {1, 256}, "groups of a batch that draw their own weights (cfg) or z (mnf)"),
          flag_option("moments", false, "cfg: sample outputs from their exact marginal moments, not weights (slow)")}),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<CfgPosterior>(setup); },
+    make_kind<CfgPosterior>,
+    true,
     false};
 
 }  // namespace baton

@@ -7,14 +7,15 @@
 
 namespace baton {
 
-DrawnPosterior::DrawnPosterior(const PosteriorSetup& setup) : Posterior(setup), draws_(settings()["draws"]) {
-  const int asked = settings()["draws_at_once"];
-  draws_at_once_ = asked ? asked : draws_;
+DrawnPosterior::DrawnPosterior(const PosteriorSetup& setup)
+    : Posterior(setup), draws_(settings()["draws"]), draws_at_once_(settings()["draws_at_once"]) {
+  if (draws_at_once_ == 0) draws_at_once_ = draws_;
   if (draws_ % draws_at_once_ != 0)
-    throw InputError(std::to_string(draws_) + " draws a step do not divide into passes of " + std::to_string(asked));
+    throw InputError(std::to_string(draws_) + " draws a step do not divide into passes of " +
+                     std::to_string(draws_at_once_));
   mean_ = add_state("mean");
-  sd_ = add_state("std", false);  // a file has log_std
-  if (masked_) upload(device_, add_state("mask"), std::vector<float>(size_t(stride()), 1.f));
+  sd_ = add_state("std", Role::other);  // a file has log_std
+  add_mask();
   moments_ = {store_.add("moments.sum"), store_.add("moments.noise")};
   drawn_ = arena_.take<float>(size_t(stride()) * draws_at_once_);
 }
@@ -76,10 +77,7 @@ void DrawnPosterior::load(const TensorFile& file, bool first_stage) {
       for (float x : *values)
         if (!std::isfinite(x))
           throw InputError(file.path + ": tensor '" + t.name + "' has a mean or a log_std that is not finite");
-    if (!masked_) continue;
-    const std::vector<uint8_t> kept = file.at(t.name + ".mask", t.shape).as<uint8_t>();
-    masks.emplace_back(kept.begin(), kept.end());
-    for (float& k : masks.back()) k = k != 0 ? 1.f : 0.f;
+    if (masked_) masks.push_back(read_mask(file, t));
   }
   for (size_t i = 0; i < means.size(); i++) {
     const TensorSpec& t = store_.layout()[int(i)];

@@ -12,23 +12,14 @@ GaussianPosterior::GaussianPosterior(const PosteriorSetup& setup)
       scale_rule_(settings()["scale_rule"] == "natural" ? ScaleRule::natural : ScaleRule::adam),
       values_(setup.arena.take<float>(size_t(replicas()))) {
   for (const char* name : {"mean", "log_std", "prior_mean", "prior_log_std"}) add_state(name);
-  for (const char* name : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"}) add_state(name, false);
-  if (masked_) upload(device_, add_state("mask"), std::vector<float>(size_t(stride()) * replicas(), 1.f));
-  add_state("variance",
-            false);  // derived, but not by the same vector loops everywhere: a resumed run needs its very bits
+  for (const char* name : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
+    add_state(name, Role::optimizer);
+  add_mask();
+  // Derived, but not by the same vector loops everywhere: a resumed run needs its very bits.
+  add_state("variance", Role::other);
   store_.add("mean.grad");
   store_.add("variance.grad");
   for (const TensorSpec& t : store_.layout().tensors()) kl_names_.push_back(t.name);
-}
-
-std::vector<Run> GaussianPosterior::all_runs() const {
-  std::vector<Run> runs;
-  for (const TensorSpec& t : store_.layout().tensors()) runs.push_back({int(t.offset), int(t.size), int(runs.size())});
-  return runs;
-}
-
-void GaussianPosterior::add_kl_names(const std::vector<std::string>& names) {
-  kl_names_.insert(kl_names_.end(), names.begin(), names.end());
 }
 
 void GaussianPosterior::use_runs(std::vector<Run> runs) {
@@ -41,12 +32,20 @@ void GaussianPosterior::use_runs(std::vector<Run> runs) {
     *sums = {arena_.take<double>(kl_names_.size() * replicas()), kl_names_.size()};
 }
 
-GaussianArrays GaussianPosterior::arrays() const {
+GaussianArrays adam_arrays(const ParameterStore& store, const std::string& means) {
   GaussianArrays a{};
-  a.mean = store_.at("mean");
-  a.grad_mean = store_.at("mean.grad");
-  a.mean_m = store_.at("mean.adam_m");
-  a.mean_v = store_.at("mean.adam_v");
+  a.mean = store.at(means);
+  a.grad_mean = store.at(means + ".grad");
+  a.mean_m = store.at(means + ".adam_m");
+  a.mean_v = store.at(means + ".adam_v");
+  a.stride = store.layout().stride();
+  a.count = int(a.stride);
+  a.replicas = store.replicas();
+  return a;
+}
+
+GaussianArrays GaussianPosterior::arrays() const {
+  GaussianArrays a = adam_arrays(store_, "mean");
   a.log_std = store_.at("log_std");
   a.variance = store_.at("variance");
   a.prior_mean = store_.at("prior_mean");
@@ -54,9 +53,6 @@ GaussianArrays GaussianPosterior::arrays() const {
   a.grad_variance = store_.at("variance.grad");
   a.scale_m = store_.at("log_std.adam_m");
   a.scale_v = store_.at("log_std.adam_v");
-  a.stride = size_t(stride());
-  a.count = stride();
-  a.replicas = replicas();
   return a;
 }
 
@@ -90,17 +86,18 @@ void GaussianPosterior::initialise(const StepState* states) {
     log_std.push_back(float(double(s["init_log_std"])));
     prior_log_std.push_back(std::log(float(double(s["prior_sd"]))));
   }
-  const auto fill = [&](const char* array, const std::vector<float>& values) {
-    upload(device_, values_, values);
-    fill_rows(store_.at(array), size_t(stride()), stride(), values_, replicas(), device_.stream());
-    device_.synchronize();  // values_ is used again
-  };
-  fill("log_std", log_std);
+  fill(store_.at("log_std"), size_t(stride()), stride(), log_std);
   fill_zero(device_, store_.at("prior_mean"), store_.bytes());
-  fill("prior_log_std", prior_log_std);
+  fill(store_.at("prior_log_std"), size_t(stride()), stride(), prior_log_std);
   initialise_rest(states);
   reset_optimizer();
   refresh(true);
+}
+
+void GaussianPosterior::fill(float* x, size_t stride, int count, const std::vector<float>& values) {
+  upload(device_, values_, values);
+  fill_rows(x, stride, count, values_, replicas(), device_.stream());
+  device_.synchronize();  // values_ is used again
 }
 
 void GaussianPosterior::adopt(int replica, const TensorSpec& t, std::span<const float> w,
@@ -123,11 +120,6 @@ void GaussianPosterior::refresh(bool first_stage) {
 
 void GaussianPosterior::clear_gradients() {
   for (const char* name : {"mean.grad", "variance.grad"}) fill_zero(device_, store_.at(name), store_.bytes());
-}
-
-void GaussianPosterior::reset_optimizer() {
-  for (const char* name : {"mean.adam_m", "mean.adam_v", "log_std.adam_m", "log_std.adam_v"})
-    fill_zero(device_, store_.at(name), store_.bytes());
 }
 
 bool GaussianPosterior::begin_stage(bool first) {
@@ -231,14 +223,16 @@ Schema gaussian_options(Schema own) {
 namespace {
 class Ffg : public GaussianPosterior {
  public:
-  explicit Ffg(const PosteriorSetup& setup) : GaussianPosterior(setup) { use_runs(all_runs()); }
+  explicit Ffg(const PosteriorSetup& setup) : GaussianPosterior(setup) {
+    std::vector<Run> runs;
+    for (const TensorSpec& t : setup.layout.tensors()) runs.push_back({int(t.offset), int(t.size), int(runs.size())});
+    use_runs(runs);
+  }
 };
 }  // namespace
 
-extern const PosteriorKind ffg_kind;
-const PosteriorKind ffg_kind{
+extern const PosteriorKind ffg_kind{
     "ffg", "ffg, fully factorized Gaussian: every weight has a mean and a standard deviation, sigma",
-    gaussian_options(),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<Ffg>(setup); }};
+    gaussian_options(), make_kind<Ffg>};
 
 }  // namespace baton

@@ -15,7 +15,6 @@ class GaussianPosterior : public Posterior {
   void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std) override;
   bool begin_stage(bool first) override;
   void clear_gradients() override;
-  void reset_optimizer() override;
   void step(StepState*) override;
   std::vector<std::string> kl_names() const override { return kl_names_; }
   std::vector<std::vector<double>> kl_by_name() override;
@@ -34,11 +33,11 @@ class GaussianPosterior : public Posterior {
  protected:
   // Tensors whose weights are not held as independent Gaussians are left out of the step and of the KL.
   void use_runs(std::vector<Run>);
-  std::vector<Run> all_runs() const;
-  void add_kl_names(const std::vector<std::string>&);  // before use_runs()
   GaussianArrays arrays() const;
   GaussianArrays arrays(int replica) const;  // of one replica alone
   GaussianWeights weights() const;
+  // x[r][i] = values[r] for i < count, in an array of rows of `stride`.
+  void fill(float* x, size_t stride, int count, const std::vector<float>& values);
   // Hooks of the kinds that build on this one.
   virtual void initialise_rest(const StepState*) {}
   virtual void add_kl(KlAccumulator);
@@ -46,7 +45,7 @@ class GaussianPosterior : public Posterior {
   virtual void sample_weights(float* w, int replica, int first, int count, Key);
   void apply_mask() override;
 
-  std::vector<std::string> kl_names_;
+  std::vector<std::string> kl_names_;  // at first the tensors'; complete before use_runs()
   Pieces pieces_{};
   KlAccumulator accumulated_{};  // over steps
   float* partial_ = nullptr;
@@ -57,6 +56,9 @@ class GaussianPosterior : public Posterior {
   KlAccumulator kl_{};
   float* values_ = nullptr;  // [replicas]
 };
+
+// What Adam on `means` alone needs (point_step): the array and, by its name, "NAME.grad", "NAME.adam_m", "NAME.adam_v".
+GaussianArrays adam_arrays(const ParameterStore&, const std::string& means);
 
 // The options that ffg, cfg and mnf share, and those of one of them.
 Schema gaussian_options(Schema own = {});

@@ -16,20 +16,14 @@ namespace {
 
 constexpr int kl_draws = 8, draws_together = 16;
 
-FlowKind parse_flow(const std::string& name) {
-  return name == "planar" ? FlowKind::planar : name == "affine" ? FlowKind::affine : FlowKind::gated;
-}
-
 class MnfPosterior : public GaussianPosterior {
  public:
   explicit MnfPosterior(const PosteriorSetup& setup)
       : GaussianPosterior(setup), groups_(settings()["groups"]), path_gradient_(settings()["path_gradient"]) {
     lay_out_flows();
     flows_ = std::make_unique<ParameterStore>(arena_, layout_, replicas());
-    for (const char* name : {"value", "prior", "value.adam_m", "value.adam_v"}) {
-      flows_->add(name);
-      state_.push_back({flows_.get(), name, std::string(name).find("adam") == std::string::npos});
-    }
+    for (const char* name : {"value", "prior"}) add_state(name, Role::believed, flows_.get());
+    for (const char* name : {"value.adam_m", "value.adam_v"}) add_state(name, Role::optimizer, flows_.get());
     flows_->add("value.grad");
     take_buffers();
     use_runs(runs_);
@@ -45,13 +39,11 @@ class MnfPosterior : public GaussianPosterior {
     flow_initialise(flows_->at("value"), shape_, layout_.stride(), float(double(settings()["z_log_std"])), states,
                     replicas(), device_.stream());
     copy_on_device(device_, flows_->at("prior"), flows_->at("value"), flows_->bytes());
-    float* values = z_partial_;  // the prior of the first stage: N(1, 1)
-    const auto fill = [&](int at, int size, float value) {
-      upload(device_, values, std::vector<float>(size_t(replicas()), value));
-      fill_rows(flows_->at("prior") + at, layout_.stride(), size, values, replicas(), device_.stream());
-      device_.synchronize();  // values is used again
-    };
-    for (const FlowTensor& t : table_) fill(t.base_mean, t.size, 1.f), fill(t.base_log_std, t.size, 0.f);
+    float* prior = flows_->at("prior");  // of the first stage: N(1, 1)
+    for (const FlowTensor& t : table_) {
+      fill(prior + t.base_mean, layout_.stride(), t.size, std::vector<float>(size_t(replicas()), 1.f));
+      fill(prior + t.base_log_std, layout_.stride(), t.size, std::vector<float>(size_t(replicas()), 0.f));
+    }
   }
   void restored(bool first_stage) override {
     GaussianPosterior::restored(first_stage);
@@ -60,10 +52,6 @@ class MnfPosterior : public GaussianPosterior {
   void clear_gradients() override {
     GaussianPosterior::clear_gradients();
     fill_zero(device_, draw_gradients_, store_.bytes() * size_t(groups_));
-  }
-  void reset_optimizer() override {
-    GaussianPosterior::reset_optimizer();
-    for (const char* name : {"value.adam_m", "value.adam_v"}) fill_zero(device_, flows_->at(name), flows_->bytes());
   }
   void hand_over() override {
     GaussianPosterior::hand_over();
@@ -86,15 +74,7 @@ class MnfPosterior : public GaussianPosterior {
     backward_through_flows(states);
     gaussian_step(arrays(), scale_rule_, pieces_, states, accumulated_, partial_, device_.stream(),
                   multipliers(draw_gradients_));
-    GaussianArrays a{};
-    a.mean = flows_->at("value");
-    a.grad_mean = flows_->at("value.grad");
-    a.mean_m = flows_->at("value.adam_m");
-    a.mean_v = flows_->at("value.adam_v");
-    a.stride = layout_.stride();
-    a.count = int(layout_.stride());
-    a.replicas = replicas();
-    point_step(a, states, device_.stream());
+    point_step(adam_arrays(*flows_, "value"), states, device_.stream());
     apply_mask();
   }
 
@@ -135,9 +115,11 @@ class MnfPosterior : public GaussianPosterior {
   // The flow of every weight tensor: where its parameters lie, and which z its weights have.
   void lay_out_flows() {
     const int steps = settings()["flow_steps"], hidden = settings()["flow_hidden"];
-    const FlowKind kind = parse_flow(settings()["flow"]);
+    const json& flow_name = settings()["flow"];
+    const FlowKind kind = flow_name == "planar"   ? FlowKind::planar
+                          : flow_name == "affine" ? FlowKind::affine
+                                                  : FlowKind::gated;
     const bool per_filter = settings()["z"] == "per-filter";
-    std::vector<std::string> names;
     int z_at = 0, largest = 0;
     for (const TensorSpec& t : store_.layout().tensors()) {
       const int number = int(runs_.size());
@@ -149,7 +131,7 @@ class MnfPosterior : public GaussianPosterior {
         run.column = dense;
         run.width = dense ? size : int(t.size) / size;
         const std::string name = t.name.substr(0, t.name.rfind('.')) + ".z";
-        names.push_back(name);
+        kl_names_.push_back(name);
         FlowTensor flow{};
         flow.size = size;
         flow.z_at = z_at;
@@ -185,7 +167,6 @@ class MnfPosterior : public GaussianPosterior {
     if (int(table_.size()) > most_flow_tensors)
       throw InputError("multiplicative flows for " + std::to_string(table_.size()) + " tensors, at most " +
                        std::to_string(most_flow_tensors));
-    add_kl_names(names);
     FlowTensor* table = arena_.take<FlowTensor>(table_.size());
     upload(device_, table, table_);
     shape_ = {kind, steps, hidden, int(table_.size()), table, z_at, largest, settings()["fixed_base"]};
@@ -270,8 +251,7 @@ class MnfPosterior : public GaussianPosterior {
 
 }  // namespace
 
-extern const PosteriorKind mnf_kind;
-const PosteriorKind mnf_kind{
+extern const PosteriorKind mnf_kind{
     "mnf", "mnf, multiplicative normalizing flow: w = z mean + sigma e, with z from a flow",
     gaussian_options(
         {whole_option("groups", 1, {1, 256}, "groups of a batch that draw their own weights (cfg) or z (mnf)"),
@@ -283,6 +263,6 @@ const PosteriorKind mnf_kind{
          flag_option("fixed_base", false, "mnf: do not learn the flow's base"),
          flag_option("path_gradient", false, "mnf: drop the score term of ln q(z), whose mean is 0"),
          number_option("z_log_std", -2.302585093, {-30, 10}, "mnf: initial ln of the base's standard deviation")}),
-    [](const PosteriorSetup& setup) -> std::unique_ptr<Posterior> { return std::make_unique<MnfPosterior>(setup); }};
+    make_kind<MnfPosterior>};
 
 }  // namespace baton

@@ -1,7 +1,7 @@
 #include "layers/posteriors/posterior.h"
 
-#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "engine/io/safetensors.h"
 #include "kernels/gaussian.h"
@@ -18,11 +18,20 @@ Posterior::Posterior(const PosteriorSetup& setup)
   if (setup.masked && !setup.kind.prunable)
     throw InputError(std::string(setup.kind.name) + "'s weights cannot be pruned one by one");
 }
-Posterior::~Posterior() = default;
 
-float* Posterior::add_state(const std::string& array, bool believed) {
-  state_.push_back({&store_, array, believed});
-  return store_.add(array);
+float* Posterior::add_state(const std::string& array, Role role, ParameterStore* store) {
+  if (!store) store = &store_;
+  state_.push_back({store, array, role});
+  return store->add(array);
+}
+
+void Posterior::add_mask() {
+  if (masked_) upload(device_, add_state("mask"), std::vector<float>(size_t(stride()) * replicas(), 1.f));
+}
+
+void Posterior::reset_optimizer() {
+  for (const StateArray& a : state_)
+    if (a.role == Role::optimizer) fill_zero(device_, a.store->at(a.array), a.store->bytes());
 }
 
 LayerContext Posterior::training_context(int batch) {
@@ -62,19 +71,13 @@ void Posterior::adopt(int replica, const TensorSpec& t, std::span<const float> w
 
 std::vector<double> Posterior::kl() {
   std::vector<double> totals;
-  for (const auto& row : kl_by_name()) {
-    double sum = 0;
-    for (double x : row) sum += x;
-    totals.push_back(sum);
-  }
+  for (const auto& row : kl_by_name()) totals.push_back(std::accumulate(row.begin(), row.end(), 0.0));
   return totals;
 }
 
 void Posterior::mean_weights(float* w, int replica) {
   copy_on_device(device_, w, store_.at("mean") + store_.layout().stride() * replica, store_.row_bytes());
 }
-
-std::vector<float> Posterior::read_log_std(int, const TensorSpec&) { return {}; }
 
 std::vector<uint8_t> Posterior::read_pruned(const TensorSpec& t) const {
   if (!masked_) return {};
@@ -101,13 +104,19 @@ void Posterior::mask(const std::vector<uint8_t>& pruned) {
 void Posterior::save(TensorFile& file) const {
   for (const StateArray& a : state_)
     for (const TensorSpec& t : a.store->layout().tensors()) {
-      if (!a.believed) continue;
+      if (!a.believed()) continue;
       const std::vector<float> values = a.store->read(device_, a.array, 0, t);
       const std::string name = t.name + "." + a.array;
       file.tensors[name] = a.array == "mask"
                                ? Tensor::of<uint8_t>(std::vector<uint8_t>(values.begin(), values.end()), t.shape)
-                               : Tensor::of<float>(std::span<const float>(values), t.shape);
+                               : Tensor::of<float>(values, t.shape);
     }
+}
+
+std::vector<float> Posterior::read_mask(const TensorFile& file, const TensorSpec& t) {
+  std::vector<float> mask;
+  for (uint8_t kept : file.at(t.name + ".mask", t.shape).as<uint8_t>()) mask.push_back(kept ? 1.f : 0.f);
+  return mask;
 }
 
 void Posterior::load(const TensorFile& file, bool first_stage) {
@@ -115,20 +124,15 @@ void Posterior::load(const TensorFile& file, bool first_stage) {
   for (const StateArray& a : state_)
     for (const TensorSpec& t : a.store->layout().tensors()) {
       const std::string name = t.name + "." + a.array;
-      if (a.believed && a.array != "mask") {
-        values.push_back(file.at(name, t.shape).as<float>());
-        for (float x : values.back())
-          if (!std::isfinite(x)) throw InputError(file.path + ": tensor '" + name + "' has a value that is not finite");
-      } else if (a.believed) {
-        const std::vector<uint8_t> kept = file.at(name, t.shape).as<uint8_t>();
-        values.emplace_back(kept.begin(), kept.end());
-        for (float& k : values.back()) k = k != 0 ? 1.f : 0.f;
-      }
+      if (!a.believed()) continue;
+      values.push_back(a.array == "mask" ? read_mask(file, t) : file.at(name, t.shape).as<float>());
+      for (float x : values.back())
+        if (!std::isfinite(x)) throw InputError(file.path + ": tensor '" + name + "' has a value that is not finite");
     }
   size_t next = 0;
   for (const StateArray& a : state_)
     for (const TensorSpec& t : a.store->layout().tensors())
-      if (a.believed) a.store->write(device_, a.array, 0, t, values[next++]);
+      if (a.believed()) a.store->write(device_, a.array, 0, t, values[next++]);
   refresh(first_stage);
 }
 

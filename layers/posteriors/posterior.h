@@ -16,9 +16,15 @@ struct PosteriorKind;
 
 // An array of a store that a checkpoint must hold for training to go on bit for bit.
 struct StateArray {
+  enum class Role {
+    believed,   // a model's file holds it too
+    optimizer,  // 0 where the optimizer starts anew
+    other,      // for instance what can be computed from others
+  };
   ParameterStore* store;
   std::string array;
-  bool believed = true;  // a model's file holds it too: it is not the optimizer's, and cannot be computed
+  Role role = Role::believed;
+  bool believed() const { return role == Role::believed; }
 };
 
 using Figures = std::vector<std::pair<std::string, double>>;  // named numbers for logs
@@ -38,7 +44,6 @@ struct PosteriorSetup {
 
 class Posterior : public WeightSource {
  public:
-  ~Posterior() override;
   const PosteriorKind& kind() const { return kind_; }
   const json& settings(int replica = 0) const { return settings_[size_t(replica)]; }
   bool masked() const { return masked_; }
@@ -69,7 +74,7 @@ class Posterior : public WeightSource {
   virtual void end_stage(const FisherInformation&) {}
   // Gradients that the network will no longer write are 0 from here on: it has taken another head.
   virtual void clear_gradients() {}
-  virtual void reset_optimizer() = 0;
+  void reset_optimizer();
 
   // The weights of a pass: draws first_draw, first_draw + 1, ... of the step. states: [rows of a pass].
   virtual void draw(int /*first_draw*/, const StepState*) {}
@@ -106,7 +111,7 @@ class Posterior : public WeightSource {
   virtual void mean_weights(float* w, int replica);
   // A tensor of one replica on the host: ln sigma (marginal, given what else is random), and which weights are pruned.
   // Empty: there is none.
-  virtual std::vector<float> read_log_std(int replica, const TensorSpec&);
+  virtual std::vector<float> read_log_std(int /*replica*/, const TensorSpec&) { return {}; }
   std::vector<uint8_t> read_pruned(const TensorSpec&) const;
 
   ParameterStore& store() { return store_; }
@@ -127,7 +132,10 @@ class Posterior : public WeightSource {
 
  protected:
   explicit Posterior(const PosteriorSetup&);
-  float* add_state(const std::string& array, bool believed = true);
+  using Role = StateArray::Role;
+  float* add_state(const std::string& array, Role = Role::believed, ParameterStore* = nullptr);  // null: store()
+  void add_mask();                                                            // "mask", 1 everywhere; where masked()
+  static std::vector<float> read_mask(const TensorFile&, const TensorSpec&);  // 1 where a weight is kept, 0 elsewhere
   virtual void apply_mask() {}
   int stride() const { return int(store_.layout().stride()); }
   // Weights N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010). Biases: 0; or, drawn, as the authors of Bayesian
@@ -149,10 +157,14 @@ struct PosteriorKind {
   const char* name;
   const char* summary;  // "ffg, fully factorized Gaussian: ..."
   Schema options;
-  std::unique_ptr<Posterior> (*make)(const PosteriorSetup&);
+  std::unique_ptr<Posterior> (*make)(const PosteriorSetup&);  // make_kind of the kind's class
+  bool many_replicas = true;                                  // networks can train side by side
   bool prunable = true;
-  bool many_replicas = true;  // networks can train side by side
 };
+template <class P>
+std::unique_ptr<Posterior> make_kind(const PosteriorSetup& setup) {
+  return std::make_unique<P>(setup);
+}
 
 const std::vector<const PosteriorKind*>& posterior_kinds();
 // InputError for an unknown name: it lists those that there are.

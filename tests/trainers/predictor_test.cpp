@@ -261,7 +261,6 @@ struct CountedDraws : Posterior {
       : Posterior({memory.device(), memory.arena(), layout, counted_kind, {json::object()}}) {}
   void initialise(const StepState*) override {}
   bool begin_stage(bool) override { return false; }
-  void reset_optimizer() override {}
   void step(StepState*) override {}
   void sample(float* w, int, int, int count, Key) override {
     fill_zero(device_, w, store_.row_bytes() * size_t(count));

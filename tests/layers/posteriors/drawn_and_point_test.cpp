@@ -139,7 +139,7 @@ TEST(Learner, MethodsDrawsAndScales) {
     Dense layer(layout, "fc1", 9, 7, true, 0);
     layer.prepare(context, false);
     EXPECT_FALSE(layer.reads_squares());
-    EXPECT_EQ(product_weights(*p, layer, context).gradients, p->store().at("grad"));
+    EXPECT_EQ(product_weights(*p, layer, context).gradients, p->store().at("mean.grad"));
   }
 }
 
@@ -330,7 +330,7 @@ TEST(Learner, HeadsAndRestarts) {
   };
   arrays(*bgd, {"moments.sum", "moments.noise"}, [&] { bgd->clear_gradients(); });
   arrays(*bbb, {"moments.sum", "moments.noise"}, [&] { bbb->clear_gradients(); });
-  arrays(*si, {"grad"}, [&] { si->clear_gradients(); });
+  arrays(*si, {"mean.grad"}, [&] { si->clear_gradients(); });
   arrays(*bgd, {}, [&] { bgd->reset_optimizer(); });
   arrays(*bbb, {"mean.m", "mean.v", "rho.m", "rho.v"}, [&] { bbb->reset_optimizer(); });
   arrays(*si, {"mean.m", "mean.v"}, [&] { si->reset_optimizer(); });

@@ -79,7 +79,7 @@ struct Trained {
   std::vector<std::vector<float>> arrays(bool all) {
     std::vector<std::vector<float>> values;
     for (const StateArray& a : posterior.state())
-      if (all || a.believed)
+      if (all || a.believed())
         values.push_back(download(memory.device(), a.store->at(a.array), a.store->bytes() / sizeof(float)));
     return values;
   }
@@ -259,7 +259,7 @@ TEST(PosteriorKinds, ClearedGradientsMoveNothing) {
     const auto read = [&](const std::string& name) {
       std::vector<std::vector<float>> values;
       for (const StateArray& s : a.posterior.state())
-        if (s.believed && s.store == &a.posterior.store())
+        if (s.believed() && s.store == &a.posterior.store())
           values.push_back(s.store->read(a.memory.device(), s.array, 0, find_tensor(a.network->layout(), name)));
       return values;
     };
