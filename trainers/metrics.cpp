@@ -22,12 +22,18 @@ void check_sizes(const char* who, const std::vector<float>& probability, const s
                      " classes");
 }
 
+// The class that image i's probabilities choose, the first of equals.
+int chosen(const std::vector<float>& probability, size_t i, int classes) {
+  const float* p = &probability[i * classes];
+  return int(std::max_element(p, p + classes) - p);
+}
+
 // Bins of sums over their images, where `accuracy` counts the correct ones.
 std::vector<ReliabilityBin> bin_by_confidence(const std::vector<float>& probability, const std::vector<uint8_t>& labels,
                                               int classes, int bins) {
   std::vector<ReliabilityBin> all(bins);
   for (size_t i = 0; i < labels.size(); i++) {
-    const int best = chosen_class(probability, i, classes);
+    const int best = chosen(probability, i, classes);
     const float p = probability[i * classes + best];
     ReliabilityBin& bin = all[std::clamp(int(p * bins), 0, bins - 1)];
     bin.confidence += p;
@@ -38,11 +44,6 @@ std::vector<ReliabilityBin> bin_by_confidence(const std::vector<float>& probabil
 }
 
 }  // namespace
-
-int chosen_class(const std::vector<float>& probability, size_t i, int classes) {
-  const float* p = &probability[i * classes];
-  return int(std::max_element(p, p + classes) - p);
-}
 
 Metrics evaluate(const std::vector<float>& probability, const std::vector<uint8_t>& labels, int classes,
                  const std::vector<float>& entropy, const std::vector<float>& mutual_information) {
@@ -90,7 +91,7 @@ std::vector<std::vector<int64_t>> confusion_matrix(const std::vector<float>& pro
                                                    const std::vector<uint8_t>& labels, int classes) {
   check_sizes("confusion_matrix", probability, labels, classes);
   std::vector<std::vector<int64_t>> counts(classes, std::vector<int64_t>(classes));
-  for (size_t i = 0; i < labels.size(); i++) counts[labels[i]][chosen_class(probability, i, classes)]++;
+  for (size_t i = 0; i < labels.size(); i++) counts[labels[i]][chosen(probability, i, classes)]++;
   return counts;
 }
 

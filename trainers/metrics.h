@@ -5,9 +5,6 @@
 
 namespace baton {
 
-// The class that image i's probabilities choose, the first of equals.
-int chosen_class(const std::vector<float>& probability, size_t i, int classes);
-
 struct Metrics {
   double accuracy = 0;            // fraction
   double nll = 0;                 // mean negative log-likelihood, nats

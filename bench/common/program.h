@@ -2,7 +2,6 @@
 // A program says which preset it has and what its stages are; how to add one: bench/README.md.
 #pragma once
 #include <CLI/CLI.hpp>
-#include <functional>
 #include <optional>
 
 #include "trainers/experiment.h"

@@ -96,6 +96,13 @@ double mean(const std::vector<float>& values) {
   return std::accumulate(values.begin(), values.end(), 0.) / double(values.size());
 }
 
+std::vector<int> choose_classes(const Predictions& p, int classes) {
+  std::vector<int> chosen;
+  for (auto at = p.probability.begin(); at != p.probability.end(); at += classes)
+    chosen.push_back(int(std::max_element(at, at + classes) - at));
+  return chosen;
+}
+
 std::vector<Belief> read_beliefs(Device& device, Posterior& posterior) {
   const size_t stride = posterior.store().layout().stride();
   Arena arena;

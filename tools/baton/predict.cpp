@@ -6,7 +6,6 @@
 #include "engine/io/files.h"
 #include "engine/io/npy.h"
 #include "tools/baton/describe.h"
-#include "trainers/metrics.h"
 
 namespace baton {
 
@@ -125,9 +124,8 @@ class Predict : public Command {
     const int samples = prediction_.samples(model);  // what is wrong with --samples, before the images are read
     const OwnData data = data_.load(model, false);
     const Predictions p = prediction_.predict(device, loaded, data.images);
-    const size_t images = p.entropy.size();
-    std::vector<int> chosen;
-    for (size_t i = 0; i < images; i++) chosen.push_back(chosen_class(p.probability, i, model.network.classes));
+    const std::vector<int> chosen = choose_classes(p, model.network.classes);
+    const size_t images = chosen.size();
     const std::vector<Series> all = collect_series(model, data, p, chosen);
     if (ending == ".csv") write_file_atomically(out_, format_csv(all, images));
     if (ending == ".json") write_file_atomically(out_, format_json(all, images, model, samples));
