@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "tools/baton/describe.h"
-#include "trainers/metrics.h"
 
 namespace baton {
 
@@ -169,20 +168,20 @@ class CompareCommand : public Command {
     const Predictions of_a = prediction_.predict(device, a, data.images),
                       of_b = prediction_.predict(device, b, data.images);
     const int classes = a.model.network.classes;
-    const std::vector<float>&p = of_a.probability, &q = of_b.probability;
+    const std::vector<int> chosen_a = choose_classes(of_a, classes), chosen_b = choose_classes(of_b, classes);
     double agree = 0, variation = 0;
-    for (size_t i = 0; i < size_t(data.images.count); i++)
-      agree += chosen_class(p, i, classes) == chosen_class(q, i, classes);
-    for (size_t i = 0; i < p.size(); i++) variation += std::abs(double(p[i]) - q[i]) / 2;
+    for (size_t i = 0; i < chosen_a.size(); i++) agree += chosen_a[i] == chosen_b[i];
+    for (size_t i = 0; i < of_a.probability.size(); i++)
+      variation += std::abs(double(of_a.probability[i]) - of_b.probability[i]) / 2;
     r["data"] = describe_data(data);
     prediction_.describe(r, a.model);
     r["samples"] = {prediction_.samples(a.model), prediction_.samples(b.model)};
-    json said{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
+    json p{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
     if (data.labelled) {
-      said["model"] = judge(of_a, data.images, classes);
-      said["other"] = judge(of_b, data.images, classes);
+      p["model"] = judge(of_a, data.images, classes);
+      p["other"] = judge(of_b, data.images, classes);
     }
-    r["predictions"] = said;
+    r["predictions"] = p;
   }
 
   static std::string shown(const json& value) {

@@ -44,8 +44,8 @@ std::vector<int64_t> histogram(const std::vector<float>& values, double high) {
 // 1 - the chosen class's probability.
 std::vector<float> doubt(const Predictions& p, int classes) {
   std::vector<float> all;
-  for (size_t i = 0; i < p.entropy.size(); i++)
-    all.push_back(1 - p.probability[i * classes + chosen_class(p.probability, i, classes)]);
+  for (auto at = p.probability.begin(); at != p.probability.end(); at += classes)
+    all.push_back(1 - *std::max_element(at, at + classes));
   return all;
 }
 
