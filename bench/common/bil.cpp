@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 namespace baton {
 
@@ -26,28 +25,24 @@ namespace {
 std::string sentence_about(const json& result, const std::vector<int>& parts) {
   const int most = *std::max_element(parts.begin(), parts.end());
   const double ft = final_accuracy(result, "ft", most);
-  char text[400];
   std::string sentence;
   for (const char* method : {"ffg", "cfg", "mnf"}) {
     const double value = final_accuracy(result, method, most);
     if (!std::isfinite(value) || !std::isfinite(ft)) continue;
     const double gap = 100 * (value - ft);
+    const std::string name = upper(method);
     if (sentence.empty())
-      snprintf(text, sizeof text,
-               "After %d part%s %s ends at %.2f %% and FT at %.2f %%: the posterior handed on is %.2f points %s.", most,
-               most == 1 ? "" : "s", upper(method).c_str(), 100 * value, 100 * ft, std::abs(gap),
-               gap >= 0 ? "ahead" : "behind");
-    else
-      snprintf(text, sizeof text, " %s ends at %.2f %%, %.2f points %s.", upper(method).c_str(), 100 * value,
-               std::abs(gap), gap >= 0 ? "ahead" : "behind");
-    sentence += text;
+      sentence = format_text("After %d part%s %s ends at %.2f %% and FT at %.2f %%: the posterior handed on is", most,
+                             most == 1 ? "" : "s", name.c_str(), 100 * value, 100 * ft);
+    else sentence += format_text(" %s ends at %.2f %%,", name.c_str(), 100 * value);
+    sentence += format_text(" %.2f points %s.", std::abs(gap), gap >= 0 ? "ahead" : "behind");
   }
   for (const char* method : {"ffg", "cfg", "mnf", "ft"}) {
     const double many = final_accuracy(result, method, most), one = final_accuracy(result, method, 1);
     if (most == 1 || !std::isfinite(many) || !std::isfinite(one)) continue;
-    snprintf(text, sizeof text, " Learning in parts %s %s %.2f points against all the data at once (%.2f %%).",
-             many <= one ? "costs" : "gains", upper(method).c_str(), std::abs(100 * (one - many)), 100 * one);
-    sentence += text;
+    sentence +=
+        format_text(" Learning in parts %s %s %.2f points against all the data at once (%.2f %%).",
+                    many <= one ? "costs" : "gains", upper(method).c_str(), std::abs(100 * (one - many)), 100 * one);
   }
   return sentence;
 }
@@ -62,8 +57,7 @@ int run_bil(PaperProgram& program, BilProgram bil, const std::string& preset_hel
   program.app
       .add_option("--ft-converged-epochs", bil.ft_converged_epochs,
                   "where T > 1, also run FT with so many epochs a stage, as ft_converged (0: do not)")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+      ->check(CLI::NonNegativeNumber);
   if (!program.parse()) return 0;
   std::vector<Method> methods = program.chosen_methods();
   const auto chosen = [&](const char* name) {
@@ -72,12 +66,7 @@ int run_bil(PaperProgram& program, BilProgram bil, const std::string& preset_hel
   const bool add_converged = bil.ft_converged_epochs > 0 && chosen("ft") && !chosen("ft_converged");
   if (add_converged) methods.push_back(program.preset.methods.back());
 
-  Limits limits;
-  limits.train = program.preset.train_limit;
-  limits.test = program.preset.test_limit;
-  ExperimentData data;
-  data.set = bil.find(program.data_folder(), limits);
-  data.test = {data.set.test};
+  const ExperimentData data = program.find_data(bil.find);
   const std::vector<int> parts = program.part_numbers(data.set.train.count);
   std::vector<ExperimentRun> runs;
   for (const Method& method : methods)
@@ -85,18 +74,15 @@ int run_bil(PaperProgram& program, BilProgram bil, const std::string& preset_hel
       const bool converged = method.name == "ft_converged";
       if (converged && add_converged && t == 1) continue;
       for (const std::vector<uint64_t>& seeds : program.seed_groups()) {
-        ExperimentRun run = program.make_run(method, method.name, network_spec(bil.network), seeds);
+        ExperimentRun& run = runs.emplace_back(program.make_run(method, method.name, network_spec(bil.network), seeds));
         run.stages = split_into_parts(data.set.train.count, t, seeds, program.preset.augment);
         if (converged && bil.ft_converged_epochs > 0) run.training.epochs = bil.ft_converged_epochs;
-        runs.push_back(std::move(run));
       }
     }
   ExperimentOptions experiment = program.experiment();
   experiment.normalisation = bil.normalisation(data.set);
-  print_head(program, bil.title, data.set);
-  const json result = run_experiment(experiment, data, runs);
-  report(result, sentence_about(result, parts), data.set, experiment.out);
-  return 0;
+  return run_and_report(program, bil.title, experiment, data, runs,
+                        [&](const json& result) { return sentence_about(result, parts); });
 }
 
 }  // namespace baton

@@ -15,7 +15,7 @@ std::vector<Method> cifar_methods();
 struct BilProgram {
   std::string title;  // of the data set
   std::string network;
-  Dataset (*find)(const std::optional<std::filesystem::path>&, Limits);
+  Dataset (*find)(const std::optional<std::filesystem::path>&, uint64_t, Limits);
   Normalisation (*normalisation)(const Dataset&);
   double ft_converged_epochs = 0;  // FT at convergence beside FT at the others' budget; 0: not
 };

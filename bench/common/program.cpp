@@ -1,13 +1,22 @@
 #include "bench/common/program.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 
 #include "engine/io/files.h"
 
 namespace baton {
+
+namespace {
+
+std::string list_methods(const Preset& preset) {
+  return CLI::detail::join(
+      preset.methods, [](const Method& m) { return m.name; }, ", ");
+}
+
+}  // namespace
 
 std::vector<std::string> split_list(const std::string& text) {
   std::vector<std::string> parts(1);
@@ -41,6 +50,36 @@ std::string upper(std::string name) {
   return name;
 }
 
+std::string format_text(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  char text[500];
+  vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  return text;
+}
+
+Method& find_method(Preset& preset, const std::string& name) {
+  for (Method& m : preset.methods)
+    if (m.name == name) return m;
+  throw InputError("unknown method '" + name + "', expected some of " + list_methods(preset));
+}
+
+std::vector<Method> baseline_methods(const std::vector<std::string>& names) {
+  std::vector<Method> all;
+  for (const std::string& name : names) {
+    Method m{name, name.substr(0, name.find('_')), json::object()};  // "bgd_continuous" is a bgd
+    if (name == "bbb_mixture") m.settings["prior"] = "mixture";
+    all.push_back(m);
+  }
+  return all;
+}
+
+void set_sigma(Preset& preset, double sigma) {
+  for (Method& m : preset.methods)
+    if (m.kind == "bgd" || m.kind == "bbb") m.settings["sigma"] = sigma;
+}
+
 std::string find_preset(int argc, char** argv) {
   std::string preset = "quick";
   for (int i = 1; i < argc; i++) {
@@ -48,87 +87,73 @@ std::string find_preset(int argc, char** argv) {
     if (argument == "--preset" && i + 1 < argc) preset = argv[i + 1];
     if (argument.starts_with("--preset=")) preset = argument.substr(9);
   }
+  if (preset != "quick" && preset != "paper") refuse_preset(preset);
   return preset;
 }
 
 PaperProgram::PaperProgram(std::string program_name, const std::string& description, int argc, char** argv,
-                           Preset (*make_preset)(const std::string&))
+                           Preset (*make_preset)(bool paper))
     : name(std::move(program_name)),
       preset_name(find_preset(argc, argv)),
-      preset(make_preset(preset_name)),
+      preset(make_preset(paper())),
       app(description),
       argc_(argc),
       argv_(argv) {}
 
 void PaperProgram::add_options(const std::string& preset_help) {
-  std::string known;
-  for (const Method& m : preset.methods) known += (known.empty() ? "" : ", ") + m.name;
   Preset& p = preset;
   const auto not_negative_number = CLI::NonNegativeNumber;
+  app.option_defaults()->always_capture_default();
   auto* what = app.add_option_group("What to run");
-  what->add_option("--preset", preset_name, preset_help)->capture_default_str();
-  what->add_option("--methods", methods, "of " + known)->capture_default_str();
-  if (!parts.empty()) what->add_option("--parts", parts, "numbers of parts T")->capture_default_str();
-  what->add_option("--seeds", seeds, "of order, weights, noise and tasks")->capture_default_str();
+  what->add_option("--preset", preset_name, preset_help);
+  what->add_option("--methods", methods, "of " + list_methods(p));
+  if (!parts.empty()) what->add_option("--parts", parts, "numbers of parts T");
+  what->add_option("--seeds", seeds, "of order, weights, noise and tasks");
   what->add_option("--data", data, "folder with the set's files (else $BATON_DATA, ./data, generated)");
   what->add_option("--train-limit", p.train_limit, "use the first N training images (0: all)")
-      ->check(not_negative_number)
-      ->capture_default_str();
-  what->add_option("--test-limit", p.test_limit, "use the first N test images (0: all)")
-      ->check(not_negative_number)
-      ->capture_default_str();
+      ->check(not_negative_number);
+  what->add_option("--test-limit", p.test_limit, "use the first N test images (0: all)")->check(not_negative_number);
   what->add_option("--out", out, "folder of the results [" + out_prefix + "PRESET]");
   what->add_flag("--resume", resume, "go on from the checkpoint in --out");
   what->add_flag("--save-models", save_models, "write every trained model into --out, as baton reads it");
   auto* training = app.add_option_group("Training");
-  training->add_option("--epochs", p.epochs, "of each stage")->check(CLI::Range(1e-9, 1e6))->capture_default_str();
-  training->add_option("--batch", p.batch, "examples a step")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  training->add_option("--epochs", p.epochs, "of each stage")->check(CLI::Range(1e-9, 1e6));
+  training->add_option("--batch", p.batch, "examples a step")->check(CLI::Range(1, 1 << 20));
   training->add_flag("--augment,!--no-augment", p.augment, "random flips and padded crops");
   add_method_options();
   auto* rest = app.add_option_group("Prediction and running");
-  rest->add_option("--samples", p.samples, "draws of the weights in the final prediction")
-      ->check(not_negative_number)
-      ->capture_default_str();
+  rest->add_option("--samples", p.samples, "draws of the weights in the final prediction")->check(not_negative_number);
   rest->add_option("--stage-samples", p.stage_samples, "draws after the stages before the last (0: as many)")
-      ->check(not_negative_number)
-      ->capture_default_str();
+      ->check(not_negative_number);
   if (!p.inference.empty())
-    rest->add_option("--inference", p.inference, "what test_accuracy is: map, sampled, softmax or committee")
-        ->capture_default_str();
+    rest->add_option("--inference", p.inference, "what test_accuracy is: map, sampled, softmax or committee");
   rest->add_option("--measure-every,--judge-every", p.measure_every,
                    "epochs between two measurements within a stage (0: at its end)")
-      ->check(not_negative_number)
-      ->capture_default_str();
-  rest->add_option("--prune", p.pruned, "fractions of the weights to prune at the end, as 0.5,0.95")
-      ->capture_default_str();
+      ->check(not_negative_number);
+  rest->add_option("--prune", p.pruned, "fractions of the weights to prune at the end, as 0.5,0.95");
   if (std::all_of(p.methods.begin(), p.methods.end(),
                   [](const Method& m) { return find_posterior(m.kind).many_replicas; }))
     rest->add_option("--at-once", at_once, "seeds that train side by side [1 on the CPU, all on the GPU]")
-        ->check(not_negative_number);
+        ->check(not_negative_number)
+        ->default_str("");
   rest->add_option("--checkpoint-seconds", checkpoint_seconds, "between checkpoints, at the ends of epochs")
-      ->check(not_negative_number)
-      ->capture_default_str();
+      ->check(not_negative_number);
   app.footer("Options of the methods can be given to one method alone, as --" + preset.methods[0].name +
              "-schedule linear.");
 }
 
 // An option for all methods that have it comes first, so that one for a method alone overrides it.
 void PaperProgram::add_method_options() {
-  const auto set = [](std::vector<Method*> targets, const Option& option, const std::string& flag) {
-    return [=](const std::vector<std::string>& texts) {
-      const json value = parse_option(option, texts.back(), flag);
+  const auto add = [](CLI::App* group, const std::vector<Method*>& targets, const Option& option,
+                      const std::string& flag) {
+    const auto set = [=](const std::string& text) {
+      const json value = parse_option(option, text, flag);
       for (Method* m : targets) m->settings[option.name] = value;
-      return true;
     };
-  };
-  const auto add = [&](CLI::App* group, const std::vector<Method*>& targets, const Option& option,
-                       const std::string& flag) {
-    const auto function = set(targets, option, flag);
     if (option.type == Option::Type::flag)
       return group->add_flag_function(
-          flag + ",!--no-" + flag.substr(2), [function](int64_t given) { function({given > 0 ? "true" : "false"}); },
-          option.help);
-    return group->add_option(flag, function, option.help)->type_name("");
+          flag + ",!--no-" + flag.substr(2), [set](int64_t given) { set(given > 0 ? "true" : "false"); }, option.help);
+    return group->add_option_function<std::string>(flag, set, option.help)->type_name("");
   };
   CLI::App* of_all = app.add_option_group("Methods");
   CLI::App* of_each = app.add_option_group("")->group("");
@@ -201,30 +226,24 @@ std::vector<int> PaperProgram::part_numbers(int images) const {
   return list;
 }
 
-std::vector<Method> PaperProgram::chosen_methods() const {
+std::vector<Method> PaperProgram::chosen_methods() {
   std::vector<Method> chosen;
-  for (const std::string& wanted : split_list(methods)) {
-    const auto found =
-        std::find_if(preset.methods.begin(), preset.methods.end(), [&](const Method& m) { return m.name == wanted; });
-    std::string known;
-    for (const Method& m : preset.methods) known += (known.empty() ? "" : ", ") + m.name;
-    if (found == preset.methods.end()) throw InputError("unknown method '" + wanted + "', expected some of " + known);
-    chosen.push_back(*found);
-  }
+  for (const std::string& wanted : split_list(methods)) chosen.push_back(find_method(preset, wanted));
   return chosen;
 }
 
-std::optional<std::filesystem::path> PaperProgram::data_folder() const {
-  return data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data);
+ExperimentData PaperProgram::find_data(Dataset (*find)(const std::optional<std::filesystem::path>&, uint64_t,
+                                                       Limits)) const {
+  Limits limits;
+  limits.train = preset.train_limit;
+  limits.test = preset.test_limit;
+  const Dataset set = find(data, 0, limits);
+  return {set, {set.test}};
 }
 
 std::vector<std::vector<uint64_t>> PaperProgram::seed_groups() const {
   const std::vector<uint64_t> all = seed_numbers();
-#if defined(BATON_CUDA)
-  const size_t size = at_once ? size_t(at_once) : all.size();
-#else
-  const size_t size = at_once ? size_t(at_once) : 1;
-#endif
+  const size_t size = at_once ? size_t(at_once) : on_gpu ? all.size() : 1;
   std::vector<std::vector<uint64_t>> groups;
   for (size_t first = 0; first < all.size(); first += size)
     groups.emplace_back(all.begin() + long(first), all.begin() + long(std::min(all.size(), first + size)));
@@ -268,11 +287,25 @@ double final_accuracy(const json& result, const std::string& label, int parts) {
   return mean_and_spread(values).mean;
 }
 
-void print_head(const PaperProgram& program, const std::string& title, const Dataset& set) {
+int run_and_report(const PaperProgram& program, const std::string& title, const ExperimentOptions& options,
+                   const ExperimentData& data, std::vector<ExperimentRun> runs,
+                   const std::function<std::string(const json&)>& sentence) {
+  const Dataset& set = data.set;
+  int test_images = 0;
+  for (const Images& test : data.test) test_images += test.count;
   printf("%s: %s, %d training and %d test images%s, preset %s\n", program.name.c_str(),
          set.generated ? ("GENERATED images (no " + title + " was found)").c_str() : title.c_str(), set.train.count,
-         set.test.count, set.path.empty() ? "" : (" from " + set.path).c_str(), program.preset_name.c_str());
+         test_images, set.path.empty() ? "" : (" from " + set.path).c_str(), program.preset_name.c_str());
   fflush(stdout);
+  for (ExperimentRun& run : runs) {
+    if (run.training.kind != "bgd") continue;
+    // Beside the settings: eta sigma^2 B, which tells whether sigma stays stable.
+    const json s = complete_options(find_posterior("bgd").options, run.training.replicas[0].settings, "bgd");
+    run.more["step_scale"] = double(s["eta"]) * double(s["sigma"]) * double(s["sigma"]) * run.training.batch;
+  }
+  const json result = run_experiment(options, data, runs);
+  report(result, sentence(result), set, options.out);
+  return 0;
 }
 
 void report(const json& result, const std::string& sentence, const Dataset& set, const std::filesystem::path& out) {

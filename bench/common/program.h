@@ -28,16 +28,29 @@ struct Preset {
   std::vector<Method> methods;
 };
 
+// InputError for a name that the preset has not: it lists those that there are.
+Method& find_method(Preset&, const std::string& name);
+// bgd, sgd, adam, bbb, bbb_mixture, si and ewc with the settings that their papers share, those that are named.
+std::vector<Method> baseline_methods(const std::vector<std::string>& names);
+void set_sigma(Preset&, double sigma);  // of all methods that draw their weights
+
+#if defined(BATON_CUDA)
+constexpr bool on_gpu = true;
+#else
+constexpr bool on_gpu = false;
+#endif
+
 class PaperProgram {
  public:
   // Reads --preset, which decides what the other options start from. InputError for an unknown one.
   PaperProgram(std::string name, const std::string& description, int argc, char** argv,
-               Preset (*make_preset)(const std::string& name));
+               Preset (*make_preset)(bool paper));
 
   std::string name, preset_name;
   Preset preset;
   CLI::App app;
-  std::string methods, seeds = "0", parts, data, out, out_prefix;  // parts: "" where the program has none
+  std::string methods, seeds = "0", parts, out, out_prefix;  // parts: "" where the program has none
+  std::optional<std::string> data;
   int at_once = 0;  // seeds that train side by side; 0: what suits the device
   bool resume = false, save_models = false;
   double checkpoint_seconds = 20;
@@ -50,8 +63,10 @@ class PaperProgram {
 
   std::vector<uint64_t> seed_numbers() const;
   std::vector<int> part_numbers(int images) const;  // InputError for more parts than images
-  std::vector<Method> chosen_methods() const;       // in the order of --methods; InputError for an unknown one
-  std::optional<std::filesystem::path> data_folder() const;
+  std::vector<Method> chosen_methods();             // in the order of --methods; InputError for an unknown one
+  // The set as find_mnist() or find_cifar10() finds it, cut short by the preset's limits.
+  ExperimentData find_data(Dataset (*find)(const std::optional<std::filesystem::path>&, uint64_t, Limits)) const;
+  bool paper() const { return preset_name == "paper"; }
   std::filesystem::path out_folder() const { return out.empty() ? out_prefix + preset_name : out; }
   bool given(const std::string& option) const { return app.get_option(option)->count() > 0; }
   // The seeds in groups that train side by side.
@@ -67,7 +82,8 @@ class PaperProgram {
   char** argv_;
 };
 
-// What --preset says, before the other options are known, whose defaults it decides; "quick" without it.
+// What --preset says, before the other options are known, whose defaults it decides; "quick" without it. InputError for
+// another than quick and paper.
 std::string find_preset(int argc, char** argv);
 // False: help was asked for and printed. InputError for bad options.
 bool parse_options(CLI::App&, int argc, char** argv);
@@ -78,9 +94,12 @@ std::vector<double> parse_numbers(const std::string& option, const std::string& 
 
 [[noreturn]] void refuse_preset(const std::string& name);  // InputError
 std::string upper(std::string name);                       // "BGD"
+std::string format_text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// "bil_mnist: MNIST, 60000 training and 10000 test images, preset paper"
-void print_head(const PaperProgram&, const std::string& title, const Dataset&);
+// Says what the program learns ("bil_mnist: MNIST, 60000 training and 10000 test images, preset paper"), does so, and
+// reports it with the sentence that is made of the result. Returns the program's exit status.
+int run_and_report(const PaperProgram&, const std::string& title, const ExperimentOptions&, const ExperimentData&,
+                   std::vector<ExperimentRun>, const std::function<std::string(const json&)>& sentence);
 // Table, sentence, files and plot.
 void report(const json& result, const std::string& sentence, const Dataset&, const std::filesystem::path& out);
 // What every paper program ends with: a word on generated data, the files' names, and the plot.

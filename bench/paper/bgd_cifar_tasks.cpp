@@ -3,38 +3,37 @@
 // tasks of two classes.
 #include <numeric>
 
-#include "bench/common/bgd.h"
+#include "bench/common/program.h"
 #include "engine/io/program.h"
 
 using namespace baton;
 
 namespace {
 
-Preset make_preset(const std::string& name) {
+Preset make_preset(bool paper) {
   Preset p;
   p.samples = 10;
   p.inference = "committee";
   p.methods = baseline_methods({"bgd", "sgd", "adam", "si", "ewc"});
-  draw_one_at_a_time(p);
+  // On the CPU the draws run one at a time, so that the activations of a large network stay in the cache.
+  if (!on_gpu) find_method(p, "bgd").settings["draws_at_once"] = 1;
   find_method(p, "bgd").settings["eta"] = 2;
   find_method(p, "si").settings = {{"strength", 0.01}, {"xi", 1e-3}};
   find_method(p, "ewc").settings = {{"strength", 100}};
   for (const char* point : {"sgd", "adam", "si", "ewc"}) find_method(p, point).settings["restart_optimizer"] = true;
-  if (name == "paper") {
+  if (paper) {
     p.batch = 256;
     p.epochs = 150;
     set_sigma(p, 0.019);
     find_method(p, "ewc").settings["fisher_examples"] = 5000;
-  } else if (name == "quick") {  // minutes on two cores
-    p.train_limit = 1000;        // of each task
+  } else {                 // minutes on two cores
+    p.train_limit = 1000;  // of each task
     p.test_limit = 500;
     p.batch = 32;
     p.epochs = 5;
     set_sigma(p, 0.04);
     find_method(p, "bgd").settings["draws"] = 4;
     find_method(p, "ewc").settings["fisher_examples"] = 256;
-  } else {
-    refuse_preset(name);
   }
   return p;
 }
@@ -44,14 +43,17 @@ struct Tasks {
   std::vector<std::vector<int32_t>> examples;  // of each task, in the common set
   std::vector<bool> augment;
   std::vector<std::string> names;
-  int classes = 10;
+  int classes = 10;  // of each task
 };
 
-// Appends a task: its training images to the common set, its test images as they are.
-void add_task(Tasks& to, const std::string& name, Images train, Images test, int train_limit, int test_limit,
-              bool augment) {
-  if (train_limit && train_limit < train.count) limit(train, train_limit);
-  if (test_limit && test_limit < test.count) limit(test, test_limit);
+// Appends a task of the classes from `first_class` on: its training images to the common set, its test images as they
+// are.
+void add_task(Tasks& to, const std::string& name, const Dataset& set, int first_class, const Preset& p, bool augment) {
+  std::vector<int> classes(to.classes);
+  std::iota(classes.begin(), classes.end(), first_class);
+  Images train = of_classes(set.train, classes), test = of_classes(set.test, classes);
+  if (p.train_limit && p.train_limit < train.count) limit(train, p.train_limit);
+  if (p.test_limit && p.test_limit < test.count) limit(test, p.test_limit);
   Images& all = to.data.set.train;
   const int first = all.count;
   if (first == 0) {
@@ -70,17 +72,11 @@ void add_task(Tasks& to, const std::string& name, Images train, Images test, int
 }
 
 std::string sentence_about(const json& result, const std::vector<std::string>& names) {
-  std::string sentence = "Accuracy on every task after the last one";
-  sentence += " (" + names.front() + " first):";
-  char text[100];
+  std::string sentence = "Accuracy on every task after the last one (" + names.front() + " first):";
   for (const json& run : result["runs"]) {
     sentence += "\n" + run["label"].get<std::string>() + ", seed " + std::to_string(int(run["seed"])) + ":";
-    for (double a : run["stages"].back()["by_task"].get<std::vector<double>>()) {
-      snprintf(text, sizeof text, " %.3f", a);
-      sentence += text;
-    }
-    snprintf(text, sizeof text, "; mean %.3f", double(run["final_test_accuracy"]));
-    sentence += text;
+    for (double a : run["stages"].back()["by_task"].get<std::vector<double>>()) sentence += format_text(" %.3f", a);
+    sentence += format_text("; mean %.3f", double(run["final_test_accuracy"]));
   }
   return sentence;
 }
@@ -103,28 +99,20 @@ int run(int argc, char** argv) {
   const Preset& p = program.preset;
 
   Tasks tasks;
-  const Dataset ten = find_cifar10(program.data_folder(), 0, {});
+  const Dataset ten = find_cifar10(program.data, 0, {});
   tasks.data.set = ten;
   tasks.data.set.train = {};
   if (!cifar100.empty()) {
-    add_task(tasks, "CIFAR-10", ten.train, ten.test, p.train_limit, p.test_limit, program.preset_name == "paper");
+    add_task(tasks, "CIFAR-10", ten, 0, p, program.paper());
     const Dataset hundred = load_cifar100(cifar100);
-    for (int t = 0; t < 5; t++) {
-      std::vector<int> classes(10);
-      std::iota(classes.begin(), classes.end(), 10 * t);
-      const std::string name = "CIFAR-100 " + std::to_string(10 * t) + "-" + std::to_string(10 * t + 9);
-      add_task(tasks, name, of_classes(hundred.train, classes), of_classes(hundred.test, classes), p.train_limit,
-               p.test_limit, false);
-    }
+    for (int c = 0; c < 50; c += 10)
+      add_task(tasks, "CIFAR-100 " + std::to_string(c) + "-" + std::to_string(c + 9), hundred, c, p, false);
     tasks.data.set.name = "cifar10+cifar100";
     tasks.data.set.source = ten.source + "; " + hundred.source;
   } else {
     tasks.classes = 2;
-    for (int t = 0; t < 5; t++) {
-      const int classes[] = {2 * t, 2 * t + 1};
-      add_task(tasks, "classes " + std::to_string(2 * t) + " and " + std::to_string(2 * t + 1),
-               of_classes(ten.train, classes), of_classes(ten.test, classes), p.train_limit, p.test_limit, false);
-    }
+    for (int c = 0; c < 10; c += 2)
+      add_task(tasks, "classes " + std::to_string(c) + " and " + std::to_string(c + 1), ten, c, p, false);
   }
   tasks.data.set.train.classes = tasks.classes;
 
@@ -136,23 +124,16 @@ int run(int argc, char** argv) {
   std::vector<ExperimentRun> runs;
   for (const Method& method : program.chosen_methods())
     for (uint64_t seed : program.seed_numbers()) {
-      ExperimentRun r = program.make_run(method, upper(method.name), network, {seed});
+      ExperimentRun& r = runs.emplace_back(program.make_run(method, upper(method.name), network, {seed}));
       r.stages = stages;
       r.more["dropout"] = !no_dropout;
       r.more["tasks"] = tasks.names;
-      add_step_scale(r);
-      runs.push_back(std::move(r));
     }
-  Dataset shown = ten;
-  shown.train.count = tasks.data.set.train.count;
-  shown.test.count = 0;
-  for (const Images& t : tasks.data.test) shown.test.count += t.count;
-  print_head(program, cifar100.empty() ? "CIFAR-10 in five tasks" : "CIFAR-10 and five parts of CIFAR-100", shown);
   ExperimentOptions experiment = program.experiment();
   experiment.normalisation = standardise(tasks.data.set.train);
-  const json result = run_experiment(experiment, tasks.data, runs);
-  report(result, sentence_about(result, tasks.names), tasks.data.set, experiment.out);
-  return 0;
+  return run_and_report(program, cifar100.empty() ? "CIFAR-10 in five tasks" : "CIFAR-10 and five parts of CIFAR-100",
+                        experiment, tasks.data, runs,
+                        [&](const json& result) { return sentence_about(result, tasks.names); });
 }
 
 }  // namespace

@@ -2,15 +2,16 @@
 // 50,000 training images by BGD, by SGD and by Bayes by Backprop; then they are pruned, posteriors by their
 // signal-to-noise ratio and by magnitude, point estimates by magnitude.
 #include <cmath>
+#include <numeric>
 
-#include "bench/common/bgd.h"
+#include "bench/common/program.h"
 #include "engine/io/program.h"
 
 using namespace baton;
 
 namespace {
 
-Preset make_preset(const std::string& name) {
+Preset make_preset(bool paper) {
   Preset p;
   p.batch = 128;
   p.samples = 10;
@@ -19,10 +20,10 @@ Preset make_preset(const std::string& name) {
   p.pruned = "0.5,0.75,0.9,0.95,0.98";
   p.methods = baseline_methods({"bgd", "sgd", "adam", "bbb", "bbb_mixture"});
   find_method(p, "sgd").settings = {{"lr", 0.05}, {"momentum", 0.9}};
-  if (name == "paper") {
+  if (paper) {
     p.epochs = 600;
     p.measure_every = 10;
-  } else if (name == "quick") {
+  } else {
     // So few epochs leave sigma at its start, where the paper's 0.05 is mostly noise. This is nearly gradient descent
     // on the mean; pruning by signal-to-noise wants the other end (--widths 1200 --sigma 0.08 --eta 1 --batch 48).
     p.epochs = 4;
@@ -30,8 +31,6 @@ Preset make_preset(const std::string& name) {
     set_sigma(p, 0.01);
     find_method(p, "bgd").settings["eta"] = 36;
     find_method(p, "sgd").settings["lr"] = 0.1;
-  } else {
-    refuse_preset(name);
   }
   return p;
 }
@@ -45,29 +44,22 @@ std::string make_label(const Method& method, uint64_t width) {
 
 std::string sentence_about(const json& result, const std::vector<uint64_t>& widths) {
   std::string sentence;
-  char text[300];
   for (uint64_t w : widths) {
     const std::string net = " 2x" + std::to_string(w);
     const double bgd = final_accuracy(result, "BGD" + net), sgd = final_accuracy(result, "SGD" + net);
     if (!std::isfinite(bgd)) continue;
-    snprintf(text, sizeof text, "With 2x%d units BGD ends at %.2f %% test error", int(w), 100 * (1 - bgd));
-    sentence += text;
-    if (std::isfinite(sgd)) {
-      snprintf(text, sizeof text, ", SGD after as many epochs at %.2f %%", 100 * (1 - sgd));
-      sentence += text;
-    }
+    sentence += format_text("With 2x%d units BGD ends at %.2f %% test error", int(w), 100 * (1 - bgd));
+    if (std::isfinite(sgd)) sentence += format_text(", SGD after as many epochs at %.2f %%", 100 * (1 - sgd));
     sentence += ". ";
   }
   for (const json& run : result["runs"]) {
     if (!run.contains("pruning")) continue;
     for (const json& p : run["pruning"]["results"])
-      if (std::abs(double(p["fraction"]) - 0.95) < 1e-9) {
-        snprintf(text, sizeof text,
-                 "\n%-16s seed %d: 95 %% pruned by %-15s error %.2f %%, %.2f times the whole network's.",
-                 run["label"].get<std::string>().c_str(), int(run["seed"]), p["ranking"].get<std::string>().c_str(),
-                 100 * double(p["error"]), double(p["error_ratio"]));
-        sentence += text;
-      }
+      if (std::abs(double(p["fraction"]) - 0.95) < 1e-9)
+        sentence +=
+            format_text("\n%-16s seed %d: 95 %% pruned by %-15s error %.2f %%, %.2f times the whole network's.",
+                        run["label"].get<std::string>().c_str(), int(run["seed"]),
+                        p["ranking"].get<std::string>().c_str(), 100 * double(p["error"]), double(p["error_ratio"]));
   }
   return sentence;
 }
@@ -79,14 +71,14 @@ int run(int argc, char** argv) {
       "Zeno et al. 2018), and what is left of them when most of their weights are pruned. Writes result.json,\n"
       "log.jsonl and a plot to --out.",
       argc, argv, make_preset);
-  const bool quick = program.preset_name == "quick";
+  const bool quick = !program.paper();
   program.methods = "bgd,sgd";
   program.out_prefix = "results/bgd_mnist_";
   program.add_options(
       "quick (2x400, 4 epochs; sigma 0.01, eta with eta sigma^2 batch = 0.46) or paper (600 epochs): what the other\n"
       "options start from");
   std::string widths = quick ? "400" : "400,800,1200";
-  program.app.add_option("--widths", widths, "of the hidden layers")->capture_default_str();
+  program.app.add_option("--widths", widths, "of the hidden layers");
   bool validate = false;
   program.app.add_flag("--validate", validate, "judge on the last 10,000 training images instead of the test images");
   if (!program.parse()) return 0;
@@ -97,22 +89,18 @@ int run(int argc, char** argv) {
     bgd["eta"] = double(bgd["eta"]) * std::pow(0.01 / double(bgd["sigma"]), 2) * 128 / p.batch;
   const std::vector<uint64_t> hidden = parse_wholes("--widths", widths);
 
-  Limits limits;
-  limits.train = validate ? 0 : p.train_limit;
-  limits.test = p.test_limit;
-  ExperimentData data;
-  data.set = find_mnist(program.data_folder(), 0, limits);
+  const int train_limit = p.train_limit;
+  if (validate) p.train_limit = 0;
+  ExperimentData data = program.find_data(find_mnist);
   if (validate) {
     constexpr int held_out = 10000;
     const int all = data.set.train.count, learned = all - held_out;
     if (learned < 1) throw InputError("--validate holds out 10,000 of " + std::to_string(all) + " training images");
-    std::vector<int32_t> last(held_out);
-    for (int i = 0; i < held_out; i++) last[i] = learned + i;
-    data.set.test = subset(data.set.train, last);
-    limit(data.set.train, std::min(learned, p.train_limit ? p.train_limit : learned));
-    if (p.test_limit) limit(data.set.test, std::min(held_out, p.test_limit));
+    std::vector<int32_t> last(p.test_limit ? std::min(held_out, p.test_limit) : held_out);
+    std::iota(last.begin(), last.end(), learned);
+    data.test = {subset(data.set.train, last)};
+    limit(data.set.train, train_limit ? std::min(learned, train_limit) : learned);
   }
-  data.test = {data.set.test};
   std::vector<ExperimentRun> runs;
   for (uint64_t width : hidden) {
     if (width < 1 || width > 65536) throw InputError("--widths: 1 to 65,536 units, not " + std::to_string(width));
@@ -122,21 +110,17 @@ int run(int argc, char** argv) {
       if ((method.kind == "bgd" || method.kind == "bbb") && !quick && !program.given("--sigma"))
         method.settings["sigma"] = choose_sigma(int(width));
       for (uint64_t seed : program.seed_numbers()) {
-        ExperimentRun r = program.make_run(method, make_label(method, width), network, {seed});
+        ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method, width), network, {seed}));
         r.stages = whole_set(data.set.train.count);
         r.more["width"] = width;
         r.histogram = true;
-        add_step_scale(r);
-        runs.push_back(std::move(r));
       }
     }
   }
-  print_head(program, "MNIST", data.set);
   ExperimentOptions experiment = program.experiment();
   if (validate) experiment.extra["judged_on"] = "the last 10,000 training images";
-  const json result = run_experiment(experiment, data, runs);
-  report(result, sentence_about(result, hidden), data.set, experiment.out);
-  return 0;
+  return run_and_report(program, "MNIST", experiment, data, runs,
+                        [&](const json& result) { return sentence_about(result, hidden); });
 }
 
 }  // namespace

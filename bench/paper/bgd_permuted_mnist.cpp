@@ -4,14 +4,14 @@
 // drawn, and neighbouring tasks overlap in time.
 #include <cmath>
 
-#include "bench/common/bgd.h"
+#include "bench/common/program.h"
 #include "engine/io/program.h"
 
 using namespace baton;
 
 namespace {
 
-Preset make_preset(const std::string& name) {
+Preset make_preset(bool paper) {
   Preset p;
   p.batch = 128;
   p.samples = 10;
@@ -19,16 +19,14 @@ Preset make_preset(const std::string& name) {
   p.methods = baseline_methods({"bgd", "sgd", "adam", "si", "ewc", "bgd_continuous", "sgd_continuous"});
   find_method(p, "si").settings = {{"strength", 0.1}, {"xi", 0.1}};  // Adam, not restarted (Zenke et al. 2017)
   find_method(p, "ewc").settings = {{"strength", 100}};
-  if (name == "paper") {
+  if (paper) {
     p.epochs = 20;
     set_sigma(p, 0.015);
     for (const char* adam : {"si", "ewc", "adam"}) find_method(p, adam).batch = 256;
     find_method(p, "ewc").settings["fisher_examples"] = 5000;
-  } else if (name == "quick") {
+  } else {
     p.epochs = 2;
     set_sigma(p, 0.05);
-  } else {
-    refuse_preset(name);
   }
   return p;
 }
@@ -42,12 +40,10 @@ std::string make_label(const std::string& method) {
 std::string sentence_about(const json& result, int tasks) {
   std::string sentence = "Average accuracy over the " + std::to_string(tasks) + " tasks after the last one:";
   std::vector<std::string> done;
-  char text[120];
   for (const json& run : result["runs"]) {
     const std::string label = run["label"];
     if (std::find(done.begin(), done.end(), label) != done.end()) continue;
-    snprintf(text, sizeof text, "%s %s %.4f", done.empty() ? "" : ",", label.c_str(), final_accuracy(result, label));
-    sentence += text;
+    sentence += format_text("%s %s %.4f", done.empty() ? "" : ",", label.c_str(), final_accuracy(result, label));
     done.push_back(label);
   }
   return sentence + ".";
@@ -63,33 +59,24 @@ int run(int argc, char** argv) {
   program.methods = "bgd,sgd,si,ewc";
   program.out_prefix = "results/bgd_permuted_mnist_";
   program.add_options("quick (2x200, 2 epochs a task) or paper (2x2000, 20 epochs): what the other options start from");
-  int tasks = 10, width = program.preset_name == "paper" ? 2000 : 200;
+  int tasks = 10, width = program.paper() ? 2000 : 200;
   double beta = 4;
   program.app.add_option("--tasks", tasks, "orders of the pixels, the first being MNIST's own")
-      ->check(CLI::Range(1, 10000))
-      ->capture_default_str();
-  program.app.add_option("--width", width, "of the two hidden layers")
-      ->check(CLI::Range(1, 65536))
-      ->capture_default_str();
-  program.app
-      .add_option("--overlap-beta", beta, "of continuous tasks: neighbours overlap for 2 / beta of a task's length")
-      ->capture_default_str();
+      ->check(CLI::Range(1, 10000));
+  program.app.add_option("--width", width, "of the two hidden layers")->check(CLI::Range(1, 65536));
+  program.app.add_option("--overlap-beta", beta,
+                         "of continuous tasks: neighbours overlap for 2 / beta of a task's length");
   if (!program.parse()) return 0;
   const Preset& p = program.preset;
 
-  Limits limits;
-  limits.train = p.train_limit;
-  limits.test = p.test_limit;
-  ExperimentData data;
-  data.set = find_mnist(program.data_folder(), 0, limits);
-  data.test = {data.set.test};
+  const ExperimentData data = program.find_data(find_mnist);
   NetworkSpec network = network_spec("mlp", 10, {{"hidden", {width, width}}});
   network.image = {data.set.train.channels, data.set.train.height, data.set.train.width};
   const int images = data.set.train.count;
   std::vector<ExperimentRun> runs;
   for (const Method& method : program.chosen_methods())
     for (uint64_t seed : program.seed_numbers()) {
-      ExperimentRun r = program.make_run(method, make_label(method.name), network, {seed});
+      ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method.name), network, {seed}));
       const bool continuous = method.name.ends_with("_continuous");
       const std::vector<int32_t> everything = whole_set(images).order[0];
       r.stages = tasks_in_turn(std::vector<std::vector<int32_t>>(continuous ? 1 : size_t(tasks), everything));
@@ -101,14 +88,9 @@ int run(int argc, char** argv) {
         r.checks = tasks;
         r.more["overlap_beta"] = beta;
       }
-      add_step_scale(r);
-      runs.push_back(std::move(r));
     }
-  print_head(program, "MNIST", data.set);
-  const ExperimentOptions experiment = program.experiment();
-  const json result = run_experiment(experiment, data, runs);
-  report(result, sentence_about(result, tasks), data.set, experiment.out);
-  return 0;
+  return run_and_report(program, "MNIST", program.experiment(), data, runs,
+                        [&](const json& result) { return sentence_about(result, tasks); });
 }
 
 }  // namespace

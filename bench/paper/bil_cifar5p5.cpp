@@ -41,7 +41,7 @@ struct Prelude {
 };
 using FromOldClasses = std::shared_ptr<const Pretrained>;
 
-Preset make_preset(const std::string& name) {
+Preset make_preset(bool paper) {
   Preset p;
   p.batch = 128;
   const std::vector<Method> cifar = cifar_methods();
@@ -51,24 +51,16 @@ Preset make_preset(const std::string& name) {
       p.methods.push_back(cifar[i]);
       p.methods.back().name += prior;
     }
-  if (name == "paper") {
+  if (paper) {
     p.epochs = 60;
     p.augment = true;
-  } else if (name == "quick") {  // subsets, in minutes on two cores
+  } else {  // subsets, in minutes on two cores
     p.train_limit = 4000;
     p.test_limit = 1000;
     p.samples = 20;
     p.stage_samples = 5;
-  } else {
-    refuse_preset(name);
   }
   return p;
-}
-
-std::string joined(const std::vector<int>& numbers) {
-  std::string text;
-  for (int n : numbers) text += (text.empty() ? "" : ",") + std::to_string(n);
-  return text;
 }
 
 // What decides the pretrained network: a file of one that says something else is not reused.
@@ -130,8 +122,8 @@ NamedWeights pretrain(const PaperProgram& program, const Prelude& prelude, uint6
                                             split_into_parts(prelude.old_set.train.count, 1, {seed}, p.augment),
                                             training, 0, checkpoint, {{"identity", identity}}, &file)[0]
                                 .accuracy;
-    printf("pretrained on classes %s, seed %llu: test accuracy %.4f on them\n", joined(prelude.old_classes).c_str(),
-           static_cast<unsigned long long>(seed), accuracy);
+    printf("pretrained on classes %s, seed %llu: test accuracy %.4f on them\n",
+           CLI::detail::join(prelude.old_classes).c_str(), static_cast<unsigned long long>(seed), accuracy);
     fflush(stdout);
     file.metadata = {{"format", "baton-pretrained-1"},
                      {"architecture", network->architecture()},
@@ -196,7 +188,6 @@ json find_points(const PaperProgram& program, const Prelude& prelude, const Meth
 std::string sentence_about(const json& result, const std::vector<Method>& methods, int parts) {
   const double none = final_accuracy(result, "ffg", parts), ft = final_accuracy(result, "ft_pretrained", parts);
   std::string sentence;
-  char text[300];
   for (const Method& method : methods) {
     const double value = final_accuracy(result, method.name, parts);
     if (method.name.find('_') == std::string::npos || method.name == "ft_pretrained" || !std::isfinite(value) ||
@@ -204,12 +195,10 @@ std::string sentence_about(const json& result, const std::vector<Method>& method
       continue;
     const auto compare = [&](const char* words, const char* other_name, double other) {
       const double gap = 100 * (value - other);
-      snprintf(text, sizeof text, "%s %.2f points %s %s (%.2f %%)", words, std::abs(gap),
-               gap >= 0 ? "ahead of" : "behind", other_name, 100 * other);
-      sentence += text;
+      sentence += format_text("%s %.2f points %s %s (%.2f %%)", words, std::abs(gap), gap >= 0 ? "ahead of" : "behind",
+                              other_name, 100 * other);
     };
-    snprintf(text, sizeof text, "%s ends at %.2f %%", method.name.c_str(), 100 * value);
-    sentence += text;
+    sentence += format_text("%s ends at %.2f %%", method.name.c_str(), 100 * value);
     compare(",", "FFG without pretraining", none);
     if (std::isfinite(ft)) compare(" and", "pretrained FT", ft);
     sentence += ". ";
@@ -232,7 +221,7 @@ int run(int argc, char** argv) {
       "approximation at the pretrained w*. Writes result.json, log.jsonl, the pretrained networks and a plot to --out.",
       argc, argv, make_preset);
   Prelude prelude;
-  if (program.preset_name == "quick") {
+  if (!program.paper()) {
     prelude.old_limit = 10000;
     prelude.epochs = prelude.grid_epochs = 10;
     prelude.grid = "0.003,0.01,0.03,0.1";
@@ -243,7 +232,6 @@ int run(int argc, char** argv) {
   program.add_options("quick (subsets) or paper (all): what the other options start from");
   LaplaceSettings& laplace = prelude.laplace;
   auto* options = program.app.add_option_group("Pretraining and priors");
-  options->option_defaults()->always_capture_default();
   options->add_option("--class-seed", prelude.class_seed, "of the draw of the five old classes")
       ->check(CLI::NonNegativeNumber);
   options->add_option("--pretrain-epochs", prelude.epochs, "on the old classes")->check(CLI::PositiveNumber);
@@ -264,7 +252,7 @@ int run(int argc, char** argv) {
   const std::vector<uint64_t> seeds = program.seed_numbers();
 
   // The old classes' set and the new ones', from one reading of all.
-  const Dataset all = find_cifar10(program.data_folder());
+  const Dataset all = find_cifar10(program.data);
   const std::vector<std::vector<int32_t>> drawn = split_parts(10, 1, uint64_t(prelude.class_seed) + 1000);
   const std::vector<int> classes(drawn[0].begin(), drawn[0].end());
   prelude.old_classes.assign(classes.begin(), classes.begin() + 5);
@@ -274,7 +262,7 @@ int run(int argc, char** argv) {
   for (const auto& [set, chosen, train_limit] : {std::tuple{&prelude.old_set, &prelude.old_classes, prelude.old_limit},
                                                  std::tuple{&prelude.new_set, &prelude.new_classes, p.train_limit}}) {
     *set = {all.name,
-            all.source + ", classes " + joined(*chosen),
+            all.source + ", classes " + CLI::detail::join(*chosen),
             all.path,
             all.generated,
             of_classes(all.train, *chosen),
@@ -291,10 +279,10 @@ int run(int argc, char** argv) {
       if (const std::string name = entry.path().filename(); name.starts_with("pretraining_") || name.starts_with("sd_"))
         fs::remove(entry.path());
   printf("bil_cifar5p5: %s, old classes %s (%d images), new classes %s (%d training and %d test images)%s, preset %s\n",
-         all.generated ? "GENERATED images (no CIFAR-10 was found)" : "CIFAR-10", joined(prelude.old_classes).c_str(),
-         prelude.old_set.train.count, joined(prelude.new_classes).c_str(), prelude.new_set.train.count,
-         prelude.new_set.test.count, all.path.empty() ? "" : (" from " + all.path).c_str(),
-         program.preset_name.c_str());
+         all.generated ? "GENERATED images (no CIFAR-10 was found)" : "CIFAR-10",
+         CLI::detail::join(prelude.old_classes).c_str(), prelude.old_set.train.count,
+         CLI::detail::join(prelude.new_classes).c_str(), prelude.new_set.train.count, prelude.new_set.test.count,
+         all.path.empty() ? "" : (" from " + all.path).c_str(), program.preset_name.c_str());
   fflush(stdout);
 
   const auto wanted = [&](const char* prior) {
@@ -307,10 +295,9 @@ int run(int argc, char** argv) {
     const NamedWeights weights = pretrain(program, prelude, seed);
     Pretrained from;
     for (const std::string& name : names) from.weights[name] = weights.at(name);
-    char text[120];
-    snprintf(text, sizeof text, " for %g epochs", prelude.epochs);
-    from.description = "pretrained on " + std::to_string(prelude.old_set.train.count) + " images of classes " +
-                       joined(prelude.old_classes) + text + ", transfer " + prelude.transfer;
+    from.description =
+        format_text("pretrained on %d images of classes %s for %g epochs, transfer %s", prelude.old_set.train.count,
+                    CLI::detail::join(prelude.old_classes).c_str(), prelude.epochs, prelude.transfer.c_str());
     flat[seed] = std::make_shared<Pretrained>(from);
     if (!wanted("laplace")) continue;
     Device device;
@@ -326,19 +313,15 @@ int run(int argc, char** argv) {
       from.prior_log_std[name] = log_std.at(name);
       for (float x : log_std.at(name)) sum += x, count++;
     }
-    snprintf(text, sizeof text, ", Laplace %s, tau %g, temperature %g", name(kind), laplace.tau, laplace.temperature);
-    from.description += text;
+    from.description +=
+        format_text(", Laplace %s, tau %g, temperature %g", name(kind), laplace.tau, laplace.temperature);
     curved[seed] = std::make_shared<Pretrained>(from);
     printf("Laplace prior, seed %llu: mean log sigma %.2f over %.0f weights\n", static_cast<unsigned long long>(seed),
            sum / count, count);
     fflush(stdout);
   }
 
-#if defined(BATON_CUDA)
-  const size_t at_once = program.at_once ? program.at_once : seeds.size() + grid_size;
-#else
-  const size_t at_once = program.at_once ? program.at_once : 1;
-#endif
+  const size_t at_once = program.at_once ? program.at_once : on_gpu ? seeds.size() + grid_size : 1;
   json of_search{{"pretraining", describe_pretraining(prelude, p, 0)},
                  {"set", {prelude.new_set.source, prelude.new_set.train.count}},
                  {"transfer", prelude.transfer},
@@ -353,7 +336,7 @@ int run(int argc, char** argv) {
   for (const Method& m : methods)
     for (int t : parts)
       for (const std::vector<uint64_t>& group : program.seed_groups()) {
-        ExperimentRun run = program.make_run(m, m.name, prelude.network, group);
+        ExperimentRun& run = runs.emplace_back(program.make_run(m, m.name, prelude.network, group));
         run.stages = split_into_parts(prelude.new_set.train.count, t, group, p.augment);
         for (Replica& replica : run.training.replicas) {
           const std::string from = prior_name(m);
@@ -375,7 +358,6 @@ int run(int argc, char** argv) {
           fflush(stdout);
           searches.push_back(said);
         }
-        runs.push_back(std::move(run));
       }
 
   ExperimentOptions experiment = program.experiment();

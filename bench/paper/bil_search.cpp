@@ -123,26 +123,23 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
         last[r] = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
       }
     });
-    for (size_t r = 0; r < group.size(); r++) {
-      char text[32];
-      snprintf(text, sizeof text, "%s%.4f", curve[r].empty() ? "" : " ", last[r].accuracy);
-      curve[r] += text;
-    }
+    for (size_t r = 0; r < group.size(); r++)
+      curve[r] += format_text("%s%.4f", curve[r].empty() ? "" : " ", last[r].accuracy);
   }
   const double seconds = seconds_so_far();
   const std::vector<double> log_std = trainer.posterior().mean_log_std();
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
     const auto of = [&](const char* name) { return c.settings.value(name, 0.0); };
-    char row[500];
-    snprintf(row, sizeof row, "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
-             describe_rest(c).c_str(), int(shared["parts"]), int(shared["batch"]), double(shared["epochs"]),
-             c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(), of("lr"),
-             of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"), int(seed),
-             last[r].accuracy, last[r].nll, last[r].ece, log_std.empty() ? 0. : log_std[r], curve[r].c_str(),
-             seconds / double(group.size()));
+    const std::string row =
+        format_text("%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
+                    describe_rest(c).c_str(), int(shared["parts"]), int(shared["batch"]), double(shared["epochs"]),
+                    c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(),
+                    of("lr"), of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"),
+                    int(seed), last[r].accuracy, last[r].nll, last[r].ece, log_std.empty() ? 0. : log_std[r],
+                    curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
-    printf("%s\n", row);
+    printf("%s\n", row.c_str());
     fflush(stdout);
   }
   if (!table) throw RunError("the table could not be written");
@@ -151,28 +148,26 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
 int run(int argc, char** argv) {
   CLI::App app{
       "Searches the settings of bil_mnist or bil_cifar10 on a hold-out of the training parts (never on the test set)"};
-  std::string candidates_file, set_name = "mnist", data, out = "results/bil_search";
+  std::string candidates_file, set_name = "mnist", out = "results/bil_search";
+  std::optional<std::string> data;
   int samples = 20, train_limit = 30000, hold_out = 10000, at_once = 1;
   bool resume = false;
   Progression at;
   app.add_option("candidates", candidates_file, "JSON: a list of objects of settings")->required();
-  app.add_option("--set", set_name, "mnist (LeNet5) or cifar10 (3Conv3FC)")
-      ->check(CLI::IsMember({"mnist", "cifar10"}))
-      ->capture_default_str();
+  app.option_defaults()->always_capture_default();
+  app.add_option("--set", set_name, "mnist (LeNet5) or cifar10 (3Conv3FC)")->check(CLI::IsMember({"mnist", "cifar10"}));
   app.add_option("--data", data, "folder of the data set");
   app.add_option("--out", out, "folder of the table");
   app.add_option("--samples", samples, "draws of a final prediction");
-  app.add_option("--train-limit", train_limit, "train on the first N images")->capture_default_str();
-  app.add_option("--hold-out", hold_out, "judge on the last N training images")->capture_default_str();
+  app.add_option("--train-limit", train_limit, "train on the first N images");
+  app.add_option("--hold-out", hold_out, "judge on the last N training images");
   app.add_option("--at-once", at_once, "candidates that train side by side, where they share shapes");
   app.add_flag("--resume", resume, "go on from the checkpoint in --out");
-  app.add_option("--checkpoint-seconds", at.checkpoint_seconds, "between checkpoints, at the ends of epochs")
-      ->capture_default_str();
+  app.add_option("--checkpoint-seconds", at.checkpoint_seconds, "between checkpoints, at the ends of epochs");
   if (!parse_options(app, argc, argv)) return 0;
 
-  const auto folder = data.empty() ? std::nullopt : std::optional<std::filesystem::path>(data);
   const bool mnist = set_name == "mnist";
-  const Dataset set = mnist ? find_mnist(folder) : find_cifar10(folder);
+  const Dataset set = mnist ? find_mnist(data) : find_cifar10(data);
   const NetworkFactory make = network_factory(network_spec(mnist ? "lenet5" : "3conv3fc"));
   const Normalisation normalisation = mnist ? unit_range : standardise(set.train);
   if (train_limit < 1 || hold_out < 1 || train_limit + hold_out > set.train.count)

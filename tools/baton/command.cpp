@@ -85,8 +85,7 @@ void DataArguments::add_to(CLI::App& app, const std::string& what, bool required
                      "each class")
       ->required(required);
   app.add_option(companion("labels"), labels_, "their labels, where they lie in a file of their own (IDX or .npy)");
-  split_text_ = split_ == Split::train ? "train" : "test";
-  app.add_option(companion("split"), split_text_, "train or test: which half of a data set's folder or file")
+  app.add_option(companion("split"), split_, "train or test: which half of a data set's folder or file")
       ->check(CLI::IsMember({"train", "test"}))
       ->capture_default_str();
   app.add_option(companion("images"), range_,
@@ -97,18 +96,18 @@ OwnData DataArguments::load(const Model& model, bool labels_needed) const {
   OwnDataOptions o = data_options(model);
   o.labels_needed = labels_needed;
   if (foreign_) o.classes = 0, o.class_names.clear();
-  o.split = split_text_ == "train" ? Split::train : Split::test;
+  o.split = split_ == "train" ? Split::train : Split::test;
   if (!labels_.empty()) o.labels = labels_;
   if (!range_.empty()) {
     const size_t colon = range_.find(':');
-    const auto number = [&](const std::string& text, int otherwise) {
-      if (text.empty()) return otherwise;
+    const auto number = [&](const std::string& text) {
+      if (text.empty()) return 0;
       if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
         throw InputError(companion("images") + " is '" + range_ + "'; expected FIRST:LAST, as 0:6000");
       return std::stoi(text);
     };
-    o.first = number(colon == std::string::npos ? "x" : range_.substr(0, colon), 0);
-    o.last = number(range_.substr(colon + 1), 0);
+    o.first = number(colon == std::string::npos ? "x" : range_.substr(0, colon));
+    o.last = number(range_.substr(colon + 1));
   }
   OwnData data = load_own_data(path_, o);
   if (!foreign_) check_classes(model, data);

@@ -15,7 +15,7 @@ namespace baton {
 // foreign: images of other classes than the model's, whatever they are.
 class DataArguments {
  public:
-  explicit DataArguments(std::string flag = "--data", Split split = Split::test, bool foreign = false)
+  explicit DataArguments(std::string flag = "--data", std::string split = "test", bool foreign = false)
       : flag_(flag), split_(split), foreign_(foreign) {}
   void add_to(CLI::App&, const std::string& what, bool required);
   bool given() const { return !path_.empty(); }
@@ -24,8 +24,7 @@ class DataArguments {
 
  private:
   std::string companion(const std::string& name) const { return flag_ == "--data" ? "--" + name : flag_ + "-" + name; }
-  std::string flag_, path_, labels_, split_text_, range_;
-  Split split_;
+  std::string flag_, split_, path_, labels_, range_;
   bool foreign_;
 };
 
@@ -34,7 +33,6 @@ class PredictionArguments {
  public:
   void add_to(CLI::App&);
   int samples(const Model&) const;  // 0: at the mean; a point estimate has nothing else
-  uint64_t seed() const { return seed_; }
   // Sets "samples", "seed" and, where it is not the first, "head".
   void describe(json& result, const Model&) const;
   // Of all images, after a line on stderr. RunError where the network has overflowed.
@@ -97,7 +95,7 @@ Schema network_options();
 // `baton init` alone decides it: the shape of a posterior and where it begins.
 bool decided_by_init(const Option&);
 
-// Refuses to write over a file that is there, but with --overwrite; what: "--out".
+// Refuses to write over a file that is there, but with --overwrite.
 void check_free(const std::string& path, bool overwrite);
 
 }  // namespace baton

@@ -167,20 +167,19 @@ class CompareCommand : public Command {
   void add_predictions(json& r, Device& device, const LoadedModel& a, const LoadedModel& b, const OwnData& data) const {
     const Predictions of_a = prediction_.predict(device, a, data.images),
                       of_b = prediction_.predict(device, b, data.images);
-    const size_t classes = size_t(a.model.network.classes);
+    const int classes = a.model.network.classes;
+    const std::vector<int> chosen_a = choose_classes(of_a, classes), chosen_b = choose_classes(of_b, classes);
     double agree = 0, variation = 0;
-    for (size_t i = 0; i < size_t(data.images.count); i++) {
-      const float *p = &of_a.probability[i * classes], *q = &of_b.probability[i * classes];
-      agree += std::max_element(p, p + classes) - p == std::max_element(q, q + classes) - q;
-      for (size_t c = 0; c < classes; c++) variation += std::abs(double(p[c]) - q[c]) / 2;
-    }
+    for (size_t i = 0; i < chosen_a.size(); i++) agree += chosen_a[i] == chosen_b[i];
+    for (size_t i = 0; i < of_a.probability.size(); i++)
+      variation += std::abs(double(of_a.probability[i]) - of_b.probability[i]) / 2;
     r["data"] = describe_data(data);
     prediction_.describe(r, a.model);
     r["samples"] = {prediction_.samples(a.model), prediction_.samples(b.model)};
     json p{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
     if (data.labelled) {
-      p["model"] = judge(of_a, data.images, int(classes));
-      p["other"] = judge(of_b, data.images, int(classes));
+      p["model"] = judge(of_a, data.images, classes);
+      p["other"] = judge(of_b, data.images, classes);
     }
     r["predictions"] = p;
   }
@@ -191,7 +190,7 @@ class CompareCommand : public Command {
     if (value.is_string()) return printable(value);
     if (value.is_object() && value.contains("fraction"))  // "pruned"
       return printable(fill(value, "{fraction:%} by {by}, {scope}"));
-    return printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
+    return printable(one_line(value));
   }
 
   static std::string layers_text(const json& r) {

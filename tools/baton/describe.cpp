@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "trainers/metrics.h"
 
@@ -92,9 +93,14 @@ json judge(const Predictions& p, const Images& images, int classes) {
 }
 
 double mean(const std::vector<float>& values) {
-  double sum = 0;
-  for (float v : values) sum += v;
-  return sum / double(values.size());
+  return std::accumulate(values.begin(), values.end(), 0.) / double(values.size());
+}
+
+std::vector<int> choose_classes(const Predictions& p, int classes) {
+  std::vector<int> chosen;
+  for (auto at = p.probability.begin(); at != p.probability.end(); at += classes)
+    chosen.push_back(int(std::max_element(at, at + classes) - at));
+  return chosen;
 }
 
 std::vector<Belief> read_beliefs(Device& device, Posterior& posterior) {

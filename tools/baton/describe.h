@@ -29,6 +29,8 @@ bool has_epistemic(const json& result);
 // {"accuracy", "nll", "ece"} of predictions of labelled images.
 json judge(const Predictions&, const Images&, int classes);
 double mean(const std::vector<float>&);
+// The most probable class of each image, the first of equals.
+std::vector<int> choose_classes(const Predictions&, int classes);
 
 // One tensor of a posterior, on the host.
 struct Belief {

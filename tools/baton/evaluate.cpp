@@ -289,7 +289,7 @@ class Evaluate : public Command {
            "lower is better.\n";
   }
 
-  DataArguments foreign_{"--ood", Split::test, true};
+  DataArguments foreign_{"--ood", "test", true};
 };
 
 }  // namespace

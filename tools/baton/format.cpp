@@ -1,8 +1,8 @@
 #include "tools/baton/format.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 
 namespace baton {
 
@@ -42,21 +42,10 @@ std::string group_digits(int64_t n) {
   return (n < 0 ? "-" : "") + text;
 }
 
-std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts;
-  std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
-  return parts;
-}
-
-std::string dump(const json& j) {
-  return j.dump(-1, ' ', false, json::error_handler_t::replace);  // a path need not be UTF-8
-}
-
 // line: the line break and the blanks of this level.
 void print(std::string& text, const json& j, const std::string& line) {
   if (!j.is_structured() || j.empty()) {
-    text += dump(j);
+    text += one_line(j);
     return;
   }
   const bool flat = j.is_array() && std::none_of(j.begin(), j.end(), [](const json& e) { return e.is_structured(); });
@@ -67,7 +56,7 @@ void print(std::string& text, const json& j, const std::string& line) {
     text += between;
     between = flat ? ", " : ",";
     if (!flat) text += inner;
-    if (j.is_object()) text += dump(key) + ": ";
+    if (j.is_object()) text += one_line(key) + ": ";
     print(text, value, inner);
   }
   if (!flat) text += line;
@@ -115,7 +104,7 @@ std::string fill(const json& object, const std::string& text) {
 }
 
 std::string printable(const std::string& text) {
-  std::string shown = json::parse(dump(text)).get<std::string>();
+  std::string shown = json::parse(one_line(text)).get<std::string>();
   for (char& c : shown)
     if (uint8_t(c) < 0x20 || c == 0x7F) c = '?';
   return shown;
@@ -126,7 +115,7 @@ std::string align_list(const TextRows& rows) { return align(rows, false); }
 
 std::string table(const json& rows, const std::string& columns) {
   TextRows cells(rows.size() + 1);
-  for (const std::string& column : split(columns, ';')) {
+  for (const std::string& column : CLI::detail::split(columns, ';')) {
     const size_t first = column.find_first_not_of(' '), equals = column.find('='), open = column.find('{');
     const std::string path = column.substr(open + 1, column.find_first_of(":}", open) - open - 1);
     const json::json_pointer value("/" + path);
@@ -139,9 +128,9 @@ std::string table(const json& rows, const std::string& columns) {
 
 std::string list(const json& object, const std::string& text) {
   TextRows rows;
-  for (const std::string& line : split(text, '\n')) {
+  for (const std::string& line : CLI::detail::split(text, '\n')) {
     rows.emplace_back();
-    for (const std::string& cell : split(line, '|')) rows.back().push_back(fill(object, cell));
+    for (const std::string& cell : CLI::detail::split(line, '|')) rows.back().push_back(fill(object, cell));
   }
   return align_list(rows);
 }
@@ -152,6 +141,8 @@ json first_rows(const json& rows, size_t most, const std::function<bool(const js
   sorted.resize(std::min(most, sorted.size()));
   return sorted;
 }
+
+std::string one_line(const json& j) { return j.dump(-1, ' ', false, json::error_handler_t::replace); }
 
 std::string json_text(const json& j) {
   std::string text;

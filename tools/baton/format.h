@@ -37,5 +37,6 @@ std::string list(const json& object, const std::string& text);
 json first_rows(const json& rows, size_t most, const std::function<bool(const json&, const json&)>& before);
 
 std::string json_text(const json&);  // two blanks a level, lists of numbers on one line
+std::string one_line(const json&);   // bytes that are not UTF-8 are replaced, as a path may have them
 
 }  // namespace baton

@@ -16,7 +16,8 @@ std::string normal_text(const std::string& mean, double sd) {
   return "N(" + mean + ", " + digits + "^2)";
 }
 
-// What the searches of the paper programs found for incremental learning: in place of its kinds' standard settings.
+// What the searches of the paper programs found for incremental learning. For ft, ffg, cfg and mnf it takes the place
+// of their standard settings.
 json found_settings(bool colour) {
   return {{"lr", colour ? 1e-3 : 2e-3},     {"schedule", "linear"},  {"lr_scale", 1e-2},
           {"beta", colour ? 0.05 : 0.03},   {"path_gradient", true}, {"z_log_std", -3.5},
@@ -50,26 +51,23 @@ class Init : public Command {
     network->add_option("--std", std_, "of each channel; divides what --mean leaves")->delimiter(',');
     by_.add_to(*network, "images whose mean and standard deviation normalise all images", false);
     auto* belief = app.add_option_group("Posterior and prior");
-    std::vector<std::string> kinds;
-    for (const PosteriorKind* kind : posterior_kinds()) kinds.push_back(kind->name);
-    belief->add_option("--kind,--family", kind_, "of the posterior: " + CLI::detail::join(kinds, ", "))
-        ->capture_default_str();
-    belief->add_option("--pretrained-sd", pretrained_sd_, "prior N(w, sd^2) of pretrained weights w")
-        ->capture_default_str();
+    belief->option_defaults()->always_capture_default();
+    const std::string kinds = CLI::detail::join(
+        posterior_kinds(), [](const PosteriorKind* kind) { return kind->name; }, ", ");
+    belief->add_option("--kind,--family", kind_, "of the posterior: " + kinds);
+    belief->add_option("--pretrained-sd", pretrained_sd_, "prior N(w, sd^2) of pretrained weights w");
     belief->add_option("--transfer", transfer_, "which pretrained layers: all, all-but-last or conv; the rest is fresh")
-        ->check(CLI::IsMember({"all", "all-but-last", "conv"}))
-        ->capture_default_str();
+        ->check(CLI::IsMember({"all", "all-but-last", "conv"}));
     belief->add_flag("--laplace", laplace_,
                      "prior N(w, 1 / precision) by a diagonal Laplace approximation on --old-data");
     old_.add_to(*belief, "with --laplace: the images that the pretrained network learned", false);
-    belief->add_option("--curvature", curvature_, "with --laplace: ggn or empirical")->capture_default_str();
-    belief->add_option("--tau", settings_.tau, "with --laplace: precision before any data")->capture_default_str();
-    belief->add_option("--temperature", settings_.temperature, "with --laplace: divides the data's precision")
-        ->capture_default_str();
+    belief->add_option("--curvature", curvature_, "with --laplace: ggn or empirical");
+    belief->add_option("--tau", settings_.tau, "with --laplace: precision before any data");
+    belief->add_option("--temperature", settings_.temperature, "with --laplace: divides the data's precision");
     // What only init decides, and the settings of updates.
     Schema first, later;
     for (Option option : posterior_options()) {
-      if (found_settings(false).contains(option.name)) option.standard = nullptr;  // not what --help would show
+      if (found_settings(false).contains(option.name)) option.standard = nullptr;  // init takes another
       (decided_by_init(option) ? first : later).push_back(option);
     }
     posterior_.add_to(*belief, first, true);
@@ -277,7 +275,7 @@ class Init : public Command {
   std::optional<int> batch_;
   SchemaArguments network_, posterior_;
   LaplaceSettings settings_;
-  DataArguments old_{"--old-data", Split::train}, by_{"--normalise-by", Split::train};
+  DataArguments old_{"--old-data", "train"}, by_{"--normalise-by", "train"};
 };
 
 }  // namespace

@@ -234,7 +234,8 @@ class InspectCommand : public Command {
     const auto add = [&](const std::string& flag, const json& value, const std::string& help) {
       rows.push_back({flag, format_value(value, value.is_number_float() ? "g" : ""), help});
     };
-    if (bgd) add("--rule", "bgd", "Bayesian gradient descent");
+    if (r["model"]["kind"] == "ffg")
+      add("--rule", s["rule"], bgd ? "Bayesian gradient descent" : "Adam on the evidence bound");
     add("--epochs", s["epochs"], "passes over the new images");
     add("--batch", s["batch"], "images a step");
     if (bgd) add("--draws", s["draws"], "of the weights, a step");

@@ -20,10 +20,6 @@ std::string csv_field(const std::string& text) {  // RFC 4180
   return quoted + '"';
 }
 
-std::string json_string(const std::string& text) {
-  return json(text).dump(-1, ' ', false, json::error_handler_t::replace);
-}
-
 // What is known of every image under one name: `width` numbers, or a text in their place where people read it.
 struct Series {
   std::string name;
@@ -54,13 +50,13 @@ std::string format_csv(const std::vector<Series>& all, size_t images) {
 
 std::string format_json(const std::vector<Series>& all, size_t images, const Model& model, int samples) {
   std::string text = "{\"classes\": [";
-  for (int c = 0; c < model.network.classes; c++) text += (c ? ", " : "") + json_string(model.class_name(c));
+  for (int c = 0; c < model.network.classes; c++) text += (c ? ", " : "") + one_line(model.class_name(c));
   text += "], \"samples\": " + std::to_string(samples) + ", \"images\": [";
   for (size_t i = 0; i < images; i++) {
     text += (i ? ",\n" : "\n") + ("{\"index\": " + std::to_string(i));
     for (const Series& s : all) {
       text += ", \"" + s.name + "\": " + (s.width > 1 ? "[" : "");
-      for (size_t c = 0; c < s.width; c++) text += (c ? ", " : "") + s.cell(i * s.width + c, json_string);
+      for (size_t c = 0; c < s.width; c++) text += (c ? ", " : "") + s.cell(i * s.width + c, one_line);
       text += s.width > 1 ? "]" : "";
     }
     text += "}";
@@ -80,38 +76,26 @@ std::map<std::string, Tensor> collect_arrays(const std::vector<Series>& all, siz
   return arrays;
 }
 
-// A row an image.
-struct Predicted {
-  const Model& model;
-  const OwnData& data;
-  const Predictions& predictions;
-  std::vector<int> chosen{};  // the class of an image, the first of equals
-
-  int count() const { return data.images.count; }
-  int classes() const { return model.network.classes; }
-  const float* probability(int i) const { return &predictions.probability[size_t(i) * classes()]; }
-
-  // In the order of the columns.
-  std::vector<Series> collect_series() const {
-    const auto doubles = [](const auto& values) { return std::vector<double>(values.begin(), values.end()); };
-    const Predictions& p = predictions;
-    std::vector<std::string> names;
-    for (int c : chosen) names.push_back(model.class_name(c));
-    std::vector<float> aleatoric;
-    for (size_t i = 0; i < p.entropy.size(); i++) aleatoric.push_back(p.entropy[i] - p.mutual_information[i]);
-    std::vector<Series> all;
-    if (!data.names.empty()) all.push_back({"name", {}, data.names});
-    if (data.labelled) all.push_back({"label", doubles(data.images.labels), {}, true});
-    all.push_back({"prediction", doubles(chosen), names, true});
-    all.push_back({"probability", doubles(p.probability), {}, false, size_t(classes())});
-    all.push_back({"entropy", doubles(p.entropy)});
-    all.push_back({"mutual_information", doubles(p.mutual_information)});
-    all.push_back({"aleatoric_entropy", doubles(aleatoric)});
-    all.push_back({"aleatoric_variance", doubles(p.aleatoric_variance)});
-    all.push_back({"epistemic_variance", doubles(p.epistemic_variance)});
-    return all;
-  }
-};
+// In the order of the columns. chosen: the class of every image.
+std::vector<Series> collect_series(const Model& model, const OwnData& data, const Predictions& p,
+                                   const std::vector<int>& chosen) {
+  const auto doubles = [](const auto& values) { return std::vector<double>(values.begin(), values.end()); };
+  std::vector<std::string> names;
+  for (int c : chosen) names.push_back(model.class_name(c));
+  std::vector<float> aleatoric;
+  for (size_t i = 0; i < p.entropy.size(); i++) aleatoric.push_back(p.entropy[i] - p.mutual_information[i]);
+  std::vector<Series> all;
+  if (!data.names.empty()) all.push_back({"name", {}, data.names});
+  if (data.labelled) all.push_back({"label", doubles(data.images.labels), {}, true});
+  all.push_back({"prediction", doubles(chosen), names, true});
+  all.push_back({"probability", doubles(p.probability), {}, false, size_t(model.network.classes)});
+  all.push_back({"entropy", doubles(p.entropy)});
+  all.push_back({"mutual_information", doubles(p.mutual_information)});
+  all.push_back({"aleatoric_entropy", doubles(aleatoric)});
+  all.push_back({"aleatoric_variance", doubles(p.aleatoric_variance)});
+  all.push_back({"epistemic_variance", doubles(p.epistemic_variance)});
+  return all;
+}
 
 class Predict : public Command {
  public:
@@ -136,21 +120,18 @@ class Predict : public Command {
     Device device;
     Arena arena;
     const LoadedModel loaded = load_model(device, arena, model_);
-    const int samples = prediction_.samples(loaded.model);  // what is wrong with --samples, before the images are read
-    const OwnData data = data_.load(loaded.model, false);
+    const Model& model = loaded.model;
+    const int samples = prediction_.samples(model);  // what is wrong with --samples, before the images are read
+    const OwnData data = data_.load(model, false);
     const Predictions p = prediction_.predict(device, loaded, data.images);
-    Predicted rows{loaded.model, data, p};
-    for (int i = 0; i < rows.count(); i++) {
-      const float* of_image = rows.probability(i);
-      rows.chosen.push_back(int(std::max_element(of_image, of_image + rows.classes()) - of_image));
-    }
-    const std::vector<Series> all = rows.collect_series();
-    const size_t images = rows.chosen.size();
+    const std::vector<int> chosen = choose_classes(p, model.network.classes);
+    const size_t images = chosen.size();
+    const std::vector<Series> all = collect_series(model, data, p, chosen);
     if (ending == ".csv") write_file_atomically(out_, format_csv(all, images));
-    if (ending == ".json") write_file_atomically(out_, format_json(all, images, loaded.model, samples));
+    if (ending == ".json") write_file_atomically(out_, format_json(all, images, model, samples));
     if (ending == ".npz") save_npz(out_, collect_arrays(all, images));
     if (ending == ".npy") save_npy(out_, collect_arrays(all, images)["probability"]);
-    return summarise(rows);
+    return summarise(model, data, p, chosen);
   }
 
   std::string text(const json& result) const override {
@@ -193,32 +174,29 @@ class Predict : public Command {
     return ending;
   }
 
-  json summarise(const Predicted& rows) const {
-    const Predictions& p = rows.predictions;
-    json result{{"command", "predict"}, {"model", describe_model(rows.model)}, {"data", describe_data(rows.data)}};
-    prediction_.describe(result, rows.model);
-    std::vector<int64_t> counts(rows.classes());
-    for (int c : rows.chosen) counts[c]++;
-    const std::vector<std::string> names = list_classes(rows.model);
+  json summarise(const Model& model, const OwnData& data, const Predictions& p, const std::vector<int>& chosen) const {
+    json result{{"command", "predict"}, {"model", describe_model(model)}, {"data", describe_data(data)}};
+    prediction_.describe(result, model);
+    const std::vector<std::string> names = list_classes(model);
+    const int classes = int(names.size());
     result["classes"] = json::array();
-    for (int c = 0; c < rows.classes(); c++)
-      result["classes"].push_back({{"class", c}, {"name", names[c]}, {"images", counts[c]}});
+    for (int c = 0; c < classes; c++)
+      result["classes"].push_back(
+          {{"class", c}, {"name", names[c]}, {"images", std::count(chosen.begin(), chosen.end(), c)}});
     result["mean_entropy"] = mean(p.entropy);
     result["mean_mutual_information"] = mean(p.mutual_information);
 
-    std::vector<int> order(rows.count());
+    std::vector<size_t> order(chosen.size());
     std::iota(order.begin(), order.end(), 0);
-    const size_t shown = std::min<size_t>(5, order.size());
-    std::partial_sort(order.begin(), order.begin() + std::ptrdiff_t(shown), order.end(),
-                      [&](int a, int b) { return p.entropy[a] != p.entropy[b] ? p.entropy[a] > p.entropy[b] : a < b; });
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return p.entropy[a] > p.entropy[b]; });
+    order.resize(std::min<size_t>(5, order.size()));
     result["most_uncertain"] = json::array();
-    for (size_t k = 0; k < shown; k++) {
-      const int i = order[k];
+    for (size_t i : order) {
       json image{{"index", i}};
-      if (!rows.data.names.empty()) image["name"] = printable(rows.data.names[i]);
-      if (rows.data.labelled) image["label"] = rows.data.images.labels[i];
-      image["prediction"] = names[rows.chosen[i]];
-      image["probability"] = rows.probability(i)[rows.chosen[i]];
+      if (!data.names.empty()) image["name"] = printable(data.names[i]);
+      if (data.labelled) image["label"] = data.images.labels[i];
+      image["prediction"] = names[chosen[i]];
+      image["probability"] = p.probability[i * classes + chosen[i]];
       image["entropy"] = p.entropy[i];
       image["mutual_information"] = p.mutual_information[i];
       result["most_uncertain"].push_back(image);

@@ -21,7 +21,7 @@ class UpdateCommand : public Command {
                 "      6,000 images of an IDX set\n"
                 "  baton update --model model.safetensors --data new/ --out next.safetensors --resume\n"
                 "      goes on after a kill or Ctrl-C, to the same file bit for bit") {
-    data_ = DataArguments("--data", Split::train);
+    data_ = DataArguments("--data", "train");
   }
 
   void add_options(CLI::App& app) override {
