@@ -142,6 +142,8 @@ void check_format(const TensorFile& file) {
                      "it is the checkpoint of an update that has not ended (go on with it: baton update --resume)");
   if (format == "baton-pretrained-1" || file.has("conv1.weight") || file.has("fc1.weight"))
     throw InputError(who + "it holds a plain network's weights (baton init --from makes a model of it)");
+  if (format == "baton-posterior-1")
+    throw InputError(who + "an earlier version saved it (tools/from-pytorch takes its means for baton init --from)");
   throw InputError(who + (format.empty() ? "it has no \"format\" in its metadata" : "its format is '" + format + "'"));
 }
 

@@ -203,6 +203,7 @@ extern const PosteriorKind cfg_kind{
          flag_option("moments", false, "cfg: sample outputs from their exact marginal moments, not weights (slow)")}),
     make_kind<CfgPosterior>,
     true,
+    false,
     false};
 
 }  // namespace baton

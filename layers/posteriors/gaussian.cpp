@@ -232,7 +232,12 @@ class Ffg : public GaussianPosterior {
 }  // namespace
 
 extern const PosteriorKind ffg_kind{
-    "ffg", "ffg, fully factorized Gaussian: every weight has a mean and a standard deviation, sigma",
-    gaussian_options(), make_kind<Ffg>};
+    "ffg",
+    "ffg, fully factorized Gaussian: every weight has a mean and a standard deviation, sigma",
+    gaussian_options(),
+    make_kind<Ffg>,
+    true,
+    true,
+    false};
 
 }  // namespace baton

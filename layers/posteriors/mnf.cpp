@@ -252,7 +252,8 @@ class MnfPosterior : public GaussianPosterior {
 }  // namespace
 
 extern const PosteriorKind mnf_kind{
-    "mnf", "mnf, multiplicative normalizing flow: w = z mean + sigma e, with z from a flow",
+    "mnf",
+    "mnf, multiplicative normalizing flow: w = z mean + sigma e, with z from a flow",
     gaussian_options(
         {whole_option("groups", 1, {1, 256}, "groups of a batch that draw their own weights (cfg) or z (mnf)"),
          choice_option("flow", "realnvp", {"realnvp", "affine", "planar"}, "mnf: the flow of z; realnvp is gated"),
@@ -263,6 +264,9 @@ extern const PosteriorKind mnf_kind{
          flag_option("fixed_base", false, "mnf: do not learn the flow's base"),
          flag_option("path_gradient", false, "mnf: drop the score term of ln q(z), whose mean is 0"),
          number_option("z_log_std", -2.302585093, {-30, 10}, "mnf: initial ln of the base's standard deviation")}),
-    make_kind<MnfPosterior>};
+    make_kind<MnfPosterior>,
+    true,
+    true,
+    false};
 
 }  // namespace baton

@@ -159,7 +159,8 @@ struct PosteriorKind {
   Schema options;
   std::unique_ptr<Posterior> (*make)(const PosteriorSetup&);  // make_kind of the kind's class
   bool many_replicas = true;                                  // networks can train side by side
-  bool prunable = true;
+  bool prunable = true;                                       // a model of this kind can have a mask
+  bool pruned_in_runs = true;                                 // an experiment prunes it: its sigma is an array, "std"
 };
 template <class P>
 std::unique_ptr<Posterior> make_kind(const PosteriorSetup& setup) {

@@ -721,6 +721,9 @@ TEST_F(TaskExperiment, WhatMakesNoSenseIsRefused) {
   refuses("models of replicas", data, runs, true);
   runs[1].pruned = {0.5};
   refuses("pruned replicas", data, runs);
+  runs[1].training.replicas.resize(1);
+  ASSERT_EQ(runs[1].training.kind, "ffg");
+  refuses("a kind that is pruned by baton prune", data, runs);
 }
 
 TEST_F(TaskExperiment, ADamagedCheckpointIsRefused) {

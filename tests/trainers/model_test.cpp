@@ -211,6 +211,7 @@ TEST(Model, RefusesWhatIsNoModel) {
   expect_says(refused([&](TensorFile& f) { f = mean_network(memory.device(), *posterior); }),
               {name, "plain network's weights", "baton init --from"});
   expect_says(refused([](TensorFile& f) { f.metadata["format"] = "pt"; }), {name, "no model", "'pt'"});
+  expect_says(refused([](TensorFile& f) { f.metadata["format"] = "baton-posterior-1"; }), {name, "tools/from-pytorch"});
   expect_says(refused([](TensorFile& f) { f.metadata.erase("format"); }), {name, "no \"format\""});
   expect_says(refused([](TensorFile& f) { f.tensors.erase("fc2.weight.log_std"); }), {name, "fc2.weight.log_std"});
   expect_says(
