@@ -43,8 +43,6 @@ std::vector<double> parse_numbers(const std::string& option, const std::string& 
   return list;
 }
 
-void refuse_preset(const std::string& name) { throw InputError("unknown preset '" + name + "': quick or paper"); }
-
 std::string upper(std::string name) {
   for (char& c : name) c = char(toupper(static_cast<unsigned char>(c)));
   return name;
@@ -87,7 +85,7 @@ std::string find_preset(int argc, char** argv) {
     if (argument == "--preset" && i + 1 < argc) preset = argv[i + 1];
     if (argument.starts_with("--preset=")) preset = argument.substr(9);
   }
-  if (preset != "quick" && preset != "paper") refuse_preset(preset);
+  if (preset != "quick" && preset != "paper") throw InputError("unknown preset '" + preset + "': quick or paper");
   return preset;
 }
 
