@@ -92,7 +92,7 @@ std::vector<std::string> split_list(const std::string& text);
 std::vector<uint64_t> parse_wholes(const std::string& option, const std::string& text);  // from 0 on
 std::vector<double> parse_numbers(const std::string& option, const std::string& text, Bounds);
 
-std::string upper(std::string name);                       // "BGD"
+std::string upper(std::string name);  // "BGD"
 std::string format_text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // Says what the program learns ("bil_mnist: MNIST, 60000 training and 10000 test images, preset paper"), does so, and
