@@ -66,6 +66,7 @@ void show_copies(Warp& w, uint32_t mask) {
 }
 
 void expect_no_copies(const Warp& w) {
+  if (w.block->copies.empty()) return;
   for (int lane = 0; lane < lanes; lane++)
     if (const ThreadCopies* t = copies_of(w, lane))
       for (const PendingCopy& c : t->copies)
