@@ -2,8 +2,7 @@
 //
 //   simt_cuda.h       nvcc: the GPU. (tests/ptx interprets its output on a CPU.)
 //   simt_serial.h     g++: every block has one thread and every warp one lane. Barriers are empty, block-stride loops
-//   have
-//                     unit stride, and the compiler vectorises what is left. The default on a CPU.
+//                     have unit stride, and the compiler vectorises what is left. The default on a CPU.
 //   simt_emulated.h   g++ -DSIMT_EMULATE: every CUDA thread of a block is a fiber, with real barriers and shuffles,
 //                     random schedules, divergence checks, and annotations for ASan and TSan. For tests.
 //
@@ -14,8 +13,9 @@
 //   simt::launch<kernel>(simt::warps(n, rows), stream, args...)                 one warp per item and row
 //   simt::launch<kernel>(simt::blocks(n, threads, smem, rows), stream, args...) one block per item and row
 //
-// In the GPU build nvcc compiles the .cu files and g++ the .cpp files. The latter see the types and the constants, but
-// can neither contain nor launch kernels.
+// In the GPU build nvcc compiles the .cu files, and BATON_CUDA is defined for them alone. g++ compiles the .cpp files,
+// the same ones as in the host build: they see the serial target, but can neither contain nor launch kernels, and ask
+// `on_gpu` (engine/runtime.h) where a program should do something else on a GPU.
 //
 // kernels/README.md has the rules for kernels.
 #pragma once
@@ -57,7 +57,6 @@ constexpr Blocks blocks(int n, int threads = 256, size_t smem = 0, int rows = 1)
 #include "engine/simt_serial.h"
 #endif
 
-#if defined(__CUDACC__) || !defined(BATON_CUDA)  // this compiler compiles kernels
 namespace baton::simt {
 // The item of this thread or warp. A kernel launched with each(n) or warps(n) must return when its item is >= n.
 __device__ __forceinline__ int thread_item() { return blockIdx.x * blockDim.x + threadIdx.x; }
@@ -123,30 +122,19 @@ __device__ __forceinline__ void add_shared(T* p, T v) {
 }  // namespace
 
 }  // namespace baton::simt
-#endif
 
 namespace baton {
 using simt::Stream;
-}  // namespace baton
 
-// ---------------------------------------------------------------------------------------------- profiler ranges
-#if defined(BATON_CUDA)
-#include <nvtx3/nvToolsExt.h>
-namespace baton {
-struct Range {  // an NVTX range: what Nsight shows and filters by
-  explicit Range(const char* name) { nvtxRangePushA(name); }
-  ~Range() { nvtxRangePop(); }
+// A range of the profiler, which Nsight shows and filters by; nothing on the host.
+class Range {
+ public:
+  explicit Range(const char* name);
+  ~Range();
   Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
 };
 }  // namespace baton
-#else
-namespace baton {
-struct Range {
-  explicit Range(const char*) {}
-  ~Range() {}
-};
-}  // namespace baton
-#endif
 #define BATON_JOIN_(a, b) a##b
 #define BATON_JOIN(a, b) BATON_JOIN_(a, b)
 #define BATON_RANGE(name) ::baton::Range BATON_JOIN(baton_range_, __LINE__)(name)

@@ -17,7 +17,6 @@ inline void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw RunError(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
-#if defined(__CUDACC__)
 template <auto kernel, class... A>
 void launch(Blocks shape, Stream stream, A... args) {
   if (shape.n == 0 || shape.rows == 0) return;
@@ -40,6 +39,4 @@ void launch(Warps shape, Stream stream, A... args) {
   launch<kernel>(Blocks{(shape.n + warps_per_block - 1) / warps_per_block, warps_per_block * warp_size, 0, shape.rows},
                  stream, args...);
 }
-#endif
-
 }  // namespace baton::simt

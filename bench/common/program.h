@@ -34,12 +34,6 @@ Method& find_method(Preset&, const std::string& name);
 std::vector<Method> baseline_methods(const std::vector<std::string>& names);
 void set_sigma(Preset&, double sigma);  // of all methods that draw their weights
 
-#if defined(BATON_CUDA)
-constexpr bool on_gpu = true;
-#else
-constexpr bool on_gpu = false;
-#endif
-
 class PaperProgram {
  public:
   // Reads --preset, which decides what the other options start from. InputError for an unknown one.
