@@ -108,6 +108,10 @@ class Scratch {
   size_t used_ = 0;
 };
 
+// Whether this build's kernels run on a GPU. A constant of the program, but not of what is compiled: .cpp files are the
+// same in every build.
+extern const bool on_gpu;
+
 // Ordered on the stream; copies from and to the host return when the bytes have arrived.
 void copy_to_device(Device&, void* device, const void* host, size_t bytes);
 void copy_to_host(Device&, void* host, const void* device, size_t bytes);

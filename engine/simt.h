@@ -2,8 +2,7 @@
 //
 //   simt_cuda.h       nvcc: the GPU. (tests/ptx interprets its output on a CPU.)
 //   simt_serial.h     g++: every block has one thread and every warp one lane. Barriers are empty, block-stride loops
-//   have
-//                     unit stride, and the compiler vectorises what is left. The default on a CPU.
+//                     have unit stride, and the compiler vectorises what is left. The default on a CPU.
 //   simt_emulated.h   g++ -DSIMT_EMULATE: every CUDA thread of a block is a fiber, with real barriers and shuffles,
 //                     random schedules, divergence checks, and annotations for ASan and TSan. For tests.
 //
@@ -14,8 +13,9 @@
 //   simt::launch<kernel>(simt::warps(n, rows), stream, args...)                 one warp per item and row
 //   simt::launch<kernel>(simt::blocks(n, threads, smem, rows), stream, args...) one block per item and row
 //
-// In the GPU build nvcc compiles the .cu files and g++ the .cpp files. The latter see the types and the constants, but
-// can neither contain nor launch kernels.
+// In the GPU build nvcc compiles the .cu files, and BATON_CUDA is defined for them alone. g++ compiles the .cpp files,
+// the same ones as in the host build: they see the serial target, but can neither contain nor launch kernels, and ask
+// `on_gpu` (engine/runtime.h) where a program should do something else on a GPU.
 //
 // kernels/README.md has the rules for kernels.
 #pragma once
@@ -67,10 +67,7 @@ __host__ __device__ __forceinline__ float round_to_tf32(float x) {
   const uint32_t rounded = (__builtin_bit_cast(uint32_t, x) + 0x1000u) & 0xffffe000u;
   return __builtin_bit_cast(float, x == x ? rounded : 0x7fc00000u);
 }
-}  // namespace baton::simt
 
-#if defined(__CUDACC__) || !defined(BATON_CUDA)  // this compiler compiles kernels
-namespace baton::simt {
 // The item of this thread or warp. A kernel launched with each(n) or warps(n) must return when its item is >= n.
 __device__ __forceinline__ int thread_item() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int warp_item() { return (blockIdx.x * blockDim.x + threadIdx.x) / warp_size; }
@@ -169,30 +166,19 @@ __device__ __forceinline__ void add_shared(T* p, T v) {
 // thread may read what it copied; other threads may only after a barrier that follows (__syncthreads, or __syncwarp for
 // the lanes of one warp). A kernel must not end before it has waited for all that it copied.
 }  // namespace baton::simt
-#endif
 
 namespace baton {
 using simt::Stream;
-}  // namespace baton
 
-// ---------------------------------------------------------------------------------------------- profiler ranges
-#if defined(BATON_CUDA)
-#include <nvtx3/nvToolsExt.h>
-namespace baton {
-struct Range {  // an NVTX range: what Nsight shows and filters by
-  explicit Range(const char* name) { nvtxRangePushA(name); }
-  ~Range() { nvtxRangePop(); }
+// A range of the profiler, which Nsight shows and filters by; nothing on the host.
+class Range {
+ public:
+  explicit Range(const char* name);
+  ~Range();
   Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
 };
 }  // namespace baton
-#else
-namespace baton {
-struct Range {
-  explicit Range(const char*) {}
-  ~Range() {}
-};
-}  // namespace baton
-#endif
 #define BATON_JOIN_(a, b) a##b
 #define BATON_JOIN(a, b) BATON_JOIN_(a, b)
 #define BATON_RANGE(name) ::baton::Range BATON_JOIN(baton_range_, __LINE__)(name)

@@ -17,7 +17,6 @@ inline void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw RunError(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
-#if defined(__CUDACC__)
 // ------------------------------------------------------------------------ products of a warp, and asynchronous copies
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   asm volatile(
@@ -90,6 +89,4 @@ void launch(Warps shape, Stream stream, A... args) {
   launch<kernel>(Blocks{(shape.n + warps_per_block - 1) / warps_per_block, warps_per_block * warp_size, 0, shape.rows},
                  stream, args...);
 }
-#endif
-
 }  // namespace baton::simt

@@ -284,7 +284,11 @@ void product_moments_fused(Device& device, Moments m, int first, int out, int in
                                ProductShape{first, out, in, batch}, pass, states);
 }
 
-#if !defined(BATON_CUDA)
+#if defined(BATON_CUDA)
+void product_moments_by_tiles(Device&, Moments, int, int, int, int, Matrices, Matrices, DrawnPass, const StepState*) {
+  throw RunError("product_moments_by_tiles() runs on the host alone");
+}
+#else
 void product_moments_by_tiles(Device&, Moments m, int first, int out, int in, int batch, Matrices dy, Matrices x,
                               DrawnPass pass, const StepState* states) {
   check_product(first, out, in, batch);

@@ -253,11 +253,11 @@ struct ProductWay {
   ProductMoments run;
   bool everywhere = true;  // on a GPU too: then it is recorded
 };
-const ProductWay product_ways[] = {{"fused", product_moments_fused},
-#if !defined(BATON_CUDA)
-                                   {"tiles", product_moments_by_tiles, false},
-#endif
-                                   {"default", accumulate_product_moments}};
+const std::vector<ProductWay> product_ways = [] {
+  std::vector<ProductWay> ways{{"fused", product_moments_fused}, {"default", accumulate_product_moments}};
+  if (!on_gpu) ways.push_back({"tiles", product_moments_by_tiles, false});
+  return ways;
+}();
 
 struct ProductShape {
   int first, out, in, batch, draws;
