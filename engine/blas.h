@@ -30,8 +30,8 @@ void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matr
 // A square convolution (cross-correlation) of stride 1, NCHW, kernels [out, in, k, k].
 struct ConvShape {
   int batch, in_channels, height, width, out_channels, kernel, pad;
-  int out_height() const { return height + 2 * pad - kernel + 1; }
-  int out_width() const { return width + 2 * pad - kernel + 1; }
+  __host__ __device__ int out_height() const { return height + 2 * pad - kernel + 1; }
+  __host__ __device__ int out_width() const { return width + 2 * pad - kernel + 1; }
   size_t input_size() const { return size_t(batch) * in_channels * height * width; }
   size_t output_size() const { return size_t(batch) * out_channels * out_height() * out_width(); }
   size_t weight_size() const { return size_t(out_channels) * in_channels * kernel * kernel; }

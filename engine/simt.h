@@ -155,13 +155,13 @@ __device__ __forceinline__ void add_shared(T* p, T v) {
 //   load_matrix(b, &B_columns[l % 8 + l / 16 * 8][l / 8 % 2 * 4]);   // b of 8 columns, then b of the 8 columns behind
 //
 //   template <int n, class T> void copy_async(T* to, const T* from);
-//   template <int n, class T> void copy_async(T* to, const T* from, int valid);
+//   template <int n, class T> void copy_async_if(T* to, const T* from, bool inside);
 //   void copy_async_commit();
 //   template <int pending> void copy_async_wait();
 //
 // copy_async starts to copy n elements, 4, 8 or 16 bytes in all, from global to shared memory; both addresses are
-// aligned to these bytes. Where a row ends early, only the first `valid` elements (0 to n) are read, and the others
-// become 0. copy_async_commit makes a group of the copies that this thread has started since the last one; a group may
+// aligned to these bytes. copy_async_if does so where `inside`; else it reads nothing, and the elements become 0.
+// copy_async_commit makes a group of the copies that this thread has started since the last one; a group may
 // be empty. copy_async_wait waits until at most the `pending` last groups of this thread are under way. After it, this
 // thread may read what it copied; other threads may only after a barrier that follows (__syncthreads, or __syncwarp for
 // the lanes of one warp). A kernel must not end before it has waited for all that it copied.

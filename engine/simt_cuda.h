@@ -17,6 +17,14 @@ inline void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw RunError(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
+// The same pointer, of which the compiler no longer knows how it came about: so it is kept in registers, and not
+// computed again wherever an offset is added to it.
+template <class T>
+__device__ __forceinline__ const T* opaque(const T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
 // ------------------------------------------------------------------------ products of a warp, and asynchronous copies
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   asm volatile(
@@ -48,17 +56,21 @@ __device__ __forceinline__ void copy_async(T* to, const T* from) {
                  : "memory");
 }
 template <int n, class T>
-__device__ __forceinline__ void copy_async(T* to, const T* from, int valid) {
+__device__ __forceinline__ void copy_async_if(T* to, const T* from, bool inside) {
   constexpr int bytes = n * int(sizeof(T));
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
-  const int read = valid * int(sizeof(T));
   if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, outside; }" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(int(inside))
+        : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(bytes),
-                 "r"(read)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred outside; setp.eq.s32 outside, %3, 0; cp.async.ca.shared.global [%0], [%1], %2, outside; }" ::"r"(
+            shared_address(to)),
+        "l"(from), "n"(bytes), "r"(int(inside))
+        : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>

@@ -428,10 +428,9 @@ void exchange_rows(Rows* mine, Site s) {
   });
 }
 
-void check_copy(const void* to, const void* from, int bytes, int valid, int n, Site s) {
+void check_copy(const void* to, const void* from, int bytes, Site s) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     machine->fail("a copy between addresses that are not aligned to its %d bytes at %s:%d", bytes, s.file, s.line);
-  if (valid < 0 || valid > n) machine->fail("a copy of %d of %d elements at %s:%d", valid, n, s.file, s.line);
 }
 void start_copy(const Copy& copy) {
   Copies& copies = machine->current->copies;

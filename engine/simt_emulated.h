@@ -46,8 +46,8 @@ struct Rows {  // what a lane gives to load_matrix, and the rows that it reads t
 };
 void multiply(Fragments*, Site);
 void exchange_rows(Rows*, Site);
-// Fails for addresses that are not aligned to the bytes, and where `valid` is not in [0, n].
-void check_copy(const void* to, const void* from, int bytes, int valid, int n, Site);
+// Fails for addresses that are not aligned to the bytes.
+void check_copy(const void* to, const void* from, int bytes, Site);
 void start_copy(const Copy&);
 void commit_copies();
 // Takes the copies that a wait waits for, one after the other; false: none is left.
@@ -101,16 +101,20 @@ __forceinline__ void load_matrix(float (&d)[4], const float* row, SIMT_SITE) {
   for (int i = 0; i < 4; i++) d[i] = rows.read[i][emu::lane() % 4];
 }
 template <int n, class T>
-__forceinline__ void copy_async(T* to, const T* from, int valid = n, SIMT_SITE) {
+__forceinline__ void copy_async_if(T* to, const T* from, bool inside, SIMT_SITE) {
   constexpr int bytes = n * int(sizeof(T));
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
-  emu::check_copy(to, from, bytes, valid, n, {file, line});
+  emu::check_copy(to, from, bytes, {file, line});
   T values[n] = {};
-  for (int i = 0; i < valid; i++) values[i] = from[i];
+  for (int i = 0; i < n && inside; i++) values[i] = from[i];
   emu::Copy copy{reinterpret_cast<emu::Word*>(to), bytes / 4, 0, {file, line}, {}};
   std::memcpy(copy.data, values, bytes);
   for (int i = 0; i < copy.words; i++) copy.to[i] = ~0u;  // NaN until it arrives
   emu::start_copy(copy);
+}
+template <int n, class T>
+__forceinline__ void copy_async(T* to, const T* from, SIMT_SITE) {
+  copy_async_if<n>(to, from, true, file, line);
 }
 inline void copy_async_commit() { emu::commit_copies(); }
 template <int pending>

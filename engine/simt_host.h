@@ -46,4 +46,8 @@ float logf(float) noexcept;
 struct CUstream_st;  // CUDA's, so that a function has the same name for the linker in every build
 namespace baton::simt {
 using Stream = CUstream_st*;
+template <class T>
+const T* opaque(const T* p) {  // only nvcc needs it (simt_cuda.h)
+  return p;
+}
 }  // namespace baton::simt

@@ -56,7 +56,11 @@ void load_matrix(T (&)[4], const float*) {
   static_assert(sizeof(T) == 0, SIMT_NEEDS_WARPS);
 }
 template <int n, class T>
-void copy_async(T*, const T*, int = n) {
+void copy_async(T*, const T*) {
+  static_assert(n < 0, SIMT_NEEDS_WARPS);
+}
+template <int n, class T>
+void copy_async_if(T*, const T*, bool) {
   static_assert(n < 0, SIMT_NEEDS_WARPS);
 }
 template <class T = int>

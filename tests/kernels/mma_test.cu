@@ -43,6 +43,14 @@ __global__ void read_matrices(float* __restrict__ y, const float* __restrict__ x
   }
 }
 
+// Copies the first `valid` of n elements; the others become 0.
+template <int n>
+__device__ __forceinline__ void copy_some(float* to, const float* from, int valid) {
+  if (valid == 0 || valid == n) simt::copy_async_if<n>(to, from, valid == n);
+  else
+    for (int i = 0; i < n; i++) simt::copy_async_if<1>(to + i, from + i, i < valid);
+}
+
 // y = x, each tile of the block in reverse, through `stages` buffers of blockDim.x * width elements. What lies beyond
 // the n elements of x is 0 in y.
 template <bool warps, int stages, int width>
@@ -54,7 +62,7 @@ __global__ void reverse_tiles(float* __restrict__ y, const float* __restrict__ x
       const int at = k * tile + t * width, valid = max(0, min(width, n - at));
       float* to = s + k % stages * tile + t * width;
       if ((k + 1) * tile <= n) simt::copy_async<width>(to, x + at);
-      else simt::copy_async<width>(to, x + (valid ? at : 0), valid);
+      else copy_some<width>(to, x + (valid ? at : 0), valid);
     };
     for (int k = 0; k < stages - 1; k++) {
       if (k < tiles) fetch(k);
@@ -118,7 +126,7 @@ __global__ void multiply(float* __restrict__ c, const float* __restrict__ a, con
         const int row = i / (depth / 4), at = i % (depth / 4) * 4;
         const int valid = first + row < rows ? max(0, min(4, k - step * depth - at)) : 0;
         const float* source = valid ? from + (first + row) * stride + step * depth + at : from;
-        simt::copy_async<4>(to + row * padded + at, source, valid);
+        copy_some<4>(to + row * padded + at, source, valid);
       }
     };
     const auto fetch = [&](int step) {

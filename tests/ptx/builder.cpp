@@ -124,6 +124,10 @@ uint32_t Builder::place_of(const std::string& operand, Type t, bool written) {
   refuse("the operand " + operand);
 }
 
+bool Builder::next_is_predicate() const {
+  const Names::Register* r = operands_left() > 0 ? names_.find_register(operands_[next_]) : nullptr;
+  return r && r->type.is_predicate();
+}
 void Builder::destination(uint32_t& place, Type t) {
   const std::string operand = take("a destination");
   place = operand == "_" ? names_.unused(t) : place_of(operand, t, true);

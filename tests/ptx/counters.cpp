@@ -56,8 +56,9 @@ const char* name_of(Class c) {
   return names[size_t(c)];
 }
 
-// Dependent-issue latencies of Hopper as published microbenchmarks and our estimates give them, rounded; loads are taken to hit the L2
-// cache, which holds the whole state of these networks. tools/first-light measures the ones that decide.
+// Dependent-issue latencies of Hopper as published microbenchmarks and our estimates give them, rounded; loads are
+// taken to hit the L2 cache, which holds the whole state of these networks. tools/first-light measures the ones that
+// decide.
 float latency_of(Class c) {
   switch (c) {
     case Class::integer:

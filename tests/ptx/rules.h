@@ -53,6 +53,7 @@ class Builder {
   Type type();  // takes the first suffix that is a type
   size_t operands_left() const { return operands_.size() - next_; }
   bool next_is_vector() const { return operands_left() > 0 && operands_[next_].front() == '{'; }
+  bool next_is_predicate() const;
 
   // Take the next operand.
   void destination(uint32_t& place, Type);

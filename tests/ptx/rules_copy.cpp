@@ -9,10 +9,10 @@ namespace ptx {
 
 namespace {
 
-// The source is read here; nobody sees it before the wait (copies.h). Operand b holds how many bytes each lane reads.
-void copy(Warp& w, const Instruction& i) {
+// Starts copies of which each lane reads so many bytes. The source is read here; nobody sees it before the wait
+// (copies.h).
+void copy_bytes(Warp& w, const Instruction& i, const uint32_t* bytes) {
   const Addresses from = addresses_of(w, i), to = addresses_of(w, i.to);
-  const uint32_t* bytes = lanes_of<uint32_t>(w, i.b);
   const uint32_t active = w.active;
   uint32_t reading = 0;
   for (int lane = 0; lane < lanes; lane++) {
@@ -37,8 +37,16 @@ void copy(Warp& w, const Instruction& i) {
   }
 }
 
-// cp.async.ca|cg.shared.global [to], [from], bytes [, bytes to read]; cp.async.commit_group; cp.async.wait_group n;
-// cp.async.wait_all.
+void copy(Warp& w, const Instruction& i) { copy_bytes(w, i, lanes_of<uint32_t>(w, i.b)); }
+void copy_unless(Warp& w, const Instruction& i) {
+  const uint32_t ignored = predicate_of(w, i.b);
+  uint32_t bytes[lanes];
+  for (int lane = 0; lane < lanes; lane++) bytes[lane] = has_lane(ignored, lane) ? 0 : i.bytes;
+  copy_bytes(w, i, bytes);
+}
+
+// cp.async.ca|cg.shared.global [to], [from], bytes [, bytes to read, or a predicate: read none]; cp.async.commit_group;
+// cp.async.wait_group n; cp.async.wait_all.
 void cp(Builder& b) {
   Instruction& i = b.instruction;
   const Type word{'u', 32};
@@ -68,11 +76,13 @@ void cp(Builder& b) {
   const std::string bytes = b.text();
   if (bytes != "16" && (past_l1 || (bytes != "4" && bytes != "8"))) b.refuse("a copy of " + bytes + " bytes");
   i.bytes = uint8_t(std::stoi(bytes));
-  if (b.operands_left() > 0) b.source(i.b, word);
+  const bool guarded = b.next_is_predicate();
+  if (guarded) b.source(i.b, {'p', 1});
+  else if (b.operands_left() > 0) b.source(i.b, word);
   else b.constant(i.b, i.bytes, word);
   i.copying = Copying::start;
   i.cost = Class::async_copy;
-  i.handler = copy;
+  i.handler = guarded ? copy_unless : copy;
 }
 
 }  // namespace

@@ -222,6 +222,21 @@ TEST(PtxRun, AsynchronousCopies) {
   for (size_t k = 0; k < 512; k++) EXPECT_EQ(got[k], k % 16 < k / 16 % 17 ? k % 16 + 1 : 0);
 }
 
+// A predicate says that a lane reads nothing: its bytes become 0, wherever its source is said to be.
+TEST(PtxRun, AsynchronousCopiesThatIgnoreTheirSource) {
+  Machine machine(module_of(prologue + own_and_other +
+                            "and.b32 %r6, %t, 1;\nsetp.eq.u32 %p0, %r6, 0;\nselp.b64 %rd1, 16, %at, %p0;\n"
+                            "cp.async.ca.shared.global [%r3], [%rd1], 4, %p0;\n" +
+                            commit +
+                            "cp.async.wait_group 0;\nld.shared.u32 %r5, [%r3];\nst.global.u32 [%at], %r5;\nret;"));
+  std::vector<u32> values(64);
+  std::iota(values.begin(), values.end(), 100);
+  const uint64_t at = Machine::upload(values);
+  machine.run(1, 64, {at});
+  const auto got = Machine::download<u32>(at, 64);
+  for (u32 t = 0; t < 64; t++) EXPECT_EQ(got[t], t % 2 ? 100 + t : 0);
+}
+
 TEST(PtxFaults, AsynchronousCopiesThatNobodyWaitsFor) {
   const std::string read_own = "ld.shared.u32 %r5, [%r3];\nst.global.u32 [%at], %r5;\nret;";
   const std::string read_other = "ld.shared.u32 %r5, [%r4];\nst.global.u32 [%at], %r5;\nret;";
