@@ -74,7 +74,7 @@ struct MatrixRows {
   struct Source {
     Operand of[count];
     int rows, depth;
-    size_t table_bytes() const { return 0; }
+    __host__ __device__ size_t table_bytes() const { return 0; }
     __device__ float element(int o, int i, int k, int row) const { return of[o].of(row)[size_t(i) * depth + k]; }
   };
   static constexpr int operands = count;
@@ -109,7 +109,7 @@ struct MatrixColumns {
   struct Source {
     Operand of[count];
     int rows, depth;
-    size_t table_bytes() const { return 0; }
+    __host__ __device__ size_t table_bytes() const { return 0; }
     __device__ float element(int o, int i, int k, int row) const { return of[o].of(row)[size_t(k) * rows + i]; }
   };
   static constexpr int operands = count;
@@ -174,7 +174,7 @@ struct Windows {
     ConvShape shape;
     int rows, depth;
     __host__ __device__ int table() const { return (depth + step_depth - 1) / step_depth * step_depth; }
-    size_t table_bytes() const { return sizeof(int) * size_t(table()); }
+    __host__ __device__ size_t table_bytes() const { return sizeof(int) * size_t(table()); }
     __device__ float element(int o, int i, int k, int row) const { return window_element(shape, of[o].of(row), i, k); }
   };
   static constexpr int operands = count, each = step_depth * tile / T::threads;  // each: of a column of the piece
@@ -224,42 +224,49 @@ struct WindowColumns {
     Operand of[1];
     ConvShape shape;
     int rows, depth;
-    size_t table_bytes() const { return 0; }
+    __host__ __device__ size_t table_bytes() const { return sizeof(unsigned) * tile; }
     __device__ float element(int, int i, int k, int row) const { return window_element(shape, of[0].of(row), k, i); }
   };
   static constexpr int operands = 1, at_once = T::threads / step_depth, each = tile / at_once;
   const float* from;
-  unsigned places[each];  // of this thread's rows
-  int place, b, p;        // p: the position of this thread's number of the step, in image b
-  int plane, batch, image, height, width, across, pad;
+  const uint4* places;     // of this thread's rows, which are neighbours
+  int place, b, p;         // p: the position of this thread's number of the step, in image b
+  const ConvShape& shape;  // a kernel's argument: it takes no registers
   float inverse;
 
-  __device__ __forceinline__ WindowColumns(const Source& s, int first_row, int first_step, int row, unsigned*)
-      : from(simt::opaque(s.of[0].of(row))) {
+  __device__ __forceinline__ WindowColumns(const Source& s, int first_row, int first_step, int row, unsigned* table)
+      : from(simt::opaque(s.of[0].of(row))), shape(s.shape) {
     const ConvShape& g = s.shape;
     const int t = threadIdx.x, k = first_step * step_depth + t % step_depth;
-    plane = g.out_height() * g.out_width(), batch = g.batch, image = g.in_channels * g.height * g.width;
-    height = g.height, width = g.width, across = g.out_width(), pad = g.pad, inverse = 1.f / float(across);
-    b = k / plane, p = k - b * plane, place = In::at(t / step_depth, t % step_depth);
-    SIMT_UNROLL
-    for (int j = 0; j < each; j++) {
-      const int i = min(first_row + t / step_depth + j * at_once, s.rows - 1);
-      places[j] = padded ? window_place(g, i) : offset_of(window_place(g, i));
+    const int plane = g.out_height() * g.out_width();
+    inverse = 1.f / float(g.out_width());
+    b = k / plane, p = k - b * plane, place = In::at(t / step_depth * each, t % step_depth);
+    places = reinterpret_cast<const uint4*>(table + t / step_depth * each);
+    for (int i = t; i < tile; i += blockDim.x) {
+      const unsigned of_row = window_place(g, min(first_row + i, s.rows - 1));
+      table[i] = padded ? of_row : offset_of(of_row);
     }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void copy(float* to, unsigned at, unsigned corner, [[maybe_unused]] unsigned mask) const {
+    if constexpr (padded) simt::copy_async_if<1>(to, from + (corner + offset_of(at)), is_inside(at, mask));
+    else simt::copy_async<1>(to, from + (corner + at));  // beyond the depth the other operand is 0
   }
   __device__ __forceinline__ void fetch(float* to) {
+    const ConvShape& g = shape;
     const int row = int((float(p) + 0.5f) * inverse);  // exact below 2^20
-    const int y = row - pad, x = p - row * across - pad, beyond = b >= batch;
-    const unsigned corner = beyond ? 0 : unsigned(b * image + y * width + x);
+    const int y = row - g.pad, x = p - row * g.out_width() - g.pad, beyond = b >= g.batch;
+    const unsigned corner = beyond ? 0 : unsigned((b * g.in_channels * g.height + y) * g.width + x);
     [[maybe_unused]] unsigned mask = 0;
-    if constexpr (padded) mask = beyond ? 0 : inside_mask(height, width, y, x);
+    if constexpr (padded) mask = beyond ? 0 : inside_mask(g.height, g.width, y, x);
     SIMT_UNROLL
-    for (int j = 0; j < each; j++) {
-      float* target = to + place + j * at_once * In::pitch;
-      if constexpr (padded)
-        simt::copy_async_if<1>(target, from + (corner + offset_of(places[j])), is_inside(places[j], mask));
-      else simt::copy_async<1>(target, from + (corner + places[j]));  // beyond the depth the other operand is 0
+    for (int j = 0; j < each; j += 4) {
+      const uint4 at = places[j / 4];
+      float* target = to + place + j * In::pitch;
+      copy(target, at.x, corner, mask), copy(target + In::pitch, at.y, corner, mask);
+      copy(target + 2 * In::pitch, at.z, corner, mask), copy(target + 3 * In::pitch, at.w, corner, mask);
     }
+    const int plane = g.out_height() * g.out_width();
     for (p += step_depth; p >= plane; p -= plane) b++;
   }
 };
@@ -271,7 +278,7 @@ struct PlaneRows {
   struct Source {
     Operand of[count];
     int rows, plane, batch;
-    size_t table_bytes() const { return 0; }
+    __host__ __device__ size_t table_bytes() const { return 0; }
     __device__ float element(int o, int i, int k, int row) const {
       const int image = k / plane;
       return of[o].of(row)[(size_t(image) * rows + i) * plane + (k - image * plane)];
@@ -279,12 +286,13 @@ struct PlaneRows {
   };
   static constexpr int operands = count;
   static constexpr int chunks = step_depth / width, at_once = T::threads / chunks, each = tile / at_once;
-  const float* from[count];                     // at this thread's first channel and number
-  int plane, channels, rows, images, p, place;  // rows and images: from its own ones on
+  const Source& source;
+  const float* from[count];    // at this thread's first channel and number
+  int rows, images, p, place;  // rows and images: from its own ones on
 
-  __device__ __forceinline__ PlaneRows(const Source& s, int first_row, int first_step, int row, unsigned*) {
+  __device__ __forceinline__ PlaneRows(const Source& s, int first_row, int first_step, int row, unsigned*) : source(s) {
     const int t = threadIdx.x, i = t / chunks, k = first_step * step_depth + t % chunks * width, b = k / s.plane;
-    plane = s.plane, channels = s.rows, rows = s.rows - first_row - i, images = s.batch - b, p = k - b * s.plane;
+    rows = s.rows - first_row - i, images = s.batch - b, p = k - b * s.plane;
     place = In::at(i, t % chunks * width);
     SIMT_UNROLL
     for (int o = 0; o < count; o++)
@@ -295,11 +303,11 @@ struct PlaneRows {
     for (int o = 0; o < count; o++) {
       SIMT_UNROLL
       for (int j = 0; j < each; j++)
-        simt::copy_async_if<width>(to + place + o * In::floats + j * at_once * In::pitch, from[o] + j * at_once * plane,
-                                   images > 0 && j * at_once < rows);
+        simt::copy_async_if<width>(to + place + o * In::floats + j * at_once * In::pitch,
+                                   from[o] + j * at_once * source.plane, images > 0 && j * at_once < rows);
     }
     int forward = step_depth;
-    for (p += step_depth; p >= plane; p -= plane) images--, forward += (channels - 1) * plane;
+    for (p += step_depth; p >= source.plane; p -= source.plane) images--, forward += (source.rows - 1) * source.plane;
     SIMT_UNROLL
     for (int o = 0; o < count; o++) from[o] += forward;
   }
@@ -333,11 +341,13 @@ struct Form {
   int tiles() const {
     return (split.rows + T::rows - 1) / T::rows * ((split.columns + T::columns - 1) / T::columns) * split.parts;
   }
-  size_t shared_bytes() const { return a.table_bytes() + sizeof(float) * size_t(stages) * (piece_a + piece_b); }
+  size_t shared_bytes() const {
+    return a.table_bytes() + b.table_bytes() + sizeof(float) * size_t(stages) * (piece_a + piece_b);
+  }
 };
 
 template <class F, bool warps>
-__global__ void __launch_bounds__(F::TileOf::threads) product_kernel(F form) {
+__global__ void __launch_bounds__(F::TileOf::threads, F::TileOf::threads == 256 ? 2 : 1) product_kernel(F form) {
   using T = typename F::TileOf;
   using InA = typename F::ReaderA::In;
   using InB = typename F::ReaderB::In;
@@ -367,9 +377,9 @@ __global__ void __launch_bounds__(F::TileOf::threads) product_kernel(F form) {
   } else {
     SIMT_DYNAMIC_SHARED(float, pieces);  // [stages][A, then B]; the reader's table lies behind them
     constexpr int stage_floats = F::piece_a + F::piece_b;
-    typename F::ReaderA a(form.a, first_row, first_step, row,
-                          reinterpret_cast<unsigned*>(pieces + stages * stage_floats));
-    typename F::ReaderB b(form.b, first_column, first_step, row, nullptr);
+    unsigned* tables = reinterpret_cast<unsigned*>(pieces + stages * stage_floats);
+    typename F::ReaderA a(form.a, first_row, first_step, row, tables);
+    typename F::ReaderB b(form.b, first_column, first_step, row, tables + form.a.table_bytes() / sizeof(unsigned));
     const int steps = min(split.steps, (split.depth + step_depth - 1) / step_depth - first_step);
     const int lane_row = threadIdx.x / simt::warp_size / T::across * 32;
     const int lane_column = threadIdx.x / simt::warp_size % T::across * 32;
