@@ -68,6 +68,13 @@ __host__ __device__ __forceinline__ float round_to_tf32(float x) {
   return __builtin_bit_cast(float, x == x ? rounded : 0x7fc00000u);
 }
 
+// What the tensor cores take for x where `round` is set, and x itself else. The serial build has none: it rounds the
+// operands of its products when it reads them.
+__device__ __forceinline__ float as_operand(float x, bool round) {
+  if constexpr (has_warps) return round ? round_to_tf32(x) : x;
+  else return x;
+}
+
 // The item of this thread or warp. A kernel launched with each(n) or warps(n) must return when its item is >= n.
 __device__ __forceinline__ int thread_item() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int warp_item() { return (blockIdx.x * blockDim.x + threadIdx.x) / warp_size; }

@@ -36,14 +36,14 @@ __device__ __forceinline__ void load_image(float* __restrict__ x, float* __restr
     if (x_squared) {
       SIMT_SIMD()
       for (int i = threadIdx.x; i < set.plane; i += blockDim.x) {
-        const float v = float(int(pixels[first + i])) * scale + shift;
+        const float v = simt::as_operand(float(int(pixels[first + i])) * scale + shift, set.rounded);
         x[first + i] = v;
         x_squared[first + i] = v * v;
       }
     } else {
       SIMT_SIMD()
       for (int i = threadIdx.x; i < set.plane; i += blockDim.x)
-        x[first + i] = float(int(pixels[first + i])) * scale + shift;
+        x[first + i] = simt::as_operand(float(int(pixels[first + i])) * scale + shift, set.rounded);
     }
   }
 }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_augmented(float* __restrict__ x, float* __r
       const int row = int((float(i) + 0.5f) * inverse), from_y = row + down, from_x = first + sign * (i - row * w);
       const int inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w);
       const float pixel = float(int(pixels[plane + (inside ? from_y * w + from_x : 0)]));
-      const float v = inside ? pixel * scale + shift : 0.f;
+      const float v = simt::as_operand(inside ? pixel * scale + shift : 0.f, set.rounded);
       x[plane + i] = v;
       if (x_squared) x_squared[plane + i] = v * v;
     }
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_ordered(float* __restrict__ x, float* __res
   const int second = set.plane, third = 2 * set.plane, size = set.channels * set.plane;
   if (set.channels == 1) {
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      const float v = float(int(pixels[pixel_order[i]])) * to.scale[0] + to.shift[0];
+      const float v = simt::as_operand(float(int(pixels[pixel_order[i]])) * to.scale[0] + to.shift[0], set.rounded);
       x[i] = v;
       if (x_squared) x_squared[i] = v * v;
     }
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_ordered(float* __restrict__ x, float* __res
       const int from = pixel_order[i];
       const float scale = from < second ? to.scale[0] : from < third ? to.scale[1] : to.scale[2];
       const float shift = from < second ? to.shift[0] : from < third ? to.shift[1] : to.shift[2];
-      const float v = float(int(pixels[from])) * scale + shift;
+      const float v = simt::as_operand(float(int(pixels[from])) * scale + shift, set.rounded);
       x[i] = v;
       if (x_squared) x_squared[i] = v * v;
     }

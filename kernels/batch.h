@@ -16,6 +16,7 @@ struct DeviceImages {     // device memory
   int count, channels, plane;
   Normalisation normalisation;
   int height = 0, width = 0;  // of a plane; may be 0 without augmentation
+  bool rounded = false;       // x is written as tf32 numbers, for tensor cores multiply it (kernels/layer_product.h)
 };
 
 // The example at position i of the epoch's order of n examples: a keyed permutation of [0, n). It is computed, not

@@ -8,7 +8,8 @@ namespace baton {
 
 // x [replicas][count]; rate p in [0, 1). With q = ceil(count / 4), element i of replica r is dropped when word i / q of
 // philox((i mod q, stream_id, step, first_replica + r), noise) is below p 2^32. states[0] gives step and key.
+// rounded: the results are written as tf32 numbers, for tensor cores multiply them.
 void dropout(float* x, size_t count, int replicas, float rate, const StepState* states, uint32_t stream_id, Stream,
-             int first_replica = 0);
+             int first_replica = 0, bool rounded = false);
 
 }  // namespace baton

@@ -31,6 +31,7 @@ __device__ __forceinline__ void sample_one(const Signal& out, const float* m, fl
     y += sqrtf(variance) * e;
   }
   if constexpr (relu) y = y < 0.f ? 0.f : y;  // a NaN stays one: it must reach the loss
+  y = simt::as_operand(y, out.rounded);
   out.value[i] = y;
   if (out.square) out.square[i] = y * y;
 }
@@ -80,7 +81,8 @@ __global__ void dense_sample_backward_kernel(float* dm, float* dv, Signal out, c
   const uint32_t step = noisy ? states[r].step : 0;
   if constexpr (!noisy) {
     SIMT_SIMD()
-    for (int j = threadIdx.x; j < s.units; j += blockDim.x) dm[first + j] = output_gradient<relu>(out, first + j);
+    for (int j = threadIdx.x; j < s.units; j += blockDim.x)
+      dm[first + j] = simt::as_operand(output_gradient<relu>(out, first + j), out.rounded);
   } else {
     SIMT_SIMD()
     for (int i = threadIdx.x; i < q; i += blockDim.x) {
@@ -91,8 +93,8 @@ __global__ void dense_sample_backward_kernel(float* dm, float* dv, Signal out, c
         const int j = i + k * q;
         if (j < s.units) {
           const float g = output_gradient<relu>(out, first + j);
-          dm[first + j] = g;
-          dv[first + j] = g * slope_of(v[first + j], lane[k]);
+          dm[first + j] = simt::as_operand(g, out.rounded);
+          dv[first + j] = simt::as_operand(g * slope_of(v[first + j], lane[k]), out.rounded);
         }
       }
     }
@@ -158,11 +160,11 @@ __global__ void conv_sample_backward_kernel(float* dm, float* dv, float* sums, S
       if (y < s.h && x < s.w) {
         const size_t i = first + size_t(y) * s.w + x;
         const float g = output_gradient<relu>(out, i);
-        dm[i] = g;
+        dm[i] = simt::as_operand(g, out.rounded);
         sum_m += g;
         if constexpr (noisy) {
           const float h = g * slope_of(v[i], lane[k]);
-          dv[i] = h;
+          dv[i] = simt::as_operand(h, out.rounded);
           sum_v += h;
         }
       }

@@ -18,12 +18,14 @@ struct Bias {
 // What flows between layers, [replicas][batch][...]. The squares feed the next layer's variance product; square and
 // grad_square are null where nobody reads them. On the way back, the whole of dL/dvalue is grad + 2 value grad_square,
 // or grad where grad_square is null. That does not depend on the layer's own noise: a layer without noise (v null) can
-// feed one that reads squares.
+// feed one that reads squares. rounded: value and the gradients of pre-activations that come of it are written as tf32
+// numbers, for tensor cores multiply them (kernels/layer_product.h).
 struct Signal {
   float* value = nullptr;
   float* square = nullptr;
   float* grad = nullptr;
   float* grad_square = nullptr;
+  bool rounded = false;
 };
 
 // ---- dense. m, v [replicas][batch][units]. With q = ceil(units / 4), the noise of unit j is lane j / q of the normal

@@ -54,7 +54,7 @@ __global__ void conv_sample_pool_kernel(Signal out, uint8_t* __restrict__ which,
     // Selects, not branches: random data would mispredict.
     const float top = p1 > p0 ? p1 : p0, low = p3 > p2 ? p3 : p2;
     const float best = (low > top ? low : top) + bias_mean;
-    const float y = best < 0.f ? 0.f : best;  // a NaN stays one: it must reach the loss
+    const float y = simt::as_operand(best < 0.f ? 0.f : best, out.rounded);  // a NaN stays one: it must reach the loss
     value[o] = y;
     if constexpr (squared) square[o] = y * y;
     if constexpr (keep) {
@@ -94,11 +94,11 @@ __global__ void conv_sample_pool_backward_kernel(float* __restrict__ dm, float* 
     if constexpr (squared) g += 2.f * out.value[pooled + o] * out.grad_square[pooled + o];
     g = k < 4 ? g : 0.f;  // cut by the ReLU: a zero goes to the window's first place, which takes no branch
     const int at = (2 * py + ((k >> 1) & 1)) * w + 2 * px + (k & 1);
-    to_m[at] = g;
+    to_m[at] = simt::as_operand(g, out.rounded);
     sum_m += g;
     if constexpr (noisy) {
       const float h = g * slope[pooled + o];
-      to_v[at] = h;
+      to_v[at] = simt::as_operand(h, out.rounded);
       sum_v += h;
     }
   }
@@ -213,7 +213,7 @@ __global__ void conv_sample_pool3_kernel(Signal out, uint8_t* __restrict__ which
       }
     }
     best += bias_mean;
-    const float y = best < 0.f ? 0.f : best;  // a NaN stays one: it must reach the loss
+    const float y = simt::as_operand(best < 0.f ? 0.f : best, out.rounded);  // a NaN stays one: it must reach the loss
     value[o] = y;
     if constexpr (squared) square[o] = y * y;
     if constexpr (noisy && keep) kept[o] = won;
@@ -283,8 +283,8 @@ __global__ void conv_sample_pool3_backward_kernel(float* __restrict__ dm, float*
   float* to_v = noisy ? dv + index * h * w : nullptr;
   auto gather = [=]<int k>(int qy, int qx) {
     const int i = (2 * qy + k / 2) * w + 2 * qx + k % 2, cell = (qy + 1) * pitch + qx + 1;
-    to_m[i] = won_by<k>(grad_m, place, cell, pitch);
-    if constexpr (noisy) to_v[i] = won_by<k>(grad_v, place, cell, pitch);
+    to_m[i] = simt::as_operand(won_by<k>(grad_m, place, cell, pitch), out.rounded);
+    if constexpr (noisy) to_v[i] = simt::as_operand(won_by<k>(grad_v, place, cell, pitch), out.rounded);
   };
   if constexpr (simt::warp_size == 1) {
     // By rows, in pairs. Where the width is odd, the next row overwrites what the last pair writes too much; the last

@@ -13,7 +13,7 @@ class Conv2d : public Linear {
   // Adds `name`.weight [out, in, k, k] and `name`.bias [out]. The input has `in` channels of height x width.
   Conv2d(ParameterLayout&, const std::string& name, int in, int height, int width, int out, int kernel, int pad,
          Pooling pooling, uint32_t stream_id);
-  ConvShape shape(int batch) const;
+  ConvShape shape(int batch) const override;
   int out_channels() const { return geometry_.out_channels; }
   int out_height() const { return pooled() ? planes_.pooled_h() : planes_.h; }
   int out_width() const { return pooled() ? planes_.pooled_w() : planes_.w; }

@@ -46,7 +46,9 @@ void Dense::take_buffers(const LayerContext& c, bool noisy, bool squares) {
 }
 
 void Dense::activate(Bias bias, Rows rows, const Pass& pass) {
-  dense_sample(y_.signal, m_, v_, bias, shape(rows), relu_, pass.states, stream_id_, device().stream());
+  Signal out = y_.signal;
+  out.rounded &= relu_;  // nobody multiplies the network's outputs
+  dense_sample(out, m_, v_, bias, shape(rows), relu_, pass.states, stream_id_, device().stream());
 }
 
 void Dense::activate_backward(Rows rows, const Pass& pass) {

@@ -9,6 +9,7 @@ class Dense : public Linear {
   // Adds `name`.weight [out, in] and `name`.bias [out] to the layout. stream_id: the layer's noise stream.
   Dense(ParameterLayout&, const std::string& name, int in, int out, bool relu, uint32_t stream_id);
 
+  ConvShape shape(int batch) const override { return {batch, in_, 1, 1, out_, 1, 0}; }
   std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const override;
   void activate(Bias, Rows, const Pass&) override;
   void activate_backward(Rows, const Pass&) override;

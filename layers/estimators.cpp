@@ -4,38 +4,111 @@ namespace baton {
 
 namespace {
 
-// From x to the pre-activations y. A row is split where groups of its examples have weights of their own.
-void multiply(const Product& product, const Linear& layer, const float* x, size_t stride, const RowWeights& w,
-              float* y) {
-  product.forward(layer.device(), {x, stride / w.groups}, {w.weights + layer.weight_at(), w.stride},
-                  {y, layer.pre_stride() / w.groups});
-}
+// Each group's share of a row, in the same memory.
+Matrices of_groups(const float* data, size_t stride, int groups) { return {data, stride / groups}; }
+MutableMatrices of_groups(float* data, size_t stride, int groups) { return {data, stride / groups}; }
 
-// From the gradients dy of the pre-activations to those of the weights, where they are wanted, and of x, where dx is
-// not null.
-void multiply_back(const Product& product, const Linear& layer, const float* x, size_t stride, const RowWeights& w,
-                   const float* dy, float* dx) {
-  const Matrices d{dy, layer.pre_stride() / w.groups};
-  if (w.gradients)
-    product.backward_weights(layer.device(), {x, stride / w.groups}, d, {w.gradients + layer.weight_at(), w.stride});
-  if (dx) product.backward_data(layer.device(), d, {w.weights + layer.weight_at(), w.stride}, {dx, stride / w.groups});
-}
+class LibraryProducts : public RowProducts {
+ public:
+  LibraryProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances)
+      : means_(means), mean_product_(layer.make_product(c.device, c.arena, split_rows(c, means.groups))) {
+    if (!variances) return;
+    variances_ = *variances;
+    variance_product_ = means.groups > 1 ? layer.make_product(c.device, c.arena, {c.rows, c.batch}) : mean_product_;
+  }
+  void forward(Linear& layer, const Activation& x) override {
+    multiply(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean());
+    if (variance_product_) multiply(*variance_product_, layer, x.signal.square, x.stride, variances_, layer.variance());
+  }
+  void backward(Linear& layer, const Activation& x) override {
+    multiply_back(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean_gradient(), x.signal.grad);
+    if (variance_product_)
+      multiply_back(*variance_product_, layer, x.signal.square, x.stride, variances_, layer.variance_gradient(),
+                    x.signal.grad_square);
+  }
+
+ private:
+  static void multiply(const Product& product, const Linear& layer, const float* x, size_t stride, const RowWeights& w,
+                       float* y) {
+    product.forward(layer.device(), of_groups(x, stride, w.groups), {w.weights + layer.weight_at(), w.stride},
+                    of_groups(y, layer.pre_stride(), w.groups));
+  }
+  static void multiply_back(const Product& product, const Linear& layer, const float* x, size_t stride,
+                            const RowWeights& w, const float* dy, float* dx) {
+    const Matrices d = of_groups(dy, layer.pre_stride(), w.groups);
+    if (w.gradients)
+      product.backward_weights(layer.device(), of_groups(x, stride, w.groups), d,
+                               {w.gradients + layer.weight_at(), w.stride});
+    if (dx)
+      product.backward_data(layer.device(), d, {w.weights + layer.weight_at(), w.stride},
+                            of_groups(dx, stride, w.groups));
+  }
+  RowWeights means_, variances_{};
+  std::shared_ptr<Product> mean_product_, variance_product_;  // the same where there is one group
+};
+
+class TensorProducts : public RowProducts {
+ public:
+  TensorProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances)
+      : means_(means),
+        variances_(variances ? *variances : RowWeights{}),
+        product_(c.arena, layer.shape(split_rows(c, means.groups).batch), c.rows, means.groups,
+                 means.stride ? c.rows * means.groups : 1, variances, c.training) {}
+  void forward(Linear& layer, const Activation& x) override {
+    const Stream stream = layer.device().stream();
+    product_.pack(weights(layer, means_), weights(layer, variances_), stream);
+    product_.forward(group(x.signal.value, x.stride), group(layer.mean(), layer.pre_stride()),
+                     group(layer.variance(), layer.pre_stride()), stream);
+  }
+  void backward(Linear& layer, const Activation& x) override {
+    const Stream stream = layer.device().stream();
+    const size_t pre = layer.pre_stride();
+    const float *dm = layer.mean_gradient(), *dv = layer.variance_gradient();
+    if (means_.gradients)
+      product_.backward_weights(group(std::as_const(x.signal.value), x.stride), group(dm, pre), group(dv, pre),
+                                gradients(layer, means_), gradients(layer, variances_), stream);
+    if (x.signal.grad)
+      product_.backward_data(group(dm, pre), group(dv, pre), group(x.signal.grad, x.stride),
+                             group(x.signal.grad_square, x.stride), stream);
+  }
+
+ private:
+  template <class T>
+  auto group(T* data, size_t stride) const {
+    return of_groups(data, stride, means_.groups);
+  }
+  // Of this layer; null where there are none.
+  static Matrices weights(const Linear& layer, const RowWeights& w) {
+    return {w.weights ? w.weights + layer.weight_at() : nullptr, w.stride};
+  }
+  static MutableMatrices gradients(const Linear& layer, const RowWeights& w) {
+    return {w.gradients ? w.gradients + layer.weight_at() : nullptr, w.stride};
+  }
+  RowWeights means_, variances_;
+  LayerProduct product_;
+};
 
 }  // namespace
 
+std::unique_ptr<RowProducts> make_products(const Linear& layer, const LayerContext& c, const RowWeights& means,
+                                           const RowWeights* variances) {
+  if (c.device.tensor_cores()) return std::make_unique<TensorProducts>(layer, c, means, variances);
+  return std::make_unique<LibraryProducts>(layer, c, means, variances);
+}
+
 // ------------------------------------------------------------------------------------------------- given weights
 PointEstimator::PointEstimator(const Linear& layer, const LayerContext& c, const RowWeights& w)
-    : w_(w), rows_(split_rows(c, w.groups)), product_(layer.make_product(c.device, c.arena, rows_)) {}
+    : w_(w), rows_(split_rows(c, w.groups)), products_(make_products(layer, c, w, nullptr)) {}
 
 void PointEstimator::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  multiply(*product_, layer, x.signal.value, x.stride, w_, layer.mean());
+  products_->forward(layer, x);
   layer.activate({w_.weights + layer.bias_at(), nullptr, w_.stride}, rows_, pass);
 }
 
 void PointEstimator::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
   add_gradients(layer, x, pass);
-  multiply_back(*product_, layer, x.signal.value, x.stride, w_, layer.mean_gradient(), x.signal.grad);
+  products_->backward(layer, x);
 }
 
 void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&) {
@@ -44,15 +117,14 @@ void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&
 
 // ------------------------------------------------------------------------------------------------- Gaussian weights
 LocalReparameterization::LocalReparameterization(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
-                                                 const RowWeights& means)
-    : w_(w),
-      means_(means),
-      rows_{c.rows, c.batch},
-      mean_product_(layer.make_product(c.device, c.arena, split_rows(c, means.groups))),
-      variance_product_(means.groups > 1 ? layer.make_product(c.device, c.arena, rows_) : mean_product_) {}
+                                                 const RowWeights& means, bool variances)
+    : w_(w), rows_{c.rows, c.batch} {
+  const RowWeights of_variances{w.variance, w.variance_gradient, w.stride};
+  products_ = make_products(layer, c, means, variances ? &of_variances : nullptr);
+}
 
 void LocalReparameterization::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  multiply(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean());
+  products_->forward(layer, x);
   variance_forward(layer, x);
   layer.activate({w_.mean + layer.bias_at(), w_.variance + layer.bias_at(), w_.stride}, rows_, pass);
 }
@@ -60,22 +132,13 @@ void LocalReparameterization::forward(Linear& layer, const Activation& x, const 
 void LocalReparameterization::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
   layer.bias_gradient(w_.mean_gradient + layer.bias_at(), w_.variance_gradient + layer.bias_at(), w_.stride, rows_);
-  multiply_back(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean_gradient(), x.signal.grad);
+  products_->backward(layer, x);
   variance_backward(layer, x);
-}
-
-void LocalReparameterization::variance_forward(Linear& layer, const Activation& x) {
-  multiply(*variance_product_, layer, x.signal.square, x.stride, {w_.variance, nullptr, w_.stride}, layer.variance());
-}
-
-void LocalReparameterization::variance_backward(Linear& layer, const Activation& x) {
-  multiply_back(*variance_product_, layer, x.signal.square, x.stride, {w_.variance, w_.variance_gradient, w_.stride},
-                layer.variance_gradient(), x.signal.grad_square);
 }
 
 ChannelMoments::ChannelMoments(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
                                const RowWeights& factors, const ConvShape& shape)
-    : LocalReparameterization(layer, c, w, {w.mean, w.mean_gradient, w.stride}),
+    : LocalReparameterization(layer, c, w, {w.mean, w.mean_gradient, w.stride}, false),
       factors_(factors),
       moments_(c.device, c.arena, shape, c.rows) {}
 

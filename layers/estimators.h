@@ -31,6 +31,20 @@ struct RowWeights {
   int groups = 1;  // of a row's examples, each with weights of its own; divides the batch
 };
 
+// The products of one layer with its weights, forward and back, for all rows: by the libraries, or on tensor cores
+// where the device multiplies with them.
+class RowProducts {
+ public:
+  virtual ~RowProducts() = default;
+  // From x to the pre-activations' means, and variances where there are any.
+  virtual void forward(Linear&, const Activation& x) = 0;
+  // From their gradients to those of the weights, where they are wanted, and of x, where it has a place for them.
+  virtual void backward(Linear&, const Activation& x) = 0;
+};
+// variances: of the weights, or null; they have no groups.
+std::unique_ptr<RowProducts> make_products(const Linear&, const LayerContext&, const RowWeights& means,
+                                           const RowWeights* variances);
+
 // Products with given weights, without noise. Gradients are written (=).
 class PointEstimator : public Estimator {
  public:
@@ -42,7 +56,7 @@ class PointEstimator : public Estimator {
   virtual void add_gradients(Linear&, const Activation& x, const Pass&);  // of the bias, or what else is wanted
   RowWeights w_;
   Rows rows_;
-  std::unique_ptr<Product> product_;
+  std::unique_ptr<RowProducts> products_;
 };
 
 // Every row's weights are a draw of the step: the backward pass adds the moments of their gradients.
@@ -91,19 +105,20 @@ struct GaussianWeights {
 // them; the means of biases are always those of `w`. Gradients are written (=).
 class LocalReparameterization : public Estimator {
  public:
-  LocalReparameterization(const Linear&, const LayerContext&, const GaussianWeights& w, const RowWeights& means);
+  // variances: whether they come of a product too.
+  LocalReparameterization(const Linear&, const LayerContext&, const GaussianWeights& w, const RowWeights& means,
+                          bool variances = true);
   bool noisy() const override { return true; }
   bool reads_squares() const override { return true; }
   void forward(Linear&, const Activation& x, const Pass&) override;
   void backward(Linear&, const Activation& x, const Pass&) override;
 
  protected:
-  virtual void variance_forward(Linear&, const Activation& x);
-  virtual void variance_backward(Linear&, const Activation& x);
+  virtual void variance_forward(Linear&, const Activation&) {}  // where they come of none
+  virtual void variance_backward(Linear&, const Activation&) {}
   GaussianWeights w_;
-  RowWeights means_;
-  Rows rows_;                                                 // without groups
-  std::shared_ptr<Product> mean_product_, variance_product_;  // the same where there is one group
+  Rows rows_;  // without groups
+  std::unique_ptr<RowProducts> products_;
 };
 
 // Local reparameterization of a convolution from the exact marginal moments of its pre-activations. The squares of the

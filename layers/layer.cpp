@@ -17,6 +17,7 @@ Activation take_activation(const LayerContext& c, size_t size, bool squares, boo
   a.stride = size * c.batch;
   const size_t count = a.stride * c.rows;
   a.signal.value = c.arena.take<float>(count);
+  a.signal.rounded = c.device.tensor_cores();
   if (squares) a.signal.square = c.arena.take<float>(count);
   if (gradients) a.signal.grad = c.arena.take<float>(count);
   if (gradients && squares) a.signal.grad_square = c.arena.take<float>(count);

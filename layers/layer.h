@@ -9,6 +9,7 @@
 #include "engine/blas.h"
 #include "engine/store.h"
 #include "kernels/bgd.h"
+#include "kernels/layer_product.h"
 #include "kernels/local_reparam.h"
 
 namespace baton {
@@ -96,6 +97,7 @@ class Linear {
   float* variance() const { return v_; }
   float* mean_gradient() const { return dm_; }
   float* variance_gradient() const { return dv_; }
+  virtual ConvShape shape(int batch) const = 0;  // of its product; a dense layer's images are of one pixel
   virtual std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const = 0;
   // From the pre-activations to the output. Rows: those of the bias and of the noise.
   virtual void activate(Bias, Rows, const Pass&) = 0;

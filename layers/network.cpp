@@ -68,7 +68,8 @@ void Network::prepare(const LayerContext& c) {
 void Network::drop(const Link& link, float* x, const Pass& pass) const {
   if (link.dropout > 0 && training_ && pass.states)  // without states: curvature at the weights
     dropout(x, link.layer->output().stride, rows_, link.dropout, pass.states,
-            uint32_t(stream_dropout + (&link - chain_.data())), link.layer->device().stream(), pass.first_draw);
+            uint32_t(stream_dropout + (&link - chain_.data())), link.layer->device().stream(), pass.first_draw,
+            link.layer->output().signal.rounded);
 }
 
 void Network::forward(const Pass& pass) {

@@ -10,8 +10,8 @@ DeviceImages upload_images(Device& device, Arena& arena, const Images& images, c
   uint8_t* labels = arena.take<uint8_t>(images.labels.size());
   upload(device, pixels, images.pixels);
   upload(device, labels, images.labels);
-  return {pixels,        labels,        images.count, images.channels, images.height * images.width,
-          normalisation, images.height, images.width};
+  return {pixels,        labels,        images.count, images.channels,      images.height * images.width,
+          normalisation, images.height, images.width, device.tensor_cores()};
 }
 
 Normalisation standardise(const Images& images) {
