@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/simt.h"
+#include "engine/precision.h"
 
 namespace baton {
 
@@ -22,6 +22,11 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
+  // Of the products of layers (engine/blas.h), from here on: a program sets it before it prepares a network, for a
+  // Convolution and a captured step keep what they were made with. The products of engine/linalg.h know nothing of it.
+  Precision precision() const { return precision_; }
+  void set_precision(Precision precision) { precision_ = precision; }
+
   Stream stream() const { return stream_; }
   LibraryHandles& libraries() { return *libraries_; }
   void synchronize();
@@ -33,6 +38,7 @@ class Device {
 
  private:
   Stream stream_{};
+  Precision precision_ = Precision::fp32;
   std::unique_ptr<LibraryHandles> libraries_;
   std::unique_ptr<Scratch> scratch_;
 };
