@@ -24,7 +24,7 @@ double median(std::vector<double> v) {
 
 int run(int argc, char** argv) {
   CLI::App app{"Times a training step or a prediction of LeNet5, 3Conv3FC or a perceptron"};
-  std::string which = "ffg_step", network = "lenet5";
+  std::string which = "ffg_step", network = "lenet5", precision = "fp32";
   int batch = 128, steps = 20, warmup = 3, replicas = 1, samples = 100, draws = 10, at_once = 0, together = 0;
   bool path_gradient = false;
   app.add_option("--network", network, "lenet5, mlp1200 (generated digits) or 3conv3fc (generated colour images)")
@@ -35,6 +35,7 @@ int run(int argc, char** argv) {
   app.add_option("--draws", draws, "K of BGD");
   app.add_option("--at-once", at_once, "draws of BGD that run side by side [all]");
   app.add_option("--batch", batch, "examples a step");
+  app.add_option("--precision", precision, "of the layers' products: fp32 or tf32");
   app.add_option("--steps", steps, "timed steps");
   app.add_option("--warmup", warmup, "steps before them");
   app.add_option("--together", together,
@@ -49,6 +50,7 @@ int run(int argc, char** argv) {
   if (perceptron != (which == "bgd_step" || which == "sgd_step"))
     throw InputError("--network " + network + " has no case " + which);
   Device device;
+  device.set_precision(parse_precision(precision));
   Arena arena;
   const bool digits = network != "3conv3fc";
   const int count = std::max(2000, batch);
@@ -93,6 +95,7 @@ int run(int argc, char** argv) {
   j["network"] = network;
   j["case"] = which;
   j["batch"] = batch;
+  j["precision"] = name(device.precision());
   j["replicas"] = replicas;
   if (which == "bgd_step") j["draws"] = draws;
   j["peak_bytes"] = device.peak_bytes();

@@ -1,5 +1,6 @@
-// Matrix products by cuBLAS and convolutions by cuDNN, in float32 without tensor cores (no tf32). All calls can be
-// captured in a graph, and repeat bit for bit on one model of GPU with one version of the libraries.
+// Matrix products by cuBLAS and convolutions by cuDNN: in float32 without tensor cores, or where the device's precision
+// is tf32, with the tensor cores that take it. All calls can be captured in a graph, and repeat bit for bit on one
+// model of GPU with one version of the libraries.
 #include <algorithm>
 #include <array>
 
@@ -7,6 +8,28 @@
 #include "engine/cuda_libraries.h"
 
 namespace baton {
+
+namespace {
+
+// Lets cuBLAS multiply by tf32, where that is the device's precision, for as long as it lives. The products of linalg.h
+// go through the same handle.
+class TensorCores {
+ public:
+  explicit TensorCores(Device& device) : blas_(device.libraries().blas), on_(device.precision() == Precision::tf32) {
+    if (on_) BATON_CALL(cublasSetMathMode, blas_, CUBLAS_TF32_TENSOR_OP_MATH);
+  }
+  ~TensorCores() {
+    if (on_) cublasSetMathMode(blas_, LibraryHandles::math);
+  }
+  TensorCores(const TensorCores&) = delete;
+  TensorCores& operator=(const TensorCores&) = delete;
+
+ private:
+  cublasHandle_t blas_;
+  bool on_;
+};
+
+}  // namespace
 
 // cuBLAS is column-major, and to it a packed row-major matrix is its transpose: so we ask for C' = op(B)' op(A)'.
 //
@@ -21,6 +44,7 @@ void gemm(Device& device, bool transpose_a, bool transpose_b, int m, int n, int 
   const cublasOperation_t op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
   const int lda = std::max(1, transpose_a ? m : k), ldb = std::max(1, transpose_b ? k : n);
   const float alpha = 1;
+  const TensorCores allowed(device);
   for (int r = 0; r < replicas; r++)
     BATON_CALL(cublasSgemm, device.libraries().blas, op_b, op_a, n, m, k, &alpha, b.data + b.stride * r, ldb,
                a.data + a.stride * r, lda, &beta, c.data + c.stride * r, n);
@@ -66,11 +90,15 @@ bool sums_products(ConvDirection direction, int algorithm) {
   return false;
 }
 
-// Whether it is offered, repeats bit for bit and is float32. The descriptor asks for FMA; CUDNN_DEFAULT_MATH then only
-// means that the algorithm has no other kind of arithmetic.
-bool can_be_trusted(const Candidate& c) {
+// Whether it is offered, repeats bit for bit, and multiplies with the precision or a higher one. Under fp32 the
+// descriptor asks for FMA; CUDNN_DEFAULT_MATH then only means that the algorithm has no other kind of arithmetic. Under
+// tf32 it asks for CUDNN_DEFAULT_MATH, which allows tf32 for float32 tensors from the A100 on.
+// CUDNN_TENSOR_OP_MATH_ALLOW_CONVERSION could make float16 of them.
+bool can_be_trusted(const Candidate& c, Precision precision) {
   return c.status == CUDNN_STATUS_SUCCESS && c.determinism == CUDNN_DETERMINISTIC &&
-         (c.math == CUDNN_FMA_MATH || c.math == CUDNN_DEFAULT_MATH) && c.workspace <= most_workspace;
+         (c.math == CUDNN_FMA_MATH || c.math == CUDNN_DEFAULT_MATH ||
+          (c.math == CUDNN_TENSOR_OP_MATH && precision == Precision::tf32)) &&
+         c.workspace <= most_workspace;
 }
 
 #define BATON_NAME(x) \
@@ -142,11 +170,12 @@ struct Convolution::Plan {
   cudnnTensorDescriptor_t x = nullptr, y = nullptr;
   cudnnFilterDescriptor_t w = nullptr;
   cudnnConvolutionDescriptor_t convolution = nullptr;
-  std::array<int, 3> algorithms{};
+  Precision precision;
+  std::array<Candidate, 3> chosen{};
   void* workspace = nullptr;  // one for all three, as they follow one another on the stream
   size_t workspace_bytes = 0;
 
-  Plan() = default;
+  explicit Plan(Precision p) : precision(p) {}
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() {
@@ -172,7 +201,8 @@ struct Convolution::Plan {
                s.kernel, s.kernel);
     BATON_CALL(cudnnSetConvolution2dDescriptor, convolution, s.pad, s.pad, 1, 1, 1, 1, CUDNN_CROSS_CORRELATION,
                CUDNN_DATA_FLOAT);
-    BATON_CALL(cudnnSetConvolutionMathType, convolution, CUDNN_FMA_MATH);
+    BATON_CALL(cudnnSetConvolutionMathType, convolution,
+               precision == Precision::tf32 ? CUDNN_DEFAULT_MATH : CUDNN_FMA_MATH);
   }
 
   // In the order of cuDNN's own estimates, the fastest first. Measured times could choose another one in the next run.
@@ -195,9 +225,12 @@ struct Convolution::Plan {
     return candidates_of(b, count);
   }
 
-  // The operands are those of Convolution's function of this direction, in its order.
-  cudnnStatus_t run(cudnnHandle_t dnn, ConvDirection direction, int algorithm, void* space, size_t space_bytes,
-                    const float* first, const float* second, float* result) const {
+  // The operands are those of Convolution's function of this direction, in its order. Under tf32 the directions share
+  // the descriptor, and each has the kind of arithmetic that its algorithm was offered with.
+  cudnnStatus_t run(cudnnHandle_t dnn, ConvDirection direction, const Candidate& candidate, void* space,
+                    size_t space_bytes, const float* first, const float* second, float* result) const {
+    const int algorithm = candidate.algorithm;
+    if (precision == Precision::tf32) BATON_CALL(cudnnSetConvolutionMathType, convolution, candidate.math);
     if (direction == ConvDirection::forward)
       return cudnnConvolutionForward(dnn, &one, x, first, w, second, convolution, cudnnConvolutionFwdAlgo_t(algorithm),
                                      space, space_bytes, &zero, y, result);
@@ -226,10 +259,9 @@ struct Convolution::Plan {
     for (const bool product : {true, false}) {
       if (!product && direction == ConvDirection::forward) break;
       for (size_t i = 0; i < of.size(); i++) {
-        if (!can_be_trusted(of[i]) || sums_products(direction, of[i].algorithm) != product) continue;
+        if (!can_be_trusted(of[i], precision) || sums_products(direction, of[i].algorithm) != product) continue;
         void* space = scratch.take<char>(of[i].workspace);
-        of[i].status =
-            run(device.libraries().dnn, direction, of[i].algorithm, space, of[i].workspace, first, second, result);
+        of[i].status = run(device.libraries().dnn, direction, of[i], space, of[i].workspace, first, second, result);
         device.synchronize();
         if (of[i].status == CUDNN_STATUS_SUCCESS) return int(i);
         cudaGetLastError();  // clears the error, which has no other effect, or the next launch would report it
@@ -248,20 +280,18 @@ struct Convolution::Plan {
         for (const Candidate& c : of)
           offers += std::string(offers.empty() ? "" : ", ") + name_of(direction, c.algorithm) + " " +
                     cudnnGetErrorString(c.status);
-        throw RunError(
-            std::string(call_of[int(direction)]) +
-            ": none of the algorithms that cuDNN offers is fit: one that repeats bit for bit, in float32, and "
-            "sums products where a variance comes out of it (" +
-            offers + ")");
+        throw RunError(std::string(call_of[int(direction)]) +
+                       ": none of the algorithms that cuDNN offers is fit: one that repeats bit for bit, in " +
+                       name(precision) + ", and sums products where a variance comes out of it (" + offers + ")");
       }
-      algorithms[int(direction)] = of[best].algorithm;
+      chosen[int(direction)] = of[best];
       workspace_bytes = std::max(workspace_bytes, of[best].workspace);
     }
     workspace = arena.take<char>(workspace_bytes);
   }
 
   void run(Device& device, ConvDirection direction, const float* first, const float* second, float* result) const {
-    check(run(device.libraries().dnn, direction, algorithms[int(direction)], workspace, workspace_bytes, first, second,
+    check(run(device.libraries().dnn, direction, chosen[int(direction)], workspace, workspace_bytes, first, second,
               result),
           call_of[int(direction)]);
   }
@@ -269,7 +299,7 @@ struct Convolution::Plan {
 
 std::vector<OfferedAlgorithm> Convolution::offered_algorithms(Device& device, const ConvShape& s,
                                                               ConvDirection direction) {
-  Plan plan;
+  Plan plan(device.precision());
   plan.describe(s);
   Arena scratch;
   std::vector<Candidate> candidates = plan.candidates(device.libraries().dnn, direction);
@@ -283,7 +313,7 @@ std::vector<OfferedAlgorithm> Convolution::offered_algorithms(Device& device, co
 }
 
 Convolution::Convolution(Device& device, Arena& arena, const ConvShape& s, int replicas)
-    : shape_(s), replicas_(replicas), plan_(std::make_unique<Plan>()) {
+    : shape_(s), replicas_(replicas), plan_(std::make_unique<Plan>(device.precision())) {
   plan_->describe(s);
   plan_->choose_algorithms(device, arena, s);
 }

@@ -6,6 +6,7 @@
 
 #include "engine/blas_tiles_host.h"
 #include "engine/openblas_host.h"
+#include "engine/precision_host.h"
 
 namespace baton {
 
@@ -19,9 +20,11 @@ constexpr size_t floats_a_tile = 64 * 1024;  // of for_product_tiles: a tile and
 
 }  // namespace
 
-void for_product_tiles(int m, int n, int k, Matrices a, Matrices b, int replicas,
+void for_product_tiles(Device& device, int m, int n, int k, Matrices a, Matrices b, int replicas,
                        const std::function<void(int replica, int row, int rows, const float* c)>& tile) {
   prepare_openblas();
+  Operands operands(device);
+  a = operands.take(a, size_t(m) * k, replicas), b = operands.take(b, size_t(k) * n, replicas);
   const int fits = int(floats_a_tile / size_t(n)) / 16 * 16;
   const int even = (m / 8 + 15) / 16 * 16;  // enough tiles for a few threads
   const int rows = std::max(16, std::min(fits, even)), tiles = (m + rows - 1) / rows;
@@ -40,10 +43,12 @@ void for_product_tiles(int m, int n, int k, Matrices a, Matrices b, int replicas
   }
 }
 
-void gemm(Device&, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
+void gemm(Device& device, bool transpose_a, bool transpose_b, int m, int n, int k, Matrices a, Matrices b, float beta,
           MutableMatrices c, int replicas) {
   prepare_openblas();
   if (m == 0 || n == 0 || replicas == 0) return;
+  Operands operands(device);
+  a = operands.take(a, size_t(m) * k, replicas), b = operands.take(b, size_t(k) * n, replicas);
   const bool cut_rows = m >= n;
   const int extent = cut_rows ? m : n;
   const int wanted = int(std::clamp(2.0 * m * n * k / flops_per_tile, 1.0, double(most_tiles)));

@@ -24,10 +24,13 @@
 //
 // Each output is computed by one thread in one order, so results do not depend on the number of threads.
 #include "engine/conv_host.h"
+
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
+
+#include "engine/precision_host.h"
 
 namespace baton {
 
@@ -317,9 +320,11 @@ static void with_kernel(int k, F body) {
   }
 }
 
-void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) const {
+void Convolution::forward(Device& device, Matrices x, Matrices w, MutableMatrices y) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
+  Operands operands(device);
+  x = operands.take(x, s.input_size(), replicas_), w = operands.take(w, s.weight_size(), replicas_);
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
 #pragma omp parallel
   if (by_filters(s)) {
@@ -347,9 +352,11 @@ void Convolution::forward(Device&, Matrices x, Matrices w, MutableMatrices y) co
 
 // The backward passes take one replica after the other: which way one takes, and so its last bits, must not depend on
 // the others.
-void Convolution::backward_weights(Device&, Matrices xs, Matrices dys, MutableMatrices dws) const {
+void Convolution::backward_weights(Device& device, Matrices xs, Matrices dys, MutableMatrices dws) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
+  Operands operands(device);
+  xs = operands.take(xs, s.input_size(), replicas_), dys = operands.take(dys, s.output_size(), replicas_);
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
   const int group = 2;
   const size_t per_filter = size_t(s.in_channels) * g.k * g.k;
@@ -384,9 +391,11 @@ void Convolution::backward_weights(Device&, Matrices xs, Matrices dys, MutableMa
   }
 }
 
-void Convolution::backward_data(Device&, Matrices dys, Matrices ws, MutableMatrices dxs) const {
+void Convolution::backward_data(Device& device, Matrices dys, Matrices ws, MutableMatrices dxs) const {
   const Geometry& g = plan_->geometry;
   const ConvShape& s = shape_;
+  Operands operands(device);
+  dys = operands.take(dys, s.output_size(), replicas_), ws = operands.take(ws, s.weight_size(), replicas_);
   const size_t in_image = size_t(s.in_channels) * s.height * s.width, out_image = size_t(s.out_channels) * g.oh * g.ow;
   const ConvShape back = mirrored(s);
   for (int r = 0; r < replicas_; r++) {

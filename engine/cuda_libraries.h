@@ -24,6 +24,7 @@ struct LibraryHandles {
   LibraryHandles(const LibraryHandles&) = delete;
   LibraryHandles& operator=(const LibraryHandles&) = delete;
 
+  static constexpr cublasMath_t math = CUBLAS_PEDANTIC_MATH;  // float32 throughout, but within gemm() under tf32
   cublasHandle_t blas = nullptr;
   cudnnHandle_t dnn = nullptr;
 

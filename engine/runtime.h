@@ -7,12 +7,17 @@
 #include <string>
 #include <vector>
 
+#include "engine/precision.h"
 #include "engine/simt.h"
 
 namespace baton {
 
 struct LibraryHandles;  // cuBLAS and cuDNN on the GPU; nothing on the host
 class Scratch;
+
+// Whether this build's kernels run on a GPU. A constant of the program, but not of what is compiled: .cpp files are the
+// same in every build.
+extern const bool on_gpu;
 
 // A stream and the libraries bound to it. A program has one; kernels and library calls run in order on its stream.
 class Device {
@@ -21,6 +26,14 @@ class Device {
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
+
+  // Of the products of layers (engine/blas.h), from here on: a program sets it before it prepares a network, for a
+  // Convolution and a captured step keep what they were made with. The products of engine/linalg.h know nothing of it.
+  Precision precision() const { return precision_; }
+  void set_precision(Precision precision) { precision_ = precision; }
+  // Whether layers multiply by our own kernels for tensor cores (kernels/layer_product.h), and not by the libraries.
+  // Whatever writes their operands rounds them.
+  bool tensor_cores() const { return on_gpu && precision_ == Precision::tf32; }
 
   Stream stream() const { return stream_; }
   LibraryHandles& libraries() { return *libraries_; }
@@ -33,6 +46,7 @@ class Device {
 
  private:
   Stream stream_{};
+  Precision precision_ = Precision::fp32;
   std::unique_ptr<LibraryHandles> libraries_;
   std::unique_ptr<Scratch> scratch_;
 };
@@ -107,10 +121,6 @@ class Scratch {
   std::vector<Slot> slots_;
   size_t used_ = 0;
 };
-
-// Whether this build's kernels run on a GPU. A constant of the program, but not of what is compiled: .cpp files are the
-// same in every build.
-extern const bool on_gpu;
 
 // Ordered on the stream; copies from and to the host return when the bytes have arrived.
 void copy_to_device(Device&, void* device, const void* host, size_t bytes);

@@ -64,7 +64,7 @@ LibraryHandles::LibraryHandles(Stream stream) {
     BATON_CALL(cublasSetStream, blas, stream);  // before the workspace, which it would reset
     BATON_CALL(cublasSetWorkspace, blas, workspace_.take<char>(blas_workspace), blas_workspace);
     BATON_CALL(cublasSetPointerMode, blas, CUBLAS_POINTER_MODE_HOST);
-    BATON_CALL(cublasSetMathMode, blas, CUBLAS_PEDANTIC_MATH);  // float32 throughout, no tf32
+    BATON_CALL(cublasSetMathMode, blas, math);
     BATON_CALL(cublasSetAtomicsMode, blas, CUBLAS_ATOMICS_NOT_ALLOWED);
     BATON_CALL(cudnnCreate, &dnn);
     BATON_CALL(cudnnSetStream, dnn, stream);

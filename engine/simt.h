@@ -56,17 +56,10 @@ constexpr Blocks blocks(int n, int threads = 256, size_t smem = 0, int rows = 1)
 #else
 #include "engine/simt_serial.h"
 #endif
+#include "engine/tf32.h"
 
 namespace baton::simt {
 constexpr bool has_warps = warp_size > 1;  // false in the serial build
-
-// The nearest tf32 number: a float whose last 13 bits are 0. Ties go away from zero, as with cvt.rna.tf32.f32, which is
-// a sequence of instructions on sm_90 where this is three. Infinities stay, what is beyond the largest tf32 number
-// becomes one, and every NaN becomes the NaN 0x7fc00000. The same bits in every build, on the host too.
-__host__ __device__ __forceinline__ float round_to_tf32(float x) {
-  const uint32_t rounded = (__builtin_bit_cast(uint32_t, x) + 0x1000u) & 0xffffe000u;
-  return __builtin_bit_cast(float, x == x ? rounded : 0x7fc00000u);
-}
 
 // What the tensor cores take for x where `round` is set, and x itself else. The serial build has none: it rounds the
 // operands of its products when it reads them.

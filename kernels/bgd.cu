@@ -165,21 +165,24 @@ struct ProductShape {
   int first, out, in, batch;
 };
 
-// Loads [depth][tile] of x from (row, column) on, with zeros beyond x's rows and columns.
+// Loads [depth][tile] of x from (row, column) on, with zeros beyond x's rows and columns, as the precision has it.
+template <Precision precision>
 __device__ __forceinline__ void load_piece(float* to, int pitch, int tile, const float* __restrict__ x, int columns,
                                            int column, int row, int rows) {
   for (int i = threadIdx.x; i < depth * tile; i += blockDim.x) {
     const int d = i / tile, j = i % tile;
     const bool inside = row + d < rows && column + j < columns;
-    to[d * pitch + j] = inside ? x[size_t(row + d) * columns + column + j] : 0.f;
+    const float value = inside ? x[size_t(row + d) * columns + column + j] : 0.f;
+    to[d * pitch + j] = precision == Precision::tf32 ? simt::round_to_tf32(value) : value;
   }
 }
 
-__global__ void __launch_bounds__(256)
-    product_kernel(float* __restrict__ sum, float* __restrict__ noise, Matrices dy, Matrices x, ProductShape shape,
-                   DrawnPass pass, const StepState* __restrict__ states) {
-  __shared__ float a[depth * pitch_out];
-  __shared__ float b[depth * pitch_in];
+// a and b: shared memory for a piece of dy and of x.
+template <Precision precision>
+__device__ __forceinline__ void accumulate_product(float* a, float* b, float* __restrict__ sum,
+                                                   float* __restrict__ noise, Matrices dy, Matrices x,
+                                                   ProductShape shape, DrawnPass pass,
+                                                   const StepState* __restrict__ states) {
   const int tiles = (shape.in + tile_in - 1) / tile_in, t = threadIdx.x;
   const int out0 = int(blockIdx.x) / tiles * tile_out, in0 = int(blockIdx.x) % tiles * tile_in;
   const int my_out = t / (tile_in / part_in) * part_out, my_in = t % (tile_in / part_in) * part_in;
@@ -198,8 +201,8 @@ __global__ void __launch_bounds__(256)
       for (int j = 0; j < part_in; j++) g[i][j] = 0.f;
     }
     for (int row = 0; row < shape.batch; row += depth) {
-      load_piece(a, pitch_out, tile_out, dy.data + dy.stride * k, shape.out, out0, row, shape.batch);
-      load_piece(b, pitch_in, tile_in, x.data + x.stride * k, shape.in, in0, row, shape.batch);
+      load_piece<precision>(a, pitch_out, tile_out, dy.data + dy.stride * k, shape.out, out0, row, shape.batch);
+      load_piece<precision>(b, pitch_in, tile_in, x.data + x.stride * k, shape.in, in0, row, shape.batch);
       __syncthreads();
       for (int d = 0; d < depth; d++) {
         SIMT_UNROLL
@@ -243,6 +246,22 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+__global__ void __launch_bounds__(256)
+    product_kernel(float* __restrict__ sum, float* __restrict__ noise, Matrices dy, Matrices x, ProductShape shape,
+                   DrawnPass pass, const StepState* __restrict__ states) {
+  __shared__ float a[depth * pitch_out];
+  __shared__ float b[depth * pitch_in];
+  accumulate_product<Precision::fp32>(a, b, sum, noise, dy, x, shape, pass, states);
+}
+
+__global__ void __launch_bounds__(256)
+    product_tf32_kernel(float* __restrict__ sum, float* __restrict__ noise, Matrices dy, Matrices x, ProductShape shape,
+                        DrawnPass pass, const StepState* __restrict__ states) {
+  __shared__ float a[depth * pitch_out];
+  __shared__ float b[depth * pitch_in];
+  accumulate_product<Precision::tf32>(a, b, sum, noise, dy, x, shape, pass, states);
+}
+
 void check_product(int first, int out, int in, int batch) {
   if (first % 4 != 0 || first < 0 || out < 1 || in < 1 || batch < 1)
     throw InputError("the moments of a product [" + std::to_string(out) + "][" + std::to_string(in) + "] of " +
@@ -280,8 +299,11 @@ void product_moments_fused(Device& device, Moments m, int first, int out, int in
   BATON_RANGE("product_moments");
   check_product(first, out, in, batch);
   const int blocks = ((out + tile_out - 1) / tile_out) * ((in + tile_in - 1) / tile_in);
-  simt::launch<product_kernel>(simt::blocks(blocks, product_threads), device.stream(), m.sum, m.noise, dy, x,
-                               ProductShape{first, out, in, batch}, pass, states);
+  const auto grid = simt::blocks(blocks, product_threads);
+  const ProductShape shape{first, out, in, batch};
+  if (device.precision() == Precision::tf32)
+    simt::launch<product_tf32_kernel>(grid, device.stream(), m.sum, m.noise, dy, x, shape, pass, states);
+  else simt::launch<product_kernel>(grid, device.stream(), m.sum, m.noise, dy, x, shape, pass, states);
 }
 
 #if defined(BATON_CUDA)
@@ -289,11 +311,11 @@ void product_moments_by_tiles(Device&, Moments, int, int, int, int, Matrices, Ma
   throw RunError("product_moments_by_tiles() runs on the host alone");
 }
 #else
-void product_moments_by_tiles(Device&, Moments m, int first, int out, int in, int batch, Matrices dy, Matrices x,
+void product_moments_by_tiles(Device& device, Moments m, int first, int out, int in, int batch, Matrices dy, Matrices x,
                               DrawnPass pass, const StepState* states) {
   check_product(first, out, in, batch);
   const Counter c{states[0].noise, states[0].step};
-  for_product_tiles(out, in, batch, dy, x, pass.draws, [&](int k, int row, int rows, const float* g) {
+  for_product_tiles(device, out, in, batch, dy, x, pass.draws, [&](int k, int row, int rows, const float* g) {
     // A tile is whole rows: one run of the weights, which starts at a multiple of four.
     fold_run(m.sum + first, m.noise + first, g, row * in, rows * in, first, uint32_t(pass.first_draw + k),
              pass.add || k > 0, c);

@@ -41,6 +41,7 @@ class Runner {
         folder_(options.out / "checkpoint"),
         identity_(make_identity()),
         checkpoints_(folder_ / "run.safetensors", options.checkpoint_seconds, [this] { return describe_run(); }) {
+    device_.set_precision(options.precision);
     make_directories(folder_);
     if (options.resume) find_progress();
     else
@@ -94,6 +95,7 @@ class Runner {
     json j;
     j["experiment"] = options_.experiment;
     j["dataset"] = {data_.set.name, data_.set.source, data_.set.train.count, data_.test[0].count};
+    if (options_.precision != Precision::fp32) j["precision"] = name(options_.precision);
     for (const ExperimentRun& r : runs_) {
       json one{r.method,  r.label,         r.network.description(), r.stages.tasks(),
                r.samples, r.stage_samples, count_images(r)};
@@ -360,6 +362,7 @@ class Runner {
     Model m = new_model(run.network, run.training.kind);
     m.settings = trainer.posterior().settings();
     m.normalisation = options_.normalisation;
+    m.precision = options_.precision;
     m.batch = run.training.batch;
     m.epochs = run.training.epochs;
     m.seed = run.training.replicas[0].seed;
@@ -412,6 +415,7 @@ class Runner {
                     {"train", data_.set.train.count},
                     {"test", test}};
     j["device"] = device_.description();
+    j["precision"] = name(options_.precision);
     j["peak_device_bytes"] = device_.peak_bytes();
     j["settings"] = options_.extra;
     j["runs"] = at_.finished;

@@ -35,6 +35,7 @@ struct ExperimentOptions {
   bool save_models = false;        // every trained model (and its pruned forms), as `baton` reads them
   double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after measurements
   Normalisation normalisation = unit_range;
+  Precision precision = Precision::fp32;
   json extra = json::object();  // what else the program has to say: it goes into result.json's settings
 };
 

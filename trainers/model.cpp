@@ -116,6 +116,8 @@ std::map<std::string, std::string> list_metadata(const Model& m) {
   to["normalisation"] = json({{"scale", std::vector<float>(m.normalisation.scale, m.normalisation.scale + c)},
                               {"shift", std::vector<float>(m.normalisation.shift, m.normalisation.shift + c)}})
                             .dump();
+  // Not where it is fp32, so that the fingerprints of models stay what they were before there was another precision.
+  if (m.precision != Precision::fp32) to["precision"] = name(m.precision);
   to["class_names"] = json(m.class_names).dump();
   to["training"] =
       json({{"rule", m.rule}, {"epochs", m.epochs}, {"batch", m.batch}, {"draws", m.draws}, {"settings", m.settings}})
@@ -168,6 +170,7 @@ Model new_model(const NetworkSpec& network, const std::string& kind) {
 
 json training_json(const Model& m) {
   json j{{"rule", m.rule}, {"epochs", m.epochs}, {"batch", m.batch}, {"draws", m.draws}};
+  if (m.precision != Precision::fp32) j["precision"] = name(m.precision);
   j.update(m.settings);
   return j;
 }
@@ -185,6 +188,7 @@ Model read_model(const std::filesystem::path& path) {
   m.kind = metadata.text(before ? "family" : "kind");
   try {
     find_posterior(m.kind);
+    if (file.metadata.contains("precision")) m.precision = parse_precision(metadata.text("precision"));
   } catch (const InputError& e) {
     throw InputError(file.path + ": " + e.what());
   }

@@ -1,8 +1,9 @@
 // A model as people keep it: a network, what is believed about its weights, and where that came from. One safetensors
 // file, which Python reads too: the posterior and its prior as "conv1.weight.mean", ".log_std", ".prior_mean",
 // ".prior_log_std" and the kind's own arrays, ".mask" where weights are pruned; in the metadata the network, the kind
-// of posterior, the normalisation of images, the settings of the next update, the step count of the noise, and every
-// stage so far with the hash of its images. What paper programs save, `baton` reads, and the other way round.
+// of posterior, the normalisation of images, the precision of products (where it is absent: fp32), the settings of the
+// next update, the step count of the noise, and every stage so far with the hash of its images. What paper programs
+// save, `baton` reads, and the other way round.
 #pragma once
 #include <filesystem>
 #include <memory>
@@ -17,7 +18,8 @@ struct Model {
   std::string kind = "ffg";  // of the posterior
   bool masked = false;       // weights are pruned
   Normalisation normalisation = unit_range;
-  std::vector<std::string> class_names;  // of the outputs; empty: numbers
+  Precision precision = Precision::fp32;  // that it was trained with; what uses the model sets it on the device
+  std::vector<std::string> class_names;   // of the outputs; empty: numbers
   // Of the next update, where it says nothing else. rule: "elbo", as the kind itself learns, or "bgd", by Bayesian
   // gradient descent (kind ffg).
   std::string rule = "elbo";

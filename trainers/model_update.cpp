@@ -46,6 +46,7 @@ class Update {
       : device_(device), model_(model), data_(data), out_(out), options_(options), hash_(content_hash(data.images)) {
     check();
     split();
+    device.set_precision(model.precision);
     settings_ = training_json(model);
     if (options.augment) settings_["augment"] = true;
     if (options.hold_out > 0) settings_["hold_out"] = options.hold_out;

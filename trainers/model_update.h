@@ -31,10 +31,10 @@ struct UpdateOptions {
 // The checkpoint of an update that writes `out`: beside it, gone when it has ended.
 std::filesystem::path checkpoint_of(const std::filesystem::path& out);
 
-// Learns `data` by the model's own settings (rule, settings, batch, epochs: change them before, and the next model
-// keeps them) and writes `out` (which may be the file that `model` came from). Returns the stage as the new model's
-// history has it, and what only the clock knows: "seconds", "images_per_second", "resumed_at_step"; "hold_out" with the
-// accuracies before and after; "done_before": true where the file was there already, complete.
+// Learns `data` by the model's own settings (rule, settings, batch, epochs, precision: change them before, and the next
+// model keeps them) and writes `out` (which may be the file that `model` came from). Returns the stage as the new
+// model's history has it, and what only the clock knows: "seconds", "images_per_second", "resumed_at_step"; "hold_out"
+// with the accuracies before and after; "done_before": true where the file was there already, complete.
 // Throws InputError: images learned before (unless `again`), no labels, an unfinished update in the way (Start::fresh),
 // the checkpoint of another one (Start::resume), settings that make no sense; Stopped when a signal asks to end, with
 // the checkpoint written; RunError when a loss is not finite or a file cannot be written, and then `out` is as it was.

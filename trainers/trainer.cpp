@@ -367,6 +367,7 @@ std::string Trainer::make_identity() const {
         {replica.seed, settings, replica.pretrained ? replica.pretrained->description : "", replica.pretrained_sd});
   }
   if (settings_.masked) j["masked"] = true;
+  if (device_.precision() != Precision::fp32) j["precision"] = name(device_.precision());
   j["stages"] = {stages_.sizes, stages_.heads, stages_.augment, stages_.pixel_order.size(),
                  stages_.probabilities.size()};
   j["stages_before"] = settings_.stages_before;

@@ -118,6 +118,8 @@ void PaperProgram::add_options(const std::string& preset_help) {
   training->add_option("--epochs", p.epochs, "of each stage")->check(CLI::Range(1e-9, 1e6));
   training->add_option("--batch", p.batch, "examples a step")->check(CLI::Range(1, 1 << 20));
   training->add_flag("--augment,!--no-augment", p.augment, "random flips and padded crops");
+  training->add_option("--precision", precision,
+                       "of the layers' products, in predictions too: fp32, or tf32 as tensor cores take them");
   add_method_options();
   auto* rest = app.add_option_group("Prediction and running");
   rest->add_option("--samples", p.samples, "draws of the weights in the final prediction")->check(not_negative_number);
@@ -198,6 +200,7 @@ bool PaperProgram::parse() {
   // A posterior of each method over some network: options that do not go together are refused before anything is
   // learned or written.
   Device device;
+  device.set_precision(parse_precision(precision));
   Arena arena;
   const std::unique_ptr<Network> some = make_network(network_spec("lenet5"));
   for (const Method& m : chosen_methods()) {
@@ -275,6 +278,7 @@ ExperimentOptions PaperProgram::experiment() const {
   o.resume = resume;
   o.save_models = save_models;
   o.checkpoint_seconds = checkpoint_seconds;
+  o.precision = parse_precision(precision);
   return o;
 }
 

@@ -44,6 +44,7 @@ class PaperProgram {
   Preset preset;
   CLI::App app;
   std::string methods, seeds = "0", parts, out, out_prefix;  // parts: "" where the program has none
+  std::string precision = "fp32";
   std::optional<std::string> data;
   int at_once = 0;  // seeds that train side by side; 0: what suits the device
   bool resume = false, save_models = false;

@@ -64,15 +64,18 @@ Preset make_preset(bool paper) {
 }
 
 // What decides the pretrained network: a file of one that says something else is not reused.
-json describe_pretraining(const Prelude& prelude, const Preset& p, uint64_t seed) {
-  return {{"classes", prelude.old_classes},
-          {"images", prelude.old_set.train.count},
-          {"epochs", prelude.epochs},
-          {"batch", p.batch},
-          {"settings", p.methods[0].settings},
-          {"augment", p.augment},
-          {"seed", seed},
-          {"source", prelude.old_set.source}};
+json describe_pretraining(const PaperProgram& program, const Prelude& prelude, uint64_t seed) {
+  const Preset& p = program.preset;
+  json j{{"classes", prelude.old_classes},
+         {"images", prelude.old_set.train.count},
+         {"epochs", prelude.epochs},
+         {"batch", p.batch},
+         {"settings", p.methods[0].settings},
+         {"augment", p.augment},
+         {"seed", seed},
+         {"source", prelude.old_set.source}};
+  if (program.precision != "fp32") j["precision"] = program.precision;
+  return j;
 }
 
 fs::path checkpoint_folder(const PaperProgram& program) { return program.out_folder() / "checkpoint"; }
@@ -83,6 +86,7 @@ std::vector<Metrics> train_and_judge(const PaperProgram& program, const Prelude&
                                      const Images& judged, const Stages& stages, TrainingSettings training, int samples,
                                      const fs::path& path, const json& extra, TensorFile* network) {
   Device device;
+  device.set_precision(parse_precision(program.precision));
   Arena arena;
   training.batch = program.preset.batch;
   Trainer trainer(device, arena, prelude.make, upload_images(device, arena, images, prelude.normalisation), stages,
@@ -109,7 +113,7 @@ NamedWeights pretrain(const PaperProgram& program, const Prelude& prelude, uint6
   const std::string name = "seed" + std::to_string(seed) + ".safetensors";
   const fs::path path = program.out_folder() / ("pretrained_" + name),
                  checkpoint = checkpoint_folder(program) / ("pretraining_" + name);
-  const json identity = describe_pretraining(prelude, p, seed);
+  const json identity = describe_pretraining(program, prelude, seed);
   const std::unique_ptr<Network> network = prelude.make();
   TensorFile file;
   if (program.resume && fs::exists(path)) file = load_safetensors(path);
@@ -302,6 +306,7 @@ int run(int argc, char** argv) {
     flat[seed] = std::make_shared<Pretrained>(from);
     if (!wanted("laplace")) continue;
     Device device;
+    device.set_precision(parse_precision(program.precision));
     NamedWeights squares;
     try {
       squares = curvature_diagonal(device, prelude.make, prelude.old_set.train, prelude.normalisation, weights, kind);
@@ -323,7 +328,7 @@ int run(int argc, char** argv) {
   }
 
   const size_t at_once = program.at_once ? program.at_once : on_gpu ? seeds.size() + grid_size : 1;
-  json of_search{{"pretraining", describe_pretraining(prelude, p, 0)},
+  json of_search{{"pretraining", describe_pretraining(program, prelude, 0)},
                  {"set", {prelude.new_set.source, prelude.new_set.train.count}},
                  {"transfer", prelude.transfer},
                  {"grid", prelude.grid},

@@ -47,9 +47,9 @@ Candidate parse_candidate(const json& j) {
   return c;
 }
 
-// The options of the kind that have no column of their own, where they are not the standard.
-std::string describe_rest(const Candidate& c) {
-  std::string text;
+// The options of the kind that have no column of their own and the precision, where they are not the standard.
+std::string describe_rest(const Candidate& c, Precision precision) {
+  std::string text = precision == Precision::fp32 ? "" : std::string("precision ") + name(precision);
   for (const Option& option : find_posterior(c.kind).options) {
     const json& value = c.settings[option.name];
     if (option.by_replica || option.name == "scale_rule" || value == option.standard) continue;
@@ -65,6 +65,7 @@ struct Progression {
   json identity;
   size_t groups = 0;
   double checkpoint_seconds = 20;
+  std::string precision = "fp32";
 
   std::filesystem::path path() const { return folder / "search.json"; }
   std::filesystem::path of_group() const { return folder / "group.safetensors"; }
@@ -81,6 +82,7 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
   const json& shared = group[0].training;
   const uint64_t seed = shared["seed"];
   Device device;
+  device.set_precision(parse_precision(at.precision));
   Arena arena;
   const DeviceImages train = upload_images(device, arena, images, normalisation);
   std::vector<int32_t> held;
@@ -133,11 +135,11 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
     const auto of = [&](const char* name) { return c.settings.value(name, 0.0); };
     const std::string row =
         format_text("%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
-                    describe_rest(c).c_str(), int(shared["parts"]), int(shared["batch"]), double(shared["epochs"]),
-                    c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(),
-                    of("lr"), of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"),
-                    int(seed), last[r].accuracy, last[r].nll, last[r].ece, log_std.empty() ? 0. : log_std[r],
-                    curve[r].c_str(), seconds / double(group.size()));
+                    describe_rest(c, device.precision()).c_str(), int(shared["parts"]), int(shared["batch"]),
+                    double(shared["epochs"]), c.settings["schedule"].get<std::string>().c_str(),
+                    c.settings.value("scale_rule", "").c_str(), of("lr"), of("lr_scale"), of("prior_sd"),
+                    of("init_log_std"), of("beta"), of("warmup_epochs"), int(seed), last[r].accuracy, last[r].nll,
+                    last[r].ece, log_std.empty() ? 0. : log_std[r], curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row.c_str());
     fflush(stdout);
@@ -162,6 +164,7 @@ int run(int argc, char** argv) {
   app.add_option("--train-limit", train_limit, "train on the first N images");
   app.add_option("--hold-out", hold_out, "judge on the last N training images");
   app.add_option("--at-once", at_once, "candidates that train side by side, where they share shapes");
+  app.add_option("--precision", at.precision, "of the layers' products: fp32 or tf32");
   app.add_flag("--resume", resume, "go on from the checkpoint in --out");
   app.add_option("--checkpoint-seconds", at.checkpoint_seconds, "between checkpoints, at the ends of epochs");
   if (!parse_options(app, argc, argv)) return 0;
@@ -180,6 +183,7 @@ int run(int argc, char** argv) {
   at.table = std::filesystem::path(out) / "table.csv";
   at.identity = {{"candidates", list},         {"set", set.source},    {"samples", samples},
                  {"train_limit", train_limit}, {"hold_out", hold_out}, {"at_once", at_once}};
+  if (parse_precision(at.precision) != Precision::fp32) at.identity["precision"] = at.precision;
   make_directories(at.folder);
   if (!resume) {
     for (const auto& path : {at.path(), at.of_group()}) std::filesystem::remove(path);

@@ -21,7 +21,7 @@ namespace {
 // The defaults are those of the preset `paper`.
 struct Options {
   std::string preset, sets = "pixels,lenet5,conv3fc3,fourier", parts = "updates,active", methods, data, out,
-                      precision = "double";
+                      precision = "double", extractor_precision = "fp32";
   bool resume = false;
   // Features.
   std::string features, labels, test_features, test_labels;
@@ -95,6 +95,7 @@ std::optional<Options> read_options(int argc, char** argv) {
   add("--test-labels", o.test_labels, "their labels");
   add_positive("--extractor-images", o.extractor_images, "training images that the network learns");
   add_positive("--extractor-epochs", o.extractor_epochs, "of its training");
+  add("--extractor-precision", o.extractor_precision, "of its products: fp32 or tf32");
   add_positive("--pool", o.pool, "further training images, for the last layer");
   add_positive("--test", o.test, "test images");
   add("--fourier-dim", o.fourier_dim, "of the set 'fourier'");
@@ -357,6 +358,7 @@ json describe_settings(const Options& o) {
           {"precision", o.precision},
           {"extractor_images", o.extractor_images},
           {"extractor_epochs", o.extractor_epochs},
+          {"extractor_precision", o.extractor_precision},
           {"active",
            {{"rule", o.rule},
             {"tau", o.active.layer.tau},
@@ -372,6 +374,7 @@ void run(Options o) {
   const auto wanted = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
   const std::vector<Strategy> strategies = parse_strategies(o.acquisitions);
   Device device;
+  device.set_precision(parse_precision(o.extractor_precision));
   const std::filesystem::path folder = o.out;
   const json settings = describe_settings(o);
   json identity = settings;  // what decides the lines of the log

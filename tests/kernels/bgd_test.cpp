@@ -6,6 +6,7 @@
 
 #include "tests/kernels/bgd_fixture.h"
 #include "tests/support/device.h"
+#include "tests/support/precision.h"
 
 namespace baton::test {
 namespace {
@@ -332,6 +333,40 @@ TEST(ProductMoments, Shapes) {
                                 {448, 64, 128, 1, 2},
                                 {64, 17, 31, 130, 8, true}})
     check_products(p);
+}
+
+// Under tf32 the operands are rounded: the moments are those of rounded ones.
+TEST(ProductMoments, SmallUnderTf32) {
+  BATON_NEEDS_DEVICE();
+  for (const ProductShape& p : {ProductShape{64, 5, 7, 3, 2}, ProductShape{0, 6, 9, 20, 3, true}}) {
+    const int count = p.out * p.in;
+    const size_t dy_stride = size_t(p.batch) * p.out, x_stride = p.shared ? 0 : size_t(p.batch) * p.in;
+    const std::vector<float> dy = normals(dy_stride * p.draws, 3),
+                             x = normals(size_t(p.batch) * p.in * (p.shared ? 1 : p.draws), 4);
+    std::vector<float> rounded_dy = dy, rounded_x = x;
+    for (auto* v : {&rounded_dy, &rounded_x})
+      for (float& f : *v) f = simt::round_to_tf32(f);
+    for (const auto& way : product_ways) {
+      SCOPED_TRACE(way.name);
+      MomentStore store(p.first + count + 9, states_of(6, 1, p.draws));
+      Buffer a(store.memory, dy), b(store.memory, x);
+      store.begin(p.first, count);
+      const DrawnPass pass{3, p.draws, false};
+      const auto run = [&](Precision precision) {
+        const WithPrecision with(store.memory.device(), precision);
+        way.run(store.memory.device(), store.moments(), p.first, p.out, p.in, p.batch, {a, dy_stride}, {b, x_stride},
+                pass, store.device_states);
+        return store.sum.host();
+      };
+      const std::vector<float> fp32 = run(Precision::fp32);
+      EXPECT_NE(run(Precision::tf32), fp32);
+      add_moments(store.want, products(p, rounded_dy, dy_stride, rounded_x, x_stride), count, p.first, count, pass,
+                  store.states[0]);
+      store.check(p.first, count, false, 2e-6);
+      if (way.everywhere)
+        record(std::string("bgd.products.tf32.") + way.name + "." + std::to_string(p.out), store.noise.host(), 4e-6f);
+    }
+  }
 }
 
 TEST(ProductMoments, EveryNumberOfDraws) {

@@ -152,6 +152,39 @@ class RoundTrip(BatonTest):
                                 ("predict", "--model", third, "--data", "foreign.npz")):
                     self.assertGreater(len(self.baton(*command).stdout.splitlines()), 2)
 
+    def test_precision(self):
+        """A model keeps its own, which an update may change and a prediction may leave aside."""
+        self.model("m.safetensors", "ffg", "--precision", "tf32")
+        shown = self.ask("inspect", "--model", "m.safetensors")
+        self.assertEqual(shown["precision"], "tf32")
+        self.assertIn("--precision", self.baton("inspect", "--model", "m.safetensors").stdout)
+        kept = self.ask("update", "--model", "m.safetensors", "--data", "new.npz", "--out", "n.safetensors")
+        self.assertEqual(kept["settings"]["precision"], "tf32")
+        other = self.ask("update", "--model", "m.safetensors", "--data", "new.npz", "--out", "other", "--precision", "fp32")
+        self.assertNotIn("precision", other["settings"])
+        for model, said in (("n.safetensors", "tf32"), ("other", "fp32")):
+            self.assertEqual(self.ask("inspect", "--model", model)["precision"], said)
+        self.assertNotEqual(kept["loss"], other["loss"])
+        self.assertAlmostEqual(kept["loss"], other["loss"], delta=0.05)
+
+        nll = {}
+        for given in ((), ("--precision", "tf32"), ("--precision", "fp32")):
+            judged = self.ask("evaluate", "--model", "n.safetensors", "--data", "test.npz", "--samples", 5, *given)
+            self.assertEqual(judged["precision"], given[1] if given else "tf32")
+            nll[given[1:]] = judged["nll"]
+        self.assertEqual(nll[()], nll["tf32",])
+        self.assertNotEqual(nll[()], nll["fp32",])
+        self.assertAlmostEqual(nll[()], nll["fp32",], delta=0.01)
+        compared = self.ask("compare", "--model", "n.safetensors", "--other", "other", "--data", "test.npz")
+        self.assertEqual(compared["precision"], ["tf32", "fp32"])
+        self.assertIn({"setting": "precision", "model": "tf32", "other": "fp32"}, compared["settings"])
+        self.baton("prune", "--model", "n.safetensors", "--fraction", 0.5, "--data", "test.npz", "--out", "pruned")
+        self.assertEqual(self.ask("inspect", "--model", "pruned")["precision"], "tf32")
+        for command in (("init", "--architecture", "lenet5", "--out", "x"),
+                        ("update", "--model", "m.safetensors", "--data", "new.npz", "--out", "x"),
+                        ("predict", "--model", "m.safetensors", "--data", "new.npz")):
+            self.refuse(2, ["precision 'half'", "tf32"], *command, "--precision", "half")
+
     def test_cfg_on_pictures_of_a_lenet5(self):
         images, labels = blobs(60, 5, 28)
         np.savez(self.folder / "big.npz", images=images, labels=labels)

@@ -188,7 +188,8 @@ class BilCifar5p5(BilCifar):
 
         # Each of them is of its own options.
         for number, (when, changes) in enumerate(((("old classes", 0.1), {"pretrain_epochs": 7}),
-                                                  (("Laplace prior", 0.1), {"sigma_grid": "0.01,0.2"}))):
+                                                  (("Laplace prior", 0.1), {"sigma_grid": "0.01,0.2"}),
+                                                  (("old classes", 0.1), {"precision": "tf32"}))):
             self.expect_another_experiment(*arguments, changed=those(**changes), when=when, out=f"other{number}")
 
     def test_other_draws_of_the_classes(self):
@@ -245,6 +246,10 @@ class BilSearch(BilCifar):
         self.finish_with_stops(*arguments, out="stopped", when=[(checkpoint, 0.2)])
         self.assertEqual(table("stopped"), table("whole") + table("whole")[3:])
         self.expect_another_experiment(*arguments, changed=["list.json", *arguments[1:]], when=checkpoint, out="other")
+        self.finish(*arguments, "--precision", "tf32", out="stopped")  # said in the table, where it is not fp32
+        self.assertEqual([row.split(",")[1] for row in table("stopped")[-2:]], ["", "precision tf32"])
+        self.expect_another_experiment(*arguments, changed=[*arguments, "--precision", "tf32"], when=checkpoint,
+                                       out="rounded")
         for candidate, words in (({"speed": 1}, ["speed"]), ({"method": "ft", "prior_sd": 1}, ["prior_sd"]),
                                  ({"batch": 0}, ["batch", "0"]), ({"method": "sfg"}, ["sfg"])):
             (self.folder / "bad.json").write_text(json.dumps([candidate]))

@@ -14,7 +14,7 @@ import sys
 import time
 import unittest
 
-from support import ProgramTest, figures
+from support import ProgramTest, figures, read_tensors
 
 PROGRAM = pathlib.Path(sys.argv.pop(1)).resolve()
 LAYERS = ["conv1", "conv2", "fc1", "fc2"]
@@ -98,6 +98,27 @@ class BilMnist(ProgramTest):
         within = [steps for _, steps in places if steps % 10]
         self.assertGreaterEqual(len(within), 2, places)
 
+    def test_precision(self):
+        """It is in the result and in the models, changes the figures a little, and a run is resumed with its own."""
+        arguments = [*TINY, "--methods", "ffg", "--epochs", "2", "--save-models"]
+        for precision in ("fp32", "tf32"):
+            self.finish(*arguments, "--precision", precision, out=precision)
+        self.finish(*arguments, out="standard")
+        self.check_same_runs("standard", "fp32")
+        [before], [rounded] = (self.result(out)["runs"] for out in ("fp32", "tf32"))
+        self.assertEqual([self.result(out)["precision"] for out in ("fp32", "tf32")], ["fp32", "tf32"])
+        self.assertEqual(before["settings"], rounded["settings"])
+        for one, other in zip(before["stages"], rounded["stages"]):
+            self.assertNotEqual(one["test_nll"], other["test_nll"])
+            self.assertAlmostEqual(one["test_nll"], other["test_nll"], delta=0.05)
+        for out, said in (("fp32", None), ("tf32", "tf32")):
+            self.assertEqual(read_tensors(self.folder / out / "ffg_seed0.safetensors")[1].get("precision"), said)
+
+        self.finish_with_kills(*arguments, "--precision", "tf32", out="killed", lines=[1, 3])
+        self.check_same_runs("killed", "tf32")
+        self.kill_within(*arguments, "--precision", "tf32", out="one")
+        self.expect_refusal(2, ["--resume", "another experiment"], *arguments, "--out", "one", "--resume")
+
     def test_a_stage_starts_at_its_prior(self):
         """Steps too small to move anything: the second stage's KL, to what was handed on, is 0 but for rounding."""
         self.finish(*TINY, "--methods", "ffg,cfg,mnf", "--epochs", "1", "--lr", "1e-12", "--lr-scale", "1e-12",
@@ -123,13 +144,18 @@ class BilMnist(ProgramTest):
         self.assertEqual(self.expect_refusal(1, ["not finite"], *arguments, "--resume"), message)
         self.assertEqual(self.log("hot"), log)
 
-    def test_resume_of_another_experiment(self):
-        process = subprocess.Popen([str(PROGRAM), *SMALL, "--out", "one", "--checkpoint-seconds", "0"], cwd=self.folder,
-                                   env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (self.folder / "one/checkpoint/run.safetensors").exists():
+    def kill_within(self, *arguments, out):
+        """Once it has written its first checkpoint."""
+        process = subprocess.Popen([str(PROGRAM), *arguments, "--out", out, "--checkpoint-seconds", "0"],
+                                   cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (self.folder / out / "checkpoint/run.safetensors").exists():
             time.sleep(0.002)
         process.kill()
         process.wait()
+
+    def test_resume_of_another_experiment(self):
+        self.kill_within(*SMALL, out="one")
         self.expect_refusal(2, ["--resume", "another experiment"], *SMALL, "--beta", "0.5", "--out", "one", "--resume")
 
     def test_bad_options(self):
@@ -140,6 +166,7 @@ class BilMnist(ProgramTest):
         self.expect_refusal(2, ["--seeds"], *SMALL[:6], "--seeds", "0,x", *out)
         self.expect_refusal(2, ["--nonsense"], "--nonsense", *out)
         self.expect_refusal(2, ["preset", "slow"], "--preset", "slow", *out)
+        self.expect_refusal(2, ["precision", "half", "fp32", "tf32"], *SMALL, "--precision", "half", *out)
         self.expect_refusal(2, ["--epochs"], *SMALL, "--epochs", "0", *out)
         for words, *options in ((["--groups", "40", "7"], "--groups", 7),
                                 (["flow", "glow", "realnvp"], "--flow", "glow"), (["--flow-steps"], "--flow-steps", 9),

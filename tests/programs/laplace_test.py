@@ -115,6 +115,20 @@ class LaplaceUpdate(ProgramTest):
             double = next(v for v in result["updates"] if v["method"] == u["method"])
             self.assertAlmostEqual(u["nll"]["mean"], double["nll"]["mean"], 2)
 
+    def test_precision_of_the_extractor(self):
+        """It changes the features of a network, and those of pixels not."""
+        small = ["--sets", "pixels,lenet5", "--parts", "updates", *changed(SMALL, ["--bases", "20", "--new", "5"])]
+        nll = {}
+        for precision in ("fp32", "tf32"):
+            self.finish(*small, "--extractor-precision", precision, out=precision)
+            result = self.result(precision)
+            self.assertEqual(result["settings"]["extractor_precision"], precision)
+            for u in result["updates"]:
+                nll[precision, u["set"], u["method"]] = u["nll"]["mean"]
+        for method in METHODS:
+            self.assertEqual(nll["tf32", "pixels", method], nll["fp32", "pixels", method])
+            self.assertNotEqual(nll["tf32", "lenet5", method], nll["fp32", "lenet5", method])
+
     def test_prior_precision_by_evidence(self):
         options = self.clusters("train", 200) + self.clusters("test", 100, seed=1)
         self.finish("--sets", "file", *options, "--parts", "updates", "--taus", "evidence", "--bases", "50", "--new", "10",
@@ -134,6 +148,7 @@ class LaplaceUpdate(ProgramTest):
                 (["unknown acquisition"], ["--acquisitions", "guess"]),
                 (["unknown part"], ["--parts", "all"]),
                 (["--precision"], ["--precision", "half"]),
+                (["unknown precision 'half'"], ["--extractor-precision", "half"]),
                 (["--taus", "above 0"], ["--taus", "0"]),
                 (["--new"], ["--new", "0"]),
                 (["pool has 300"], ["--bases", "1000"]),

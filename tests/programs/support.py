@@ -14,7 +14,7 @@ import time
 import unittest
 import xml.etree.ElementTree
 
-RESULT_KEYS = ("experiment", "preset", "dataset", "device", "peak_device_bytes", "settings", "runs")
+RESULT_KEYS = ("experiment", "preset", "dataset", "device", "precision", "peak_device_bytes", "settings", "runs")
 RUN_KEYS = ("method", "label", "parts", "seed", "settings", "parameters", "split_hash", "stages", "final_test_accuracy")
 STAGE_KEYS = ("stage", "epoch", "train_examples", "samples", "test_accuracy", "test_nll", "test_ece",
               "predictive_entropy", "mutual_information", "seconds", "examples_per_second", "test_seconds")

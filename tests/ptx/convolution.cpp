@@ -1,7 +1,6 @@
 #include "tests/ptx/convolution.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -147,13 +146,6 @@ void add_errors(float* values, size_t count, float relative, uint64_t seed) {
     bits *= 0xD6E8FEB86659FD93;
     const float in_one = float(int64_t(bits)) * 0x1p-63f;  // -1 to 1
     values[i] += in_one * relative * largest;
-  }
-}
-
-void round_to_tf32(float* values, size_t count) {
-  for (size_t i = 0; i < count; i++) {
-    const uint32_t bits = std::bit_cast<uint32_t>(values[i]);
-    if (std::isfinite(values[i])) values[i] = std::bit_cast<float>((bits + 0x1000) & 0xffffe000);
   }
 }
 

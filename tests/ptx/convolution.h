@@ -32,7 +32,4 @@ void convolve_weight_gradient(const ConvolutionShape&, const float* x, const flo
 // the same place and seed.
 void add_errors(float* values, size_t count, float relative, uint64_t seed);
 
-// Rounds to the nearest number of 10 stored bits of mantissa (tf32), ties away from 0.
-void round_to_tf32(float* values, size_t count);
-
 }  // namespace ptx

@@ -2,9 +2,11 @@
 //
 // Refused is what NVIDIA's documentation forbids or leaves undefined: handles that do not exist, wrong extents and
 // leading dimensions, scaling factors in device memory, operands outside an allocation or never written, outputs that
-// overlap. Refused is also what would make results differ from one run to the next: atomics, reduced precision, and a
-// product without a workspace of the program's own. Then cuBLAS takes its workspace from a pool, which depends on what
-// ran before, and with the workspace it chooses the order of a sum; a captured call would even allocate it.
+// overlap. Refused is also what would make results differ from one run to the next: atomics, and a product without a
+// workspace of the program's own. Then cuBLAS takes its workspace from a pool, which depends on what ran before, and
+// with the workspace it chooses the order of a sum; a captured call would even allocate it.
+//
+// In the math mode that allows tf32 the operands of products in float32 are rounded to it.
 #include <cublas_v2.h>
 
 #include <string>
@@ -13,10 +15,12 @@
 #include "tests/ptx/matrices.h"
 #include "tests/ptx/openblas.h"
 #include "tests/ptx/options.h"
+#include "tests/ptx/tf32.h"
 
 struct cublasContext {
   cudaStream_t stream = nullptr;
   ptx::Workspace workspace;
+  cublasMath_t math = CUBLAS_DEFAULT_MATH;
 };
 
 namespace ptx {
@@ -76,6 +80,19 @@ int first_terms(int k, bool in_batch, int count) {
   return 1 + count % (k - 1);
 }
 
+// An operand that has been written; under tf32 it is a rounded copy.
+template <class Real>
+const Real* read_operand(const Matrix<const Real>& matrix, cublasMath_t math, std::vector<Real>& rounded) {
+  const Real* values = matrix.read();
+  if constexpr (std::is_same_v<Real, float>)
+    if (math == CUBLAS_TF32_TENSOR_OP_MATH && values) {
+      rounded.assign(values, values + matrix.extent() / sizeof(float));
+      round_to_tf32(rounded.data(), rounded.size());
+      return rounded.data();
+    }
+  return values;
+}
+
 template <class Real>
 cublasStatus_t gemm(const char* call, cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m,
                     int n, int k, const Real* alpha_at, Operand<const Real> in_a, Operand<const Real> in_b,
@@ -102,11 +119,12 @@ cublasStatus_t gemm(const char* call, cublasHandle_t handle, cublasOperation_t o
     check_apart(b, h.workspace);
     check_apart(c, h.workspace);
 
-    const auto run = [=, workspace = h.workspace] {
+    const auto run = [=, workspace = h.workspace, math = h.math] {
       overwrite(workspace);
       const int first = first_terms(k, in_batch, count);
+      std::vector<Real> rounded_a, rounded_b;
       for (int i = 0; i < count; i++) {
-        const Real *ai = a[i].read(), *bi = b[i].read();
+        const Real *ai = read_operand(a[i], math, rounded_a), *bi = read_operand(b[i], math, rounded_b);
         if (beta != 0) c[i].read();
         Real* ci = c[i].write();
         openblas::gemm(ta, tb, m, n, first, alpha, ai, in_a.ld, bi, in_b.ld, beta, ci, out_c.ld);
@@ -236,7 +254,7 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
   return attempt(statuses, "cublasSetStream", [&] {
     cublasContext& h = handles().find(handle);
     check_stream(stream);
-    h = {stream, {}};  // the workspace is again the library's own
+    h.stream = stream, h.workspace = {};  // which is again the library's own
   });
 }
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, size_t bytes) {
@@ -259,10 +277,12 @@ cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t handle, cublasPointerMode_
 }
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
   return attempt(statuses, "cublasSetMathMode", [&] {
-    handles().find(handle);
-    if (mode != CUBLAS_DEFAULT_MATH && mode != CUBLAS_PEDANTIC_MATH)
+    cublasContext& h = handles().find(handle);
+    if (mode != CUBLAS_DEFAULT_MATH && mode != CUBLAS_PEDANTIC_MATH && mode != CUBLAS_TF32_TENSOR_OP_MATH)
       not_supported("math mode " + std::to_string(mode) +
-                    ": only the default and the pedantic one, which compute in float32 and float64, are known here");
+                    ": only the default and the pedantic one, which compute in float32 and float64, and tf32 are known "
+                    "here");
+    h.math = mode;
   });
 }
 cublasStatus_t cublasSetAtomicsMode(cublasHandle_t handle, cublasAtomicsMode_t mode) {

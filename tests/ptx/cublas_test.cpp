@@ -94,6 +94,29 @@ TYPED_TEST(CublasOf, ProductsOfAllShapes) {
       }
 }
 
+// In the mode that allows tf32 the operands of products in float32 have 10 bits of mantissa, and no others.
+TEST(Cublas, TensorCoresRoundOperands) {
+  Blas blas;
+  const int m = 30, n = 20, k = 100;
+  const auto error_of = [&]<class T>(cublasMath_t mode, T) {
+    const std::vector<T> a = normals<T>(m * k, 1), b = normals<T>(k * n, 2);
+    std::vector<T> wanted(m * n);
+    const Array<T> da(a), db(b), dc(wanted);
+    product(false, false, m, n, k, 1, a, m, 0, b, k, 0, 0, wanted, m, 0);
+    EXPECT_EQ(cublasSetMathMode(blas.handle, mode), CUBLAS_STATUS_SUCCESS);
+    EXPECT_EQ(call_gemm(blas.handle, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, T(1), da, m, db, k, T(0), dc, m),
+              CUBLAS_STATUS_SUCCESS);
+    const std::vector<T> found = dc.host();
+    double error = 0;
+    for (size_t i = 0; i < found.size(); i++) error = std::max(error, std::fabs(double(found[i]) - wanted[i]));
+    return error / std::sqrt(double(k));
+  };
+  EXPECT_LT(error_of(CUBLAS_PEDANTIC_MATH, 0.f), 2e-6);
+  EXPECT_GT(error_of(CUBLAS_TF32_TENSOR_OP_MATH, 0.f), 2e-5);
+  EXPECT_LT(error_of(CUBLAS_TF32_TENSOR_OP_MATH, 0.f), 3e-3);
+  EXPECT_LT(error_of(CUBLAS_TF32_TENSOR_OP_MATH, 0.), 1e-14);
+}
+
 // The other triangle is not written, neither before nor after.
 TYPED_TEST(CublasOf, RankUpdatesTouchOneTriangle) {
   using T = TypeParam;
@@ -267,7 +290,8 @@ TEST(Cublas, RefusesHandlesAndModes) {
   EXPECT_EQ(cublasSetMathMode(handle, CUBLAS_PEDANTIC_MATH), CUBLAS_STATUS_SUCCESS);
   EXPECT_EQ(cublasSetAtomicsMode(handle, CUBLAS_ATOMICS_NOT_ALLOWED), CUBLAS_STATUS_SUCCESS);
   EXPECT_REFUSED(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_DEVICE), CUBLAS_STATUS_NOT_SUPPORTED, "pointer mode");
-  EXPECT_REFUSED(cublasSetMathMode(handle, CUBLAS_TF32_TENSOR_OP_MATH), CUBLAS_STATUS_NOT_SUPPORTED, "math mode 3");
+  EXPECT_EQ(cublasSetMathMode(handle, CUBLAS_TF32_TENSOR_OP_MATH), CUBLAS_STATUS_SUCCESS);
+  EXPECT_REFUSED(cublasSetMathMode(handle, CUBLAS_TENSOR_OP_MATH), CUBLAS_STATUS_NOT_SUPPORTED, "math mode 1");
   EXPECT_REFUSED(cublasSetAtomicsMode(handle, CUBLAS_ATOMICS_ALLOWED), CUBLAS_STATUS_NOT_SUPPORTED, "not repeat");
   EXPECT_REFUSED(cublasSetWorkspace(handle, workspace, 1024), CUBLAS_STATUS_INVALID_VALUE, "workspace of 1024 bytes");
   EXPECT_REFUSED(cublasSetWorkspace(handle, workspace + 64, 20000), CUBLAS_STATUS_INVALID_VALUE, "aligned to 256");

@@ -20,6 +20,7 @@
 #include "tests/ptx/library.h"
 #include "tests/ptx/matrices.h"
 #include "tests/ptx/options.h"
+#include "tests/ptx/tf32.h"
 
 struct cudnnContext {
   cudaStream_t stream = nullptr;

@@ -287,6 +287,7 @@ TEST_F(TaskExperiment, ResultAndFiles) {
   EXPECT_EQ(r["dataset"]["test"], test_images);
   EXPECT_EQ(r["dataset"]["generated"], true);
   EXPECT_EQ(r["settings"]["note"], 7);
+  EXPECT_EQ(r["precision"], "fp32");
   EXPECT_GT(size_t(r["peak_device_bytes"]), 0u);
   ASSERT_EQ(r["runs"].size(), runs.size());
   const size_t parameters = 784 * 8 + 8 + 8 * 10 + 10;
@@ -554,6 +555,51 @@ TEST_F(Experiment, SavedModelsGoOn) {
   }
 }
 
+// The precision is in the result and in its models, changes the figures, and is that of what goes on from a model.
+TEST_F(TaskExperiment, UnderTf32) {
+  BATON_NEEDS_DEVICE();
+  ExperimentRun run = task_run("ffg", 3, json::object());
+  run.stages = split_into_parts(train_images, 2, {3});
+  const auto learn = [&](Precision precision) {
+    ExperimentOptions o = options(name(precision));
+    o.precision = precision, o.save_models = true;
+    return run_experiment(o, experiment_digits(), {run});
+  };
+  const json fp32 = learn(Precision::fp32), tf32 = learn(Precision::tf32);
+  EXPECT_EQ(fp32["precision"], "fp32");
+  EXPECT_EQ(tf32["precision"], "tf32");
+  const double before = fp32["runs"][0]["stages"][1]["test_nll"], rounded = tf32["runs"][0]["stages"][1]["test_nll"];
+  EXPECT_NE(rounded, before);
+  EXPECT_NEAR(rounded, before, 0.05);
+
+  const Model model = read_model(folder_ / "tf32" / "ffg_8_seed3.safetensors");
+  EXPECT_EQ(model.precision, Precision::tf32);
+  EXPECT_EQ(read_model(folder_ / "fp32" / "ffg_8_seed3.safetensors").precision, Precision::fp32);
+  OwnData more;
+  more.images = generate_digits(20, 7);
+  more.labelled = true;
+  Device device;
+  const auto goes_on_as = [&](Precision precision) {
+    Model from = model;
+    from.precision = precision;
+    const fs::path out = folder_ / (std::string("next_") + name(precision));
+    const json stage = update_model(device, from, more, out, {});
+    EXPECT_EQ(device.precision(), precision);
+    EXPECT_EQ(stage["settings"].value("precision", "fp32"), name(precision));
+    return read_model(out);
+  };
+  const Model next = goes_on_as(Precision::tf32), other = goes_on_as(Precision::fp32);
+  EXPECT_EQ(next.precision, Precision::tf32);
+  EXPECT_EQ(other.precision, Precision::fp32);
+  EXPECT_NE(next.arrays.at("fc1.weight.mean").bytes, other.arrays.at("fc1.weight.mean").bytes);
+
+  // A finished update of another precision is not taken for this one.
+  UpdateOptions resume;
+  resume.start = UpdateOptions::Start::resume;
+  EXPECT_EQ(update_model(device, model, more, folder_ / "next_tf32", resume).value("done_before", false), true);
+  EXPECT_THROW(update_model(device, model, more, folder_ / "next_fp32", resume), InputError);
+}
+
 TEST_F(Experiment, SavedModelsWithHeadsGoOn) {
   BATON_NEEDS_DEVICE();
   ExperimentData tasks = experiment_digits();
@@ -683,6 +729,8 @@ TEST_F(TaskExperiment, AnotherExperimentIsRefused) {
   refuses("network", [](O, D, R r) { r[1].network.options["hidden"] = {9}; });
   refuses("fewer runs", [](O, D, R r) { r.pop_back(); });
   refuses("their order", [](O, D, R r) { std::swap(r[0], r[1]); });
+  const auto other_precision = [](O x, D, R) { x.precision = Precision::tf32; };
+  refuses("precision", other_precision);
   EXPECT_NO_THROW(run_experiment(options("a", true), data, task_runs()));
 
   // Also between two runs, where there is no checkpoint of a run in progress.
@@ -692,6 +740,7 @@ TEST_F(TaskExperiment, AnotherExperimentIsRefused) {
   refuses("settings", other_lr);
   fs::remove(checkpoint("a"));
   refuses("settings", other_lr);
+  refuses("precision", other_precision);
   EXPECT_NO_THROW(run_experiment(options("a", true), data, task_runs()));
 }
 

@@ -30,6 +30,7 @@ void expect_same_models(const Model& n, const Model& m) {
   EXPECT_EQ(n.settings, m.settings);
   EXPECT_EQ(n.normalisation.scale[0], m.normalisation.scale[0]);
   EXPECT_EQ(n.normalisation.shift[0], m.normalisation.shift[0]);
+  EXPECT_EQ(n.precision, m.precision);
   EXPECT_EQ(n.class_names, m.class_names);
   EXPECT_EQ(training_json(n), training_json(m));
   EXPECT_EQ(n.rule, m.rule);
@@ -78,6 +79,25 @@ TEST(Model, RoundTripOfEveryFamily) {
     expect_same_arrays(m.arrays, again.arrays);
     EXPECT_EQ(loaded.posterior->kind().name, std::string(kind));
   }
+}
+
+// A file that says nothing of it is fp32, as all were before there was another precision.
+TEST(Model, KeepsItsPrecision) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  Folder folder;
+  Model m = model_of(memory.device(), "ffg");
+  save_model(folder.file("fp32"), m);
+  EXPECT_FALSE(load_safetensors(folder.file("fp32")).metadata.contains("precision"));
+  EXPECT_EQ(read_model(folder.file("fp32")).precision, Precision::fp32);
+  m.precision = Precision::tf32;
+  save_model(folder.file("tf32"), m);
+  expect_same_models(read_model(folder.file("tf32")), m);
+  TensorFile file = load_safetensors(folder.file("tf32"));
+  EXPECT_EQ(file.metadata.at("precision"), "tf32");
+  file.metadata["precision"] = "fp16";
+  save_safetensors(folder.file("fp16"), file);
+  expect_says(refusal([&] { read_model(folder.file("fp16")); }), {folder.file("fp16").string(), "'fp16'", "tf32"});
 }
 
 // A file of the version before this one (baton-model-1): the posterior's options and a training's settings were apart,
@@ -389,6 +409,7 @@ TEST(Model, FingerprintTellsEverythingApart) {
       [](Model& n) { n.masked = true; },
       [](Model& n) { n.normalisation.scale[0] = std::nextafter(n.normalisation.scale[0], 1.f); },
       [](Model& n) { n.normalisation.shift[0] = 0; },
+      [](Model& n) { n.precision = Precision::tf32; },
       [](Model& n) { n.class_names[0] = "c"; },
       [](Model& n) { n.settings["beta"] = std::nextafter(double(n.settings["beta"]), 1.0); },
       [](Model& n) { n.settings["scale_rule"] = "adam"; },

@@ -7,6 +7,7 @@
 
 #include "engine/io/stop.h"
 #include "tests/support/device.h"
+#include "tests/support/precision.h"
 #include "tests/support/training.h"
 
 namespace baton::test {
@@ -460,8 +461,31 @@ TEST_F(Checkpoint, RefusesOtherRuns) {
   refuses_training("augmentation", Training(settings, split_into_parts(64, 2, {7}, true), digits(64)));
   refuses_training("size", Training(settings, 66));
   refuses_training("network", Training(settings, 64, 2, network_factory(network_spec("lenet5"))));
+  {
+    const WithPrecision tf32(run.memory.device(), Precision::tf32);
+    refuses_training("precision", Training(settings, 64));
+  }
   Training same(settings, 64);
   EXPECT_NO_THROW(same.trainer.restore(path_));
+}
+
+// Under tf32 too, a resumed run is the uninterrupted one; and it is another run than under fp32.
+TEST_F(Checkpoint, ATrainingUnderTf32GoesOn) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  for (const TestedKind& kind : {ffg, bgd}) {
+    SCOPED_TRACE(kind.name);
+    const TrainingSettings settings = varied_settings(kind, {7});
+    Training fp32(settings, 100, 3);
+    const auto losses = fp32.train();
+    const WithPrecision tf32(memory.device(), Precision::tf32);
+    Training rounded(settings, 100, 3);
+    const auto rounded_losses = rounded.train();
+    ASSERT_EQ(rounded_losses.size(), losses.size());
+    for (size_t i = 0; i < losses.size(); i++) EXPECT_NEAR(rounded_losses[i].loss, losses[i].loss, 0.05);
+    EXPECT_NE(rounded.states(), fp32.states());
+    expect_resumed([&] { return std::make_unique<Training>(settings, 100, 3); });
+  }
 }
 
 // What the draws and the flows are is part of a run too.

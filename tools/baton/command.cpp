@@ -120,6 +120,11 @@ void PredictionArguments::add_to(CLI::App& app) {
   app.add_option("--seed", seed_, "of the draws")->capture_default_str();
   app.add_option("--head", head_, "which output layer, of a network with several; the first is 0")
       ->capture_default_str();
+  app.add_option("--precision", precision_, "of the layers' products: fp32 or tf32 (default: the model's)");
+}
+
+Precision PredictionArguments::precision(const Model& model) const {
+  return precision_.empty() ? model.precision : parse_precision(precision_);
 }
 
 int PredictionArguments::samples(const Model& model) const {
@@ -132,11 +137,13 @@ void PredictionArguments::describe(json& result, const Model& model) const {
   result["samples"] = samples(model);
   result["seed"] = seed_;
   if (head_) result["head"] = head_;
+  result["precision"] = name(precision(model));
 }
 
 Predictions PredictionArguments::predict(Device& device, const LoadedModel& loaded, const Images& images) const {
   const Model& model = loaded.model;
   const int draws = samples(model);
+  device.set_precision(precision(model));
   Arena arena;  // for one prediction
   Predictor predictor(device, arena, network_factory(model.network),
                       upload_images(device, arena, images, model.normalisation));

@@ -28,12 +28,13 @@ class DataArguments {
   bool foreign_;
 };
 
-// --samples, --mean, --seed, --head.
+// --samples, --mean, --seed, --head, --precision.
 class PredictionArguments {
  public:
   void add_to(CLI::App&);
   int samples(const Model&) const;  // 0: at the mean; a point estimate has nothing else
-  // Sets "samples", "seed" and, where it is not the first, "head".
+  Precision precision(const Model&) const;
+  // Sets "samples", "seed", "precision" and, where it is not the first, "head".
   void describe(json& result, const Model&) const;
   // Of all images, after a line on stderr. RunError where the network has overflowed.
   Predictions predict(Device&, const LoadedModel&, const Images&) const;
@@ -42,6 +43,7 @@ class PredictionArguments {
   int samples_ = 100, head_ = 0;
   bool mean_ = false;
   uint64_t seed_ = 0;
+  std::string precision_;
 };
 
 class Command {

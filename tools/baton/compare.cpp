@@ -79,6 +79,7 @@ json relation(const Model& a, const Model& b) {
 json collect_settings(const Model& m) {
   json s = training_json(m);
   s.update({{"seed", m.seed},
+            {"precision", name(m.precision)},
             {"posterior", describe_posterior(m)},
             {"normalisation", describe_normalisation(m)},
             {"class_names", m.class_names},
@@ -176,6 +177,7 @@ class CompareCommand : public Command {
     r["data"] = describe_data(data);
     prediction_.describe(r, a.model);
     r["samples"] = {prediction_.samples(a.model), prediction_.samples(b.model)};
+    r["precision"] = {baton::name(prediction_.precision(a.model)), baton::name(prediction_.precision(b.model))};
     json p{{"agree", agree / data.images.count}, {"total_variation", variation / data.images.count}};
     if (data.labelled) {
       p["model"] = judge(of_a, data.images, classes);

@@ -82,6 +82,7 @@ std::string how_text(const json& result) {
   std::string way = "one pass with the mean of the weights";
   if (result["samples"] != 0) way = fill(result, "average over {samples:draw} of the weights, seed {seed}");
   if (result.contains("head")) way += fill(result, ", head {head}");
+  if (result["precision"] != "fp32") way += fill(result, ", {precision}");
   return "model       " + model_text(result["model"]) + "\nprediction  " + way + "\n";
 }
 

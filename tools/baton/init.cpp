@@ -79,6 +79,10 @@ class Init : public Command {
     posterior_.add_to(*training, later, true);
     training->add_option("--epochs", epochs_, "passes over each part of the data");
     training->add_option("--batch", batch_, "images a step");
+    training
+        ->add_option("--precision", precision_,
+                     "of the layers' products, in predictions too: fp32, or tf32 as tensor cores take them")
+        ->capture_default_str();
     app.add_option("--seed", seed_, "of initial weights, orders and noise")->capture_default_str();
   }
 
@@ -87,10 +91,12 @@ class Init : public Command {
     if (!from_.empty()) weights_ = load_safetensors(from_);
     model_ = new_model(choose_network(), kind_);
     model_.seed = seed_;
+    model_.precision = parse_precision(precision_);
     choose_class_names();
     choose_normalisation();
     choose_settings();
     Device device;
+    device.set_precision(model_.precision);
     std::optional<Pretrained> pretrained;
     if (!from_.empty()) pretrained = take_pretrained(device);
     else if (laplace_ || old_.given()) throw InputError("--laplace and --old-data need a network: --from");
@@ -263,7 +269,7 @@ class Init : public Command {
   Model model_;
   TensorFile weights_;   // of --from
   NetworkSpec trained_;  // whose they are
-  std::string architecture_, from_, kind_ = "ffg", transfer_ = "all", curvature_ = "ggn";
+  std::string architecture_, from_, kind_ = "ffg", transfer_ = "all", curvature_ = "ggn", precision_ = "fp32";
   std::vector<std::string> class_names_, fresh_;
   std::vector<float> mean_, std_;
   std::vector<int> image_;

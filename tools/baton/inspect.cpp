@@ -101,6 +101,7 @@ class InspectCommand : public Command {
            {"steps", m.step},
            {"prior", describe_prior(m)},
            {"pruned", m.pruned},
+           {"precision", baton::name(m.precision)},
            {"next_update", training_json(m)},
            {"seed", m.seed},
            {"layers", json::array()}};
@@ -238,6 +239,7 @@ class InspectCommand : public Command {
       add("--rule", s["rule"], bgd ? "Bayesian gradient descent" : "Adam on the evidence bound");
     add("--epochs", s["epochs"], "passes over the new images");
     add("--batch", s["batch"], "images a step");
+    add("--precision", r["precision"], "of the layers' products, in predictions too");
     if (bgd) add("--draws", s["draws"], "of the weights, a step");
     for (const Option& option : find_posterior(r["model"]["kind"]).options) {
       if (decided_by_init(option)) continue;

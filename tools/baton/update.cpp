@@ -41,6 +41,7 @@ class UpdateCommand : public Command {
         ->check(CLI::IsMember({"elbo", "bgd"}));
     training->add_option("--epochs", epochs_, "passes over the new images");
     training->add_option("--batch", batch_, "images a step");
+    training->add_option("--precision", precision_, "of the layers' products: fp32 or tf32");
     Schema later = posterior_options();
     std::erase_if(later, decided_by_init);
     posterior_.add_to(*training, later, false);
@@ -124,6 +125,7 @@ class UpdateCommand : public Command {
     }
     model.epochs = epochs_.value_or(model.epochs);
     model.batch = batch_.value_or(model.batch);
+    if (!precision_.empty()) model.precision = parse_precision(precision_);
     json given = posterior_.given();
     if (model.kind == "ffg") {  // what the rule bgd takes: a model of this kind keeps eta as its step size
       if (given.contains("draws")) model.draws = given["draws"];
@@ -136,7 +138,7 @@ class UpdateCommand : public Command {
   }
 
   UpdateOptions o_;
-  std::string rule_;
+  std::string rule_, precision_;
   bool in_place_ = false, resume_ = false, restart_ = false;
   int epoch_ = 0;  // that the progress line shows
   std::optional<double> epochs_;
