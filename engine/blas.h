@@ -23,6 +23,7 @@ struct Matrices {
 struct MutableMatrices {
   float* data;
   size_t stride;
+  operator Matrices() const { return {data, stride}; }
 };
 
 // C[r] = op(A[r]) op(B[r]) + beta C[r], row-major and packed: op(A) is m x k, op(B) is k x n, C is m x n.

@@ -56,27 +56,27 @@ class TensorProducts : public RowProducts {
                  means.stride ? c.rows * means.groups : 1, variances, c.training) {}
   void forward(Linear& layer, const Activation& x) override {
     const Stream stream = layer.device().stream();
+    const int groups = means_.groups;
     product_.pack(weights(layer, means_), weights(layer, variances_), stream);
-    product_.forward(group(x.signal.value, x.stride), group(layer.mean(), layer.pre_stride()),
-                     group(layer.variance(), layer.pre_stride()), stream);
+    product_.forward(of_groups(x.signal.value, x.stride, groups), of_groups(layer.mean(), layer.pre_stride(), groups),
+                     of_groups(layer.variance(), layer.pre_stride(), groups), stream);
   }
   void backward(Linear& layer, const Activation& x) override {
     const Stream stream = layer.device().stream();
     const size_t pre = layer.pre_stride();
+    const int groups = means_.groups;
     const float *dm = layer.mean_gradient(), *dv = layer.variance_gradient();
     if (means_.gradients)
-      product_.backward_weights(group(std::as_const(x.signal.value), x.stride), group(dm, pre), group(dv, pre),
-                                gradients(layer, means_), gradients(layer, variances_), stream);
+      product_.backward_weights(of_groups(x.signal.value, x.stride, groups), of_groups(dm, pre, groups),
+                                of_groups(dv, pre, groups), gradients(layer, means_), gradients(layer, variances_),
+                                stream);
     if (x.signal.grad)
-      product_.backward_data(group(dm, pre), group(dv, pre), group(x.signal.grad, x.stride),
-                             group(x.signal.grad_square, x.stride), stream);
+      product_.backward_data(of_groups(dm, pre, groups), of_groups(dv, pre, groups),
+                             of_groups(x.signal.grad, x.stride, groups),
+                             of_groups(x.signal.grad_square, x.stride, groups), stream);
   }
 
  private:
-  template <class T>
-  auto group(T* data, size_t stride) const {
-    return of_groups(data, stride, means_.groups);
-  }
   // Of this layer; null where there are none.
   static Matrices weights(const Linear& layer, const RowWeights& w) {
     return {w.weights ? w.weights + layer.weight_at() : nullptr, w.stride};
@@ -118,7 +118,7 @@ void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&
 // ------------------------------------------------------------------------------------------------- Gaussian weights
 LocalReparameterization::LocalReparameterization(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
                                                  const RowWeights& means, bool variances)
-    : w_(w), rows_{c.rows, c.batch} {
+    : w_(w), means_(means), rows_{c.rows, c.batch} {
   const RowWeights of_variances{w.variance, w.variance_gradient, w.stride};
   products_ = make_products(layer, c, means, variances ? &of_variances : nullptr);
 }

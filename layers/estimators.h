@@ -117,6 +117,7 @@ class LocalReparameterization : public Estimator {
   virtual void variance_forward(Linear&, const Activation&) {}  // where they come of none
   virtual void variance_backward(Linear&, const Activation&) {}
   GaussianWeights w_;
+  RowWeights means_;
   Rows rows_;  // without groups
   std::unique_ptr<RowProducts> products_;
 };

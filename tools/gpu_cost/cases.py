@@ -16,8 +16,13 @@ def _network(network, case, rows):
 
 
 CASES = [Case(f"lenet5 {m} x{rows}", _network("lenet5", m, rows)) for m in ("ft", "ffg", "cfg", "mnf") for rows in (1, 16)]
+CASES += [Case(f"lenet5 {m} tf32 x{rows}", [*_network("lenet5", m, rows), "--precision", "tf32"])
+          for m in ("ft", "ffg", "cfg") for rows in (1, 16)]
 CASES += [Case("lenet5 mnf+path x1", [*_network("lenet5", "mnf", 1), "--path-gradient"])]  # as bil_mnist trains it
 CASES += [Case(f"3conv3fc ffg x{rows}", _network("3conv3fc", "ffg", rows)) for rows in (1, 16)]
+CASES += [Case(f"3conv3fc ffg tf32 x{rows}", [*_network("3conv3fc", "ffg", rows), "--precision", "tf32"])
+          for rows in (1, 16)]
+CASES += [Case("lenet5 mnf+path tf32 x1", [*_network("lenet5", "mnf", 1), "--path-gradient", "--precision", "tf32"])]
 CASES += [Case(f"mlp1200 bgd K={draws}", ["--network", "mlp1200", "--case", "bgd_step", "--draws", str(draws)])
           for draws in (1, 10, 16)]
 # What the budget holds: a step of every method on LeNet-5.
