@@ -90,15 +90,15 @@ struct Correlation {
   }
   void run(Stream stream) const {
     if (is_dense(shape)) {
-      if (!is_aligned(x, shape.in_channels)) run_dense<Tile<1, 2>, 1>(stream);
-      else if (long(rows) * shape.batch * shape.out_channels >= 128 * 64 * 132) run_dense<Tile<4, 2>, 4>(stream);
-      else run_dense<Tile<1, 2>, 4>(stream);
+      if (!is_aligned(x, shape.in_channels)) run_dense<Tile<1, 1, 4>, 1>(stream);
+      else if (long(shape.batch) * shape.out_channels >= 128 * 1024) run_dense<Tile<4, 2>, 4>(stream);
+      else run_dense<Tile<1, 1, 4>, 4>(stream);
     } else if (shape.out_channels > 32) {
-      if (shape.pad > 0) run_windows<Tile<4, 2>, true>(stream);
-      else run_windows<Tile<4, 2>, false>(stream);
+      if (shape.pad > 0) run_windows<Tile<2, 2>, true>(stream);
+      else run_windows<Tile<2, 2>, false>(stream);
     } else {
-      if (shape.pad > 0) run_windows<Tile<4, 1>, true>(stream);
-      else run_windows<Tile<4, 1>, false>(stream);
+      if (shape.pad > 0) run_windows<Tile<2, 1>, true>(stream);
+      else run_windows<Tile<2, 1>, false>(stream);
     }
   }
 };

@@ -15,10 +15,12 @@ namespace {  // a copy in each file
 
 constexpr int step_depth = 32, stages = 3;
 
-template <int warps_down, int warps_across>
+// Where a tile is small and the depth is long, several warps share a part of the tile: each takes a slice of every
+// step, and their sums are added at the end. So the order of sums depends on the number of slices.
+template <int warps_down, int warps_across, int warps_deep = 1>
 struct Tile {
   static constexpr int rows = 32 * warps_down, columns = 32 * warps_across, across = warps_across;
-  static constexpr int threads = 32 * warps_down * warps_across;
+  static constexpr int parts = warps_down * warps_across, slices = warps_deep, threads = 32 * parts * slices;
 };
 
 // An operand: a matrix for each row of the launch, or one for `sharing` neighbouring rows.
@@ -342,6 +344,7 @@ struct Form {
     return (split.rows + T::rows - 1) / T::rows * ((split.columns + T::columns - 1) / T::columns) * split.parts;
   }
   size_t shared_bytes() const {
+    static_assert((T::slices - 1) * T::parts * products * 32 * 32 <= stages * (piece_a + piece_b));
     return a.table_bytes() + b.table_bytes() + sizeof(float) * size_t(stages) * (piece_a + piece_b);
   }
 };
@@ -381,8 +384,8 @@ __global__ void __launch_bounds__(F::TileOf::threads, F::TileOf::threads == 256 
     typename F::ReaderA a(form.a, first_row, first_step, row, tables);
     typename F::ReaderB b(form.b, first_column, first_step, row, tables + form.a.table_bytes() / sizeof(unsigned));
     const int steps = min(split.steps, (split.depth + step_depth - 1) / step_depth - first_step);
-    const int lane_row = threadIdx.x / simt::warp_size / T::across * 32;
-    const int lane_column = threadIdx.x / simt::warp_size % T::across * 32;
+    const int warp = threadIdx.x / simt::warp_size, slice = warp / T::parts, of_tile = warp % T::parts;
+    const int lane_row = of_tile / T::across * 32, lane_column = of_tile % T::across * 32;
     float sums[products][2][4][4];
     SIMT_UNROLL
     for (int i = 0; i < products * 32; i++) sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4] = 0;
@@ -405,7 +408,8 @@ __global__ void __launch_bounds__(F::TileOf::threads, F::TileOf::threads == 256 
       write = read;
       read = read == (stages - 1) * stage_floats ? 0 : read + stage_floats;
       SIMT_UNROLL
-      for (int k = 0; k < step_depth; k += 8) {
+      for (int unsliced = 0; unsliced < step_depth; unsliced += 8 * T::slices) {
+        const int k = unsliced + 8 * slice;
         float x[products][2][4], w[products][4][2];
         SIMT_UNROLL
         for (int o = 0; o < of_a; o++) {
@@ -437,7 +441,27 @@ __global__ void __launch_bounds__(F::TileOf::threads, F::TileOf::threads == 256 
       }
     }
     simt::copy_async_wait<0>();
-    form.store.warp(sums, first_row + lane_row, first_column + lane_column, part, row);
+    if constexpr (T::slices > 1) {
+      constexpr int each = products * 32;  // sums of a lane
+      __syncthreads();                     // everyone has left the pieces
+      const auto place = [&](int of_slice, int i) {
+        return ((of_slice - 1) * T::parts + of_tile) * each * simt::warp_size + i * simt::warp_size + simt::lane_id();
+      };
+      if (slice > 0) {
+        SIMT_UNROLL
+        for (int i = 0; i < each; i++) pieces[place(slice, i)] = sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4];
+      }
+      __syncthreads();
+      if (slice == 0) {
+        SIMT_UNROLL
+        for (int i = 0; i < each; i++) {
+          SIMT_UNROLL
+          for (int other = 1; other < T::slices; other++)
+            sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4] += pieces[place(other, i)];
+        }
+      }
+    }
+    if (slice == 0) form.store.warp(sums, first_row + lane_row, first_column + lane_column, part, row);
   }
 }
 

@@ -89,13 +89,13 @@ struct Gradients {
     if (is_dense(shape)) {
       const Operand inputs[1] = {x};
       if (!is_aligned(dy, shape.out_channels) || !is_aligned(inputs, shape.in_channels))
-        run_dense<Tile<1, 2>, 1>(stream);
+        run_dense<Tile<1, 1, 4>, 1>(stream);
       else run_dense<Tile<2, 4>, 4>(stream);
     } else if (!is_aligned(dy, plane)) {
-      if (small) run_windows<Tile<1, 1>, 1>(stream);
+      if (small) run_windows<Tile<1, 1, 4>, 1>(stream);
       else run_windows<Tile<2, 4>, 1>(stream);
     } else {
-      if (small) run_windows<Tile<1, 1>, 4>(stream);
+      if (small) run_windows<Tile<1, 1, 4>, 4>(stream);
       else run_windows<Tile<2, 4>, 4>(stream);
     }
   }
