@@ -9,32 +9,6 @@ namespace baton {
 
 namespace {
 
-// ---- the weights as operands: forward [out][in kernel^2], backward [in][out kernel^2] turned round; the rows of both
-// are filled up with zeros to a multiple of 4, so that they can be copied 16 bytes at a time.
-__host__ __device__ inline int forward_pitch(const ConvShape& s) {
-  return (s.in_channels * s.kernel * s.kernel + 3) / 4 * 4;
-}
-__host__ __device__ inline int backward_pitch(const ConvShape& s) {
-  return (s.out_channels * s.kernel * s.kernel + 3) / 4 * 4;
-}
-
-__global__ void pack_kernel(float* __restrict__ forward, float* __restrict__ backward, Matrices mean, Matrices variance,
-                            ConvShape s, int mean_sets, int forward_count, int backward_count) {
-  const int item = simt::thread_item(), set = simt::row(), plane = s.kernel * s.kernel;
-  if (item >= forward_count + backward_count) return;
-  const float* __restrict__ from =
-      set < mean_sets ? mean.data + mean.stride * set : variance.data + variance.stride * (set - mean_sets);
-  if (item < forward_count) {
-    const int pitch = forward_pitch(s), out = item / pitch, k = item - out * pitch, depth = s.in_channels * plane;
-    forward[size_t(set) * forward_count + item] = k < depth ? simt::round_to_tf32(from[size_t(out) * depth + k]) : 0.f;
-  } else {
-    const int i = item - forward_count, pitch = backward_pitch(s), in = i / pitch, k = i - in * pitch;
-    const int out = k / plane, place = plane - 1 - (k - out * plane);
-    backward[size_t(set) * backward_count + i] =
-        out < s.out_channels ? simt::round_to_tf32(from[(size_t(out) * s.in_channels + in) * plane + place]) : 0.f;
-  }
-}
-
 // Results of images, [rows][batch][channels][plane].
 template <int products>
 struct StoreImages {
@@ -115,43 +89,54 @@ void correlate(const ConvShape& s, int rows, const Matrices (&x)[inputs], const 
 
 }  // namespace
 
-size_t LayerProduct::forward_floats() const { return size_t(shape_.out_channels) * forward_pitch(shape_); }
-size_t LayerProduct::backward_floats() const {
-  return backward_ ? size_t(shape_.in_channels) * backward_pitch(shape_) : 0;
-}
-
-LayerProduct::LayerProduct(Arena& arena, const ConvShape& s, int rows, int groups, int mean_sets, bool dual,
-                           bool backward)
-    : shape_(s), rows_(rows), groups_(groups), mean_sets_(mean_sets), variance_sets_(dual ? rows : 0) {
-  if (s.batch < 1 || s.in_channels < 1 || s.out_channels < 1 || s.out_height() < 1 || s.out_width() < 1 || s.pad < 0)
+LayerProduct::LayerProduct(Arena& arena, ProductJobs& jobs, const ConvShape& s, int rows, int groups, Matrices means,
+                           Matrices variances, bool backward, MutableMatrices mean_gradients,
+                           MutableMatrices variance_gradients)
+    : shape_(s),
+      rows_(rows),
+      groups_(groups),
+      mean_sets_(means.stride ? rows * groups : 1),
+      dual_(variances.data),
+      forward_floats_(size_t(s.out_channels) * forward_pitch(s)),
+      mean_gradients_(mean_gradients),
+      variance_gradients_(variance_gradients) {
+  if (s.batch < 1 || s.in_channels < 1 || s.out_channels < 1 || s.out_height() < 1 || s.out_width() < 1 || s.pad < 0 ||
+      rows < 1 || groups < 1)
     throw InputError("the products of a layer: every extent must be at least 1");
   if (s.kernel < 1 || s.kernel > 5 || s.pad >= s.kernel)
     throw InputError("the products of a layer: kernels are 1x1 to 5x5 and wider than the padding, not " +
                      std::to_string(s.kernel) + " with a padding of " + std::to_string(s.pad));
-  if (rows < 1 || groups < 1 || (mean_sets != 1 && mean_sets != rows * groups))
-    throw InputError("the products of a layer: means for every row and group, or for all together");
-  const int sets = mean_sets_ + variance_sets_;
-  forward_ = arena.take<float>(forward_floats() * sets);
-  if (!backward) return;
-  backward_ = arena.take<float>(size_t(s.in_channels) * backward_pitch(s) * sets);
+  const int sets = mean_sets_ + (dual_ ? rows : 0), launched = rows * groups;
+  forward_ = arena.take<float>(forward_floats_ * sets);
+  if (backward) {
+    backward_floats_ = size_t(s.in_channels) * backward_pitch(s);
+    backward_ = arena.take<float>(backward_floats_ * sets);
+  }
+  const auto after = [&](float* p, size_t floats) { return p ? p + floats * mean_sets_ : nullptr; };
+  jobs.add(Packing{means, forward_, backward_, s, mean_sets_});
+  if (dual_)
+    jobs.add(Packing{variances, after(forward_, forward_floats_), after(backward_, backward_floats_), s, rows});
   parts_ = parts_of_gradients(s);
-  if (parts_ > 1 || (groups > 1 && dual))
-    partial_ = arena.take<float>(s.weight_size() * launched_rows() * parts_ * (dual ? 2 : 1));
-}
-
-void LayerProduct::pack(Matrices mean, Matrices variance, Stream stream) const {
-  BATON_RANGE("pack_weights");
-  const int of_forward = int(forward_floats()), of_backward = int(backward_floats());
-  simt::launch<pack_kernel>(simt::each(of_forward + of_backward, mean_sets_ + variance_sets_), stream, forward_,
-                            backward_, mean, variance, shape_, mean_sets_, of_forward, of_backward);
+  if (!mean_gradients.data || (parts_ == 1 && (groups == 1 || !dual_))) return;
+  const size_t weights = s.weight_size(), part = weights * (dual_ ? 2 : 1);
+  partial_ = arena.take<float>(part * parts_ * launched);
+  jobs.add(PartSum{mean_gradients, {partial_, part * parts_}, int(weights), parts_, int(part), launched});
+  if (dual_)
+    jobs.add(PartSum{variance_gradients,
+                     {partial_ + weights, part * parts_ * groups},
+                     int(weights),
+                     parts_ * groups,
+                     int(part),
+                     rows});
 }
 
 void LayerProduct::forward(Matrices x, MutableMatrices m, MutableMatrices v, Stream stream) const {
   BATON_RANGE("product_forward");
-  const size_t n = forward_floats();
-  const Operand mean{forward_, n, launched_rows() / mean_sets_}, variance{forward_ + n * mean_sets_, n, groups_};
-  if (variance_sets_) correlate<1, 2>(shape_, launched_rows(), {x}, {mean, variance}, {m, v}, stream);
-  else correlate<1, 1>(shape_, launched_rows(), {x}, {mean}, {m}, stream);
+  const size_t n = forward_floats_;
+  const int rows = rows_ * groups_;
+  const Operand mean{forward_, n, rows / mean_sets_}, variance{forward_ + n * mean_sets_, n, groups_};
+  if (dual_) correlate<1, 2>(shape_, rows, {x}, {mean, variance}, {m, v}, stream);
+  else correlate<1, 1>(shape_, rows, {x}, {mean}, {m}, stream);
 }
 
 void LayerProduct::backward_data(Matrices dm, Matrices dv, MutableMatrices dx, MutableMatrices dsquare,
@@ -159,10 +144,11 @@ void LayerProduct::backward_data(Matrices dm, Matrices dv, MutableMatrices dx, M
   BATON_RANGE("product_backward_data");
   const ConvShape s{shape_.batch,       shape_.out_channels, shape_.out_height(),           shape_.out_width(),
                     shape_.in_channels, shape_.kernel,       shape_.kernel - 1 - shape_.pad};
-  const size_t n = backward_floats();
-  const Operand mean{backward_, n, launched_rows() / mean_sets_}, variance{backward_ + n * mean_sets_, n, groups_};
-  if (variance_sets_) correlate<2, 2>(s, launched_rows(), {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
-  else correlate<1, 1>(s, launched_rows(), {dm}, {mean}, {dx}, stream);
+  const size_t n = backward_floats_;
+  const int rows = rows_ * groups_;
+  const Operand mean{backward_, n, rows / mean_sets_}, variance{backward_ + n * mean_sets_, n, groups_};
+  if (dual_) correlate<2, 2>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
+  else correlate<1, 1>(s, rows, {dm}, {mean}, {dx}, stream);
 }
 
 }  // namespace baton

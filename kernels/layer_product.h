@@ -18,31 +18,64 @@
 
 namespace baton {
 
-class LayerProduct {
- public:
-  // shape: of one group; its batch is the group's. mean_sets: rows * groups, or 1 where all share the means. dual: with
-  // variances, one set a row. backward: for all three directions, else for forward alone. Throws InputError for shapes
-  // without outputs, for kernels above 5x5 and for padding of a kernel's size or more.
-  LayerProduct(Arena&, const ConvShape& shape, int rows, int groups, int mean_sets, bool dual, bool backward);
+// Weights as operands: rounded to tf32 and laid out for the products, forward [out][in kernel^2] and, for the gradients
+// of inputs, [in][out kernel^2] with the kernels turned round. The rows are filled up with zeros to a multiple of 4.
+struct Packing {
+  Matrices weights;           // [sets][out][in][kernel][kernel]
+  float *forward, *backward;  // [sets][...]; backward may be null
+  ConvShape shape;
+  int sets, first_block = 0;
+};
+// to[row][i] = sum over p of from[row][p][i], i < count, p < parts, always in the same order.
+struct PartSum {
+  MutableMatrices to;
+  Matrices from;
+  int count, parts, part_stride, rows, first_block = 0;
+};
 
-  // Rounds the weights to tf32 and lays them out for the products. Weights [out][in][kernel][kernel].
-  void pack(Matrices mean, Matrices variance, Stream) const;
-  // Of each group in turn; x, dm and dv hold tf32 numbers. The second of a pair is ignored without variances.
-  void forward(Matrices x, MutableMatrices m, MutableMatrices v, Stream) const;
-  void backward_data(Matrices dm, Matrices dv, MutableMatrices dx, MutableMatrices dsquare, Stream) const;
-  // Writes (=) the gradients, laid out as the weights; those of the means for each group, of the variances for each
-  // row.
-  void backward_weights(Matrices x, Matrices dm, Matrices dv, MutableMatrices mean, MutableMatrices variance,
-                        Stream) const;
+// What all products of a network do in one launch: they lay out the weights before a pass, and add up parts of
+// gradients after it. Each list is fixed by settle().
+class ProductJobs {
+ public:
+  void add(const Packing&);
+  void add(const PartSum&);
+  void settle(Device&, Arena&);
+  void pack(Stream) const;
+  void add_up(Stream) const;
 
  private:
-  size_t forward_floats() const;  // of one packed matrix
-  size_t backward_floats() const;
-  int launched_rows() const { return rows_ * groups_; }
+  std::vector<Packing> packings_;
+  std::vector<PartSum> sums_;
+  Packing* device_packings_ = nullptr;
+  PartSum* device_sums_ = nullptr;
+  int packing_blocks_ = 0, packing_rows_ = 0, sum_blocks_ = 0, sum_rows_ = 0;
+};
+
+class LayerProduct {
+ public:
+  // shape: of one group; its batch is the group's. means: one matrix for every row and group, or one that all share
+  // (stride 0); variances: one a row, or none (null). backward: for all three directions, else for forward alone, and
+  // then there are no gradients. Gradients are laid out as the weights, those of the means for each group, and are
+  // there
+  // (=) after the jobs have been added up; null: nobody wants them. Throws InputError for shapes without outputs, for
+  // kernels above 5x5 and for padding of a kernel's size or more.
+  LayerProduct(Arena&, ProductJobs&, const ConvShape& shape, int rows, int groups, Matrices means, Matrices variances,
+               bool backward, MutableMatrices mean_gradients, MutableMatrices variance_gradients);
+
+  // Of each group in turn, with the weights as they were when the jobs were packed; x, dm and dv hold tf32 numbers. The
+  // second of a pair is ignored without variances.
+  void forward(Matrices x, MutableMatrices m, MutableMatrices v, Stream) const;
+  void backward_data(Matrices dm, Matrices dv, MutableMatrices dx, MutableMatrices dsquare, Stream) const;
+  void backward_weights(Matrices x, Matrices dm, Matrices dv, Stream) const;
+
+ private:
   ConvShape shape_;
-  int rows_, groups_, mean_sets_, variance_sets_, parts_ = 1;
-  float *forward_ = nullptr, *backward_ = nullptr;  // [mean_sets + variance_sets][...]
-  float* partial_ = nullptr;                        // [rows * groups][parts][1 or 2][weights]
+  int rows_, groups_, mean_sets_, parts_ = 1;
+  bool dual_;
+  size_t forward_floats_, backward_floats_ = 0;     // of one packed matrix
+  float *forward_ = nullptr, *backward_ = nullptr;  // [means, then variances][...]
+  MutableMatrices mean_gradients_, variance_gradients_;
+  float* partial_ = nullptr;  // [rows * groups][parts][1 or 2][weights]
 };
 
 }  // namespace baton

@@ -498,6 +498,13 @@ bool is_aligned(const Operand (&of)[count], int pitch) {
   return true;
 }
 
+__host__ __device__ inline int forward_pitch(const ConvShape& s) {
+  return (s.in_channels * s.kernel * s.kernel + 3) / 4 * 4;
+}
+__host__ __device__ inline int backward_pitch(const ConvShape& s) {
+  return (s.out_channels * s.kernel * s.kernel + 3) / 4 * 4;
+}
+
 // Into how many parts the depth of the weights' gradients is split: enough to fill a GPU of 132 multiprocessors with
 // one row, of at least four steps. They depend on the shape alone, so that the order of sums does.
 inline int parts_of_gradients(const ConvShape& s) {

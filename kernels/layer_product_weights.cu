@@ -1,5 +1,5 @@
 // The products to the gradients of weights. Their depth is the examples and positions of a batch, which is long where
-// the result is small, so it is split into parts; a second kernel adds the parts in order.
+// the result is small, so it is split into parts, which ProductJobs adds up.
 //
 // FLOPs: 2 rows batch positions out in kernel^2 for each product. Bytes: operands once a tile, and 8 for each
 // weight, product and part.
@@ -27,25 +27,6 @@ struct StoreGradients {
     });
   }
 };
-
-// Sums of parts. partial: [rows * groups][parts][products][weights]. The means' gradients are sums of a group's parts,
-// the variances' of a row's.
-struct PartialSums {
-  const float* data;
-  int weights, parts, products, mean_rows, groups;
-};
-__global__ void add_parts_kernel(MutableMatrices mean, MutableMatrices variance, PartialSums s) {
-  const int i = simt::thread_item(), r = simt::row();
-  if (i >= s.weights) return;
-  const bool is_mean = r < s.mean_rows;
-  const int row = is_mean ? r : r - s.mean_rows, count = is_mean ? s.parts : s.parts * s.groups;
-  const size_t stride = size_t(s.products) * s.weights;
-  const float* __restrict__ from = s.data + stride * count * size_t(row) + (is_mean ? i : s.weights + i);
-  float sum = 0;
-  for (int p = 0; p < count; p++) sum += from[stride * p];
-  const MutableMatrices& to = is_mean ? mean : variance;
-  to.data[to.stride * size_t(row) + i] = sum;
-}
 
 template <int products>
 struct Gradients {
@@ -93,7 +74,7 @@ struct Gradients {
       else run_dense<Tile<2, 4>, 4>(stream);
     } else if (!is_aligned(dy, plane)) {
       if (small) run_windows<Tile<1, 1, 4>, 1>(stream);
-      else run_windows<Tile<2, 4>, 1>(stream);
+      else run_windows<Tile<2, 2>, 1>(stream);
     } else {
       if (small) run_windows<Tile<1, 1, 4>, 4>(stream);
       else run_windows<Tile<2, 4>, 4>(stream);
@@ -103,28 +84,23 @@ struct Gradients {
 
 }  // namespace
 
-void LayerProduct::backward_weights(Matrices x, Matrices dm, Matrices dv, MutableMatrices mean,
-                                    MutableMatrices variance, Stream stream) const {
+void LayerProduct::backward_weights(Matrices x, Matrices dm, Matrices dv, Stream stream) const {
   BATON_RANGE("product_backward_weights");
   const size_t weights = shape_.weight_size();
   const auto multiply = [&]<int count>() {
-    Gradients<count> g{shape_, launched_rows(), parts_, {x.data, x.stride, 1}, {}, {}};
+    Gradients<count> g{shape_, rows_ * groups_, parts_, {x.data, x.stride, 1}, {}, {}};
     g.store.rows = shape_.out_channels, g.store.columns = int(weights) / shape_.out_channels;
     g.store.part_stride = weights * count;
     for (int o = 0; o < count; o++) {
       const Matrices& dy = o == 0 ? dm : dv;
       g.dy[o] = {dy.data, dy.stride, 1};
-      g.store.to[o] =
-          partial_ ? MutableMatrices{partial_ + weights * o, weights * count * parts_} : (o == 0 ? mean : variance);
+      g.store.to[o] = partial_ ? MutableMatrices{partial_ + weights * o, weights * count * parts_}
+                               : (o == 0 ? mean_gradients_ : variance_gradients_);
     }
     g.run(stream);
   };
-  if (variance_sets_) multiply.template operator()<2>();
+  if (dual_) multiply.template operator()<2>();
   else multiply.template operator()<1>();
-  if (partial_)
-    simt::launch<add_parts_kernel>(
-        simt::each(int(weights), launched_rows() + variance_sets_), stream, mean, variance,
-        PartialSums{partial_, int(weights), parts_, variance_sets_ ? 2 : 1, launched_rows(), groups_});
 }
 
 }  // namespace baton

@@ -90,6 +90,11 @@ void Conv2d::bias_gradient(float* mean, float* variance, size_t stride, Rows row
   conv_bias_gradient(mean, variance, stride, sums_, planes(rows), device().stream());
 }
 
+Linear::BiasParts Conv2d::bias_parts(Rows rows) const {
+  const size_t row = size_t(rows.batch) * planes_.channels;
+  return {{sums_, row}, {sums_ + row * rows.count, row}, rows.batch};
+}
+
 void Conv2d::take_moment_buffers(const LayerContext& c) {
   draw_product_ = make_product(c.device, c.arena, {1, c.batch});
   gradients_ = c.arena.take<float>(geometry_.weight_size());

@@ -59,6 +59,11 @@ void Dense::bias_gradient(float* mean, float* variance, size_t stride, Rows rows
   dense_bias_gradient(mean, variance, stride, dm_, variance ? dv_ : nullptr, shape(rows), device().stream());
 }
 
+Linear::BiasParts Dense::bias_parts(Rows rows) const {
+  const size_t row = size_t(rows.batch) * out_;
+  return {{dm_, row}, {dv_, row}, rows.batch};
+}
+
 void Dense::add_moments(const Moments& moments, const DrawnPass& draws, const Activation& x, const Pass& pass) {
   accumulate_product_moments(device(), moments, int(weight_at()), out_, in_, batch_, {dm_, pre_stride_},
                              {x.signal.value, x.stride}, draws, pass.states);

@@ -14,6 +14,7 @@ class Dense : public Linear {
   void activate(Bias, Rows, const Pass&) override;
   void activate_backward(Rows, const Pass&) override;
   void bias_gradient(float* mean, float* variance, size_t stride, Rows) override;
+  BiasParts bias_parts(Rows) const override;
   void add_moments(const Moments&, const DrawnPass&, const Activation& x, const Pass&) override;
   void take_square_buffers(const LayerContext&) override;
   void add_squares(float* squares, const Activation& x) override;

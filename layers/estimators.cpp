@@ -10,8 +10,9 @@ MutableMatrices of_groups(float* data, size_t stride, int groups) { return {data
 
 class LibraryProducts : public RowProducts {
  public:
-  LibraryProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances)
-      : means_(means), mean_product_(layer.make_product(c.device, c.arena, split_rows(c, means.groups))) {
+  LibraryProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances,
+                  const BiasGradients& bias)
+      : means_(means), bias_(bias), mean_product_(layer.make_product(c.device, c.arena, split_rows(c, means.groups))) {
     if (!variances) return;
     variances_ = *variances;
     variance_product_ = means.groups > 1 ? layer.make_product(c.device, c.arena, {c.rows, c.batch}) : mean_product_;
@@ -21,6 +22,7 @@ class LibraryProducts : public RowProducts {
     if (variance_product_) multiply(*variance_product_, layer, x.signal.square, x.stride, variances_, layer.variance());
   }
   void backward(Linear& layer, const Activation& x) override {
+    if (bias_.mean) layer.bias_gradient(bias_.mean, bias_.variance, bias_.stride, bias_.rows);
     multiply_back(*mean_product_, layer, x.signal.value, x.stride, means_, layer.mean_gradient(), x.signal.grad);
     if (variance_product_)
       multiply_back(*variance_product_, layer, x.signal.square, x.stride, variances_, layer.variance_gradient(),
@@ -44,61 +46,77 @@ class LibraryProducts : public RowProducts {
                             of_groups(dx, stride, w.groups));
   }
   RowWeights means_, variances_{};
+  BiasGradients bias_;
   std::shared_ptr<Product> mean_product_, variance_product_;  // the same where there is one group
 };
 
 class TensorProducts : public RowProducts {
  public:
-  TensorProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances)
-      : means_(means),
-        variances_(variances ? *variances : RowWeights{}),
-        product_(c.arena, layer.shape(split_rows(c, means.groups).batch), c.rows, means.groups,
-                 means.stride ? c.rows * means.groups : 1, variances, c.training) {}
+  TensorProducts(const Linear& layer, const LayerContext& c, const RowWeights& means, const RowWeights* variances,
+                 const BiasGradients& bias)
+      : arena_(c.arena),
+        jobs_(c.jobs ? *c.jobs : alone_),
+        bias_(bias),
+        groups_(means.groups),
+        product_(c.arena, jobs_, layer.shape(split_rows(c, groups_).batch), c.rows, groups_, weights(layer, means),
+                 variances ? weights(layer, *variances) : Matrices{}, c.training, gradients(layer, means),
+                 variances ? gradients(layer, *variances) : MutableMatrices{}),
+        trains_(means.gradients) {}
+  void settle(Linear& layer) override {
+    const Linear::BiasParts p = layer.bias_parts(bias_.rows);
+    const auto add = [&](float* to, const Matrices& from) {
+      if (to) jobs_.add(PartSum{{to, bias_.stride}, from, layer.outputs(), p.parts, layer.outputs(), bias_.rows.count});
+    };
+    add(bias_.mean, p.mean), add(bias_.variance, p.variance);
+    if (&jobs_ == &alone_) alone_.settle(layer.device(), arena_);
+  }
   void forward(Linear& layer, const Activation& x) override {
     const Stream stream = layer.device().stream();
-    const int groups = means_.groups;
-    product_.pack(weights(layer, means_), weights(layer, variances_), stream);
-    product_.forward(of_groups(x.signal.value, x.stride, groups), of_groups(layer.mean(), layer.pre_stride(), groups),
-                     of_groups(layer.variance(), layer.pre_stride(), groups), stream);
+    if (&jobs_ == &alone_) alone_.pack(stream);
+    product_.forward(of_groups(x.signal.value, x.stride, groups_), of_groups(layer.mean(), layer.pre_stride(), groups_),
+                     of_groups(layer.variance(), layer.pre_stride(), groups_), stream);
   }
   void backward(Linear& layer, const Activation& x) override {
     const Stream stream = layer.device().stream();
     const size_t pre = layer.pre_stride();
-    const int groups = means_.groups;
-    const float *dm = layer.mean_gradient(), *dv = layer.variance_gradient();
-    if (means_.gradients)
-      product_.backward_weights(of_groups(x.signal.value, x.stride, groups), of_groups(dm, pre, groups),
-                                of_groups(dv, pre, groups), gradients(layer, means_), gradients(layer, variances_),
-                                stream);
+    const Matrices dm = of_groups(layer.mean_gradient(), pre, groups_),
+                   dv = of_groups(layer.variance_gradient(), pre, groups_);
+    if (trains_) product_.backward_weights(of_groups(x.signal.value, x.stride, groups_), dm, dv, stream);
     if (x.signal.grad)
-      product_.backward_data(of_groups(dm, pre, groups), of_groups(dv, pre, groups),
-                             of_groups(x.signal.grad, x.stride, groups),
-                             of_groups(x.signal.grad_square, x.stride, groups), stream);
+      product_.backward_data(dm, dv, of_groups(x.signal.grad, x.stride, groups_),
+                             of_groups(x.signal.grad_square, x.stride, groups_), stream);
+    if (&jobs_ == &alone_) alone_.add_up(stream);
   }
 
  private:
-  // Of this layer; null where there are none.
   static Matrices weights(const Linear& layer, const RowWeights& w) {
-    return {w.weights ? w.weights + layer.weight_at() : nullptr, w.stride};
+    return {w.weights + layer.weight_at(), w.stride};
   }
   static MutableMatrices gradients(const Linear& layer, const RowWeights& w) {
     return {w.gradients ? w.gradients + layer.weight_at() : nullptr, w.stride};
   }
-  RowWeights means_, variances_;
+  Arena& arena_;
+  ProductJobs alone_, &jobs_;  // alone_: of a layer that does its jobs itself
+  BiasGradients bias_;
+  int groups_;
   LayerProduct product_;
+  bool trains_;
 };
 
 }  // namespace
 
 std::unique_ptr<RowProducts> make_products(const Linear& layer, const LayerContext& c, const RowWeights& means,
-                                           const RowWeights* variances) {
-  if (c.device.tensor_cores()) return std::make_unique<TensorProducts>(layer, c, means, variances);
-  return std::make_unique<LibraryProducts>(layer, c, means, variances);
+                                           const RowWeights* variances, const BiasGradients& bias) {
+  if (c.device.tensor_cores()) return std::make_unique<TensorProducts>(layer, c, means, variances, bias);
+  return std::make_unique<LibraryProducts>(layer, c, means, variances, bias);
 }
 
 // ------------------------------------------------------------------------------------------------- given weights
 PointEstimator::PointEstimator(const Linear& layer, const LayerContext& c, const RowWeights& w)
-    : w_(w), rows_(split_rows(c, w.groups)), products_(make_products(layer, c, w, nullptr)) {}
+    : w_(w), rows_(split_rows(c, w.groups)) {
+  const BiasGradients bias{w.gradients ? w.gradients + layer.bias_at() : nullptr, nullptr, w.stride, rows_};
+  products_ = make_products(layer, c, w, nullptr, bias);
+}
 
 void PointEstimator::forward(Linear& layer, const Activation& x, const Pass& pass) {
   products_->forward(layer, x);
@@ -111,16 +129,14 @@ void PointEstimator::backward(Linear& layer, const Activation& x, const Pass& pa
   products_->backward(layer, x);
 }
 
-void PointEstimator::add_gradients(Linear& layer, const Activation&, const Pass&) {
-  layer.bias_gradient(w_.gradients + layer.bias_at(), nullptr, w_.stride, rows_);
-}
-
 // ------------------------------------------------------------------------------------------------- Gaussian weights
 LocalReparameterization::LocalReparameterization(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
                                                  const RowWeights& means, bool variances)
     : w_(w), means_(means), rows_{c.rows, c.batch} {
   const RowWeights of_variances{w.variance, w.variance_gradient, w.stride};
-  products_ = make_products(layer, c, means, variances ? &of_variances : nullptr);
+  float *mean = w.mean_gradient, *variance = w.variance_gradient;
+  const BiasGradients bias{mean + layer.bias_at(), variance + layer.bias_at(), w.stride, rows_};
+  products_ = make_products(layer, c, means, variances ? &of_variances : nullptr, bias);
 }
 
 void LocalReparameterization::forward(Linear& layer, const Activation& x, const Pass& pass) {
@@ -131,7 +147,6 @@ void LocalReparameterization::forward(Linear& layer, const Activation& x, const 
 
 void LocalReparameterization::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
-  layer.bias_gradient(w_.mean_gradient + layer.bias_at(), w_.variance_gradient + layer.bias_at(), w_.stride, rows_);
   products_->backward(layer, x);
   variance_backward(layer, x);
 }

@@ -18,6 +18,7 @@ class Estimator {
   virtual ~Estimator() = default;
   virtual bool noisy() const { return false; }          // the layer's pre-activations have variances
   virtual bool reads_squares() const { return false; }  // of its input
+  virtual void settle(Linear&) {}                       // the layer has taken its buffers
   virtual void forward(Linear&, const Activation& x, const Pass&) = 0;
   virtual void backward(Linear&, const Activation& x, const Pass&) = 0;
 };
@@ -36,24 +37,33 @@ struct RowWeights {
 class RowProducts {
  public:
   virtual ~RowProducts() = default;
+  virtual void settle(Linear&) {}
   // From x to the pre-activations' means, and variances where there are any.
   virtual void forward(Linear&, const Activation& x) = 0;
-  // From their gradients to those of the weights, where they are wanted, and of x, where it has a place for them.
+  // From their gradients to those of the weights and biases, where they are wanted, and of x, where it has a place for
+  // them. Those of the weights and biases may come only when the network adds up what its layers have left.
   virtual void backward(Linear&, const Activation& x) = 0;
+};
+// Where the gradients of a layer's biases go, [rows][stride]; null: nobody wants them.
+struct BiasGradients {
+  float *mean, *variance;
+  size_t stride;
+  Rows rows;
 };
 // variances: of the weights, or null; they have no groups.
 std::unique_ptr<RowProducts> make_products(const Linear&, const LayerContext&, const RowWeights& means,
-                                           const RowWeights* variances);
+                                           const RowWeights* variances, const BiasGradients&);
 
 // Products with given weights, without noise. Gradients are written (=).
 class PointEstimator : public Estimator {
  public:
   PointEstimator(const Linear&, const LayerContext&, const RowWeights&);
+  void settle(Linear& layer) override { products_->settle(layer); }
   void forward(Linear&, const Activation& x, const Pass&) override;
   void backward(Linear&, const Activation& x, const Pass&) override;
 
  protected:
-  virtual void add_gradients(Linear&, const Activation& x, const Pass&);  // of the bias, or what else is wanted
+  virtual void add_gradients(Linear&, const Activation&, const Pass&) {}  // what else is wanted
   RowWeights w_;
   Rows rows_;
   std::unique_ptr<RowProducts> products_;
@@ -108,6 +118,7 @@ class LocalReparameterization : public Estimator {
   // variances: whether they come of a product too.
   LocalReparameterization(const Linear&, const LayerContext&, const GaussianWeights& w, const RowWeights& means,
                           bool variances = true);
+  void settle(Linear& layer) override { products_->settle(layer); }
   bool noisy() const override { return true; }
   bool reads_squares() const override { return true; }
   void forward(Linear&, const Activation& x, const Pass&) override;

@@ -38,6 +38,7 @@ void Linear::prepare(const LayerContext& c, bool squares) {
   device_ = &c.device;
   estimator_ = c.weights.make_estimator(*this, c);
   take_buffers(c, estimator_->noisy(), squares);
+  estimator_->settle(*this);
 }
 
 bool Linear::reads_squares() const { return estimator_->reads_squares(); }

@@ -46,8 +46,9 @@ struct LayerContext {
   Arena& arena;
   WeightSource& weights;
   int rows, batch;
-  bool training;              // a backward pass will follow
-  bool shared_input = false;  // one batch serves all rows
+  bool training;                // a backward pass will follow
+  bool shared_input = false;    // one batch serves all rows
+  ProductJobs* jobs = nullptr;  // of the network, where the layer is in one and tensor cores multiply
 };
 
 // The rows of one layer's product: where each group of a row's examples has weights of its own (the draws of CFG and
@@ -99,6 +100,12 @@ class Linear {
   float* variance_gradient() const { return dv_; }
   virtual ConvShape shape(int batch) const = 0;  // of its product; a dense layer's images are of one pixel
   virtual std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const = 0;
+  // Where the sums of bias_gradient() would be taken from: parts of outputs() numbers for each row.
+  struct BiasParts {
+    Matrices mean, variance;
+    int parts;
+  };
+  virtual BiasParts bias_parts(Rows) const = 0;
   // From the pre-activations to the output. Rows: those of the bias and of the noise.
   virtual void activate(Bias, Rows, const Pass&) = 0;
   // From the output's gradients to those of the pre-activations.

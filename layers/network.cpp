@@ -45,11 +45,16 @@ void Network::use_head(int head) {
   head_ = head;
 }
 
-void Network::prepare(const LayerContext& c) {
+void Network::prepare(const LayerContext& given) {
+  LayerContext c = given;
   rows_ = c.rows;
   training_ = c.training;
+  jobs_ = {};
+  if (c.device.tensor_cores()) c.jobs = &jobs_;
   bool squares = false;  // of the layer that is prepared: what the one behind it reads
-  for (const auto& head : heads_) head->prepare(c, false);
+  LayerContext of_heads = c;
+  if (heads_.size() > 1) of_heads.jobs = nullptr;  // a pass takes one of them, and does its jobs alone
+  for (const auto& head : heads_) head->prepare(of_heads, false);
   squares = heads_[0]->reads_squares();
   for (size_t i = chain_.size(); i-- > 0;) {
     if (chain_[i].dropout > 0 && squares)
@@ -61,6 +66,7 @@ void Network::prepare(const LayerContext& c) {
   if (c.shared_input) of_input.rows = 1;
   x_ = take_activation(of_input, size_t(input_.size()), squares, false);
   if (c.shared_input) x_.stride = 0;
+  if (c.jobs) jobs_.settle(c.device, c.arena);
 }
 
 // The activations of a layer, or their gradients, in place. A ReLU's derivative asks whether its output is above 0:
@@ -74,6 +80,7 @@ void Network::drop(const Link& link, float* x, const Pass& pass) const {
 
 void Network::forward(const Pass& pass) {
   BATON_RANGE("forward");
+  jobs_.pack(output().device().stream());
   const Activation* x = &x_;
   for (const Link& link : chain_) {
     link.layer->forward(*x, pass);
@@ -93,6 +100,7 @@ void Network::backward(const Pass& pass) {
     layer = chain_[i].layer.get();
   }
   layer->backward(x_, pass);
+  jobs_.add_up(output().device().stream());
 }
 
 std::vector<NamedActivation> Network::activations() const {

@@ -71,6 +71,7 @@ class Network {
   int classes_, head_ = 0, rows_ = 1;
   bool training_ = false;
   ParameterLayout layout_;
+  ProductJobs jobs_;  // of the layers of a pass, where tensor cores multiply
   std::vector<Link> chain_;
   std::vector<std::unique_ptr<Dense>> heads_;
   int dense_outputs_ = 0;  // of the newest dense layer, 0: none yet

@@ -81,6 +81,13 @@ Problem make_problem(const Case& c, Draw draw, Square square) {
   return p;
 }
 
+Floats random_integers(size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  Floats v(count);
+  for (float& x : v) x = float(int(random() % 9) - 4);
+  return v;
+}
+
 struct Results {
   Floats m, v, dx, dsquare, dmean, dvariance;
 };
@@ -91,14 +98,18 @@ Results multiply(const Case& c, const Problem& p, bool dual) {
   const size_t in = s.input_size(), out = s.output_size(), weights = s.weight_size();
   const size_t n = c.launched();
   Memory memory;
-  LayerProduct product(memory.arena(), s, c.rows, c.groups, c.mean_sets(), dual, true);
   Buffer x(memory, p.x), mean(memory, p.mean), variance(memory, p.variance), dm(memory, p.dm), dv(memory, p.dv);
   Buffer<float> m(memory, out * n, NAN), v(memory, out * n, NAN), dx(memory, in * n, NAN), dsquare(memory, in * n, NAN);
   Buffer<float> dmean(memory, weights * n, NAN), dvariance(memory, weights * c.rows, NAN);
-  product.pack({mean, c.own_means ? weights : 0}, {variance, weights}, memory.stream());
+  ProductJobs jobs;
+  const LayerProduct product(memory.arena(), jobs, s, c.rows, c.groups, {mean, c.own_means ? weights : 0},
+                             {dual ? variance.data() : nullptr, weights}, true, {dmean, weights}, {dvariance, weights});
+  jobs.settle(memory.device(), memory.arena());
+  jobs.pack(memory.stream());
   product.forward({x, in}, {m, out}, {v, out}, memory.stream());
   product.backward_data({dm, out}, {dv, out}, {dx, in}, {dsquare, in}, memory.stream());
-  product.backward_weights({x, in}, {dm, out}, {dv, out}, {dmean, weights}, {dvariance, weights}, memory.stream());
+  product.backward_weights({x, in}, {dm, out}, {dv, out}, memory.stream());
+  jobs.add_up(memory.stream());
   return {m.host(), v.host(), dx.host(), dsquare.host(), dmean.host(), dvariance.host()};
 }
 
@@ -248,13 +259,37 @@ TEST(LayerProduct, SmallNaNReachesTheMeans) {
 
 TEST(LayerProduct, RefusesShapes) {
   Memory memory;
-  const auto make = [&](ConvShape s, int rows, int groups, int sets) {
-    LayerProduct(memory.arena(), s, rows, groups, sets, true, true);
+  float weight = 0;
+  const auto make = [&](ConvShape s, int rows, int groups) {
+    ProductJobs jobs;
+    LayerProduct(memory.arena(), jobs, s, rows, groups, {&weight, 0}, {&weight, 0}, true, {}, {});
   };
-  EXPECT_THROW(make({1, 1, 8, 8, 1, 7, 0}, 1, 1, 1), InputError);
-  EXPECT_THROW(make({1, 1, 8, 8, 1, 3, 3}, 1, 1, 1), InputError);
-  EXPECT_THROW(make({1, 1, 2, 2, 1, 3, 0}, 1, 1, 1), InputError);
-  EXPECT_THROW(make({1, 1, 8, 8, 1, 3, 1}, 3, 2, 3), InputError);
+  EXPECT_THROW(make({1, 1, 8, 8, 1, 7, 0}, 1, 1), InputError);
+  EXPECT_THROW(make({1, 1, 8, 8, 1, 3, 3}, 1, 1), InputError);
+  EXPECT_THROW(make({1, 1, 2, 2, 1, 3, 0}, 1, 1), InputError);
+  EXPECT_THROW(make({1, 1, 8, 8, 1, 3, 1}, 3, 0), InputError);
+}
+
+// Sums of parts of several sizes in one launch, for rows that some of them lack.
+TEST(LayerProduct, SmallSumsOfParts) {
+  BATON_NEEDS_DEVICE();
+  Memory memory;
+  Buffer a(memory, random_integers(3 * 7 * 40, 1)), b(memory, random_integers(2 * 30 * 5, 2));
+  Buffer<float> of_a(memory, 3 * 40, NAN), of_b(memory, 2 * 5, NAN);
+  ProductJobs jobs;
+  jobs.add(PartSum{{of_a, 40}, {a, 7 * 40}, 40, 7, 40, 3});
+  jobs.add(PartSum{{of_b, 5}, {b, 30 * 5}, 5, 30, 5, 2});
+  jobs.settle(memory.device(), memory.arena());
+  jobs.add_up(memory.stream());
+  const auto sums = [](const Floats& v, int rows, int parts, int count) {
+    Doubles want(size_t(rows) * count);
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < parts; p++)
+        for (int i = 0; i < count; i++) want[r * count + i] += v[(r * parts + p) * count + i];
+    return want;
+  };
+  EXPECT_TRUE(exact(of_a.host(), sums(a.host(), 3, 7, 40)));
+  EXPECT_TRUE(exact(of_b.host(), sums(b.host(), 2, 30, 5)));
 }
 
 }  // namespace
