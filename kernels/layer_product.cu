@@ -28,24 +28,110 @@ struct StoreImages {
   }
 };
 
+// Outputs, from the sums of pre-activations. Rows of a launch are groups of a row; a convolution's rows come in quads.
+template <int products>
+struct StoreSamples {
+  static constexpr bool noisy = products == 2;
+  Sampling s;
+  ConvShape shape;
+  Positions positions;
+  int groups;
+  bool dense;
+  __device__ __forceinline__ void one(int, int, const float (&)[2], int, int) const {}  // see LayerProduct::forward
+  __device__ __forceinline__ void warp(const float (&sums)[products][2][4][4], int first_row, int first_column, int,
+                                       int row) const {
+    const int r = row / groups, first_example = row % groups * shape.batch;
+    const Key key = noisy ? s.states[r].noise : Key{};
+    const uint32_t step = noisy ? s.states[r].step : 0;
+    const float* bias_mean = s.bias.mean + s.bias.stride * size_t(r);
+    const float* bias_variance = noisy ? s.bias.variance + s.bias.stride * size_t(r) : nullptr;
+    const size_t first_of_row = size_t(r) * groups * shape.batch;
+    if (dense) {
+      for_sums(sums, first_row, first_column, [&](int i, int j, const float(&values)[2]) {
+        const int units = shape.out_channels, quarter = (units + 3) / 4, lane = j / quarter;
+        if (i >= shape.batch || j >= units) return;
+        const int b = first_example + i;
+        float e = 0;
+        if constexpr (noisy) {
+          const float4 n = normal4(key, uint32_t(b) * quarter + (j - lane * quarter), s.stream_id, step);
+          e = lane == 0 ? n.x : lane == 1 ? n.y : lane == 2 ? n.z : n.w;
+        }
+        const size_t at = (first_of_row + b) * units + j;
+        const float variance = noisy ? bias_variance[j] : 0.f;
+        if (s.relu) write_sample<noisy, true>(s.out, s.v, values[0], values[1], bias_mean[j], variance, at, e);
+        else write_sample<noisy, false>(s.out, s.v, values[0], values[1], bias_mean[j], variance, at, e);
+      });
+      return;
+    }
+    const int lane = simt::lane_id(), place = first_row / 4 + lane / 4, of_image = positions.down * positions.across;
+    if (place >= positions.count) return;
+    const int h = shape.out_height(), w = shape.out_width(), b = place / of_image, o = place - b * of_image;
+    const int py = o / positions.across, px = o - py * positions.across;
+    SIMT_UNROLL
+    for (int at = 0; at < 8; at++) {
+      const int c = first_column + lane % 4 * 2 + at / 2 * 8 + at % 2;
+      if (c >= shape.out_channels) continue;
+      const int in_row = (first_example + b) * shape.out_channels + c;  // the plane's number
+      const size_t plane = first_of_row * shape.out_channels + in_row;
+      float4 n{};
+      if constexpr (noisy)
+        n = normal4(key, uint32_t(in_row) * ((h + 1) / 2 * ((w + 1) / 2)) + py * ((w + 1) / 2) + px, s.stream_id, step);
+      const float e[4] = {n.x, n.y, n.z, n.w}, of_bias = noisy ? bias_variance[c] : 0.f;
+      if (!s.pooled) {
+        SIMT_UNROLL
+        for (int q = 0; q < 4; q++) {
+          const int y = 2 * py + q / 2, x = 2 * px + q % 2;
+          if (y < h && x < w)
+            write_sample<noisy, true>(s.out, s.v, value_of(sums, 0, q, at), value_of(sums, products - 1, q, at),
+                                      bias_mean[c], of_bias, (plane * h + y) * w + x, e[q]);
+        }
+        continue;
+      }
+      float p[4], sd[4] = {};
+      SIMT_UNROLL
+      for (int q = 0; q < 4; q++) {
+        p[q] = value_of(sums, 0, q, at);
+        if constexpr (noisy) {
+          sd[q] = sqrtf(variance_with_bias(value_of(sums, 1, q, at), of_bias));
+          p[q] += sd[q] * e[q];
+        }
+      }
+      const PooledWindow won = pool_window<noisy>(p[0], p[1], p[2], p[3], sd[0], sd[1], sd[2], sd[3], n, bias_mean[c]);
+      const size_t to = plane * of_image + o;
+      const float y = simt::as_operand(won.y, s.out.rounded);
+      s.out.value[to] = y;
+      if (s.out.square) s.out.square[to] = y * y;
+      if (s.which) s.which[to] = uint8_t(won.place);
+      if (noisy && s.slope) s.slope[to] = won.slope;
+    }
+  }
+
+ private:
+  // The sum of place q of a lane's block, in its at-th column.
+  __device__ __forceinline__ static float value_of(const float (&sums)[products][2][4][4], int o, int q, int at) {
+    return sums[o][q / 2][at / 2][q % 2 * 2 + at % 2];
+  }
+};
+
 // y = x * w of the shape, with `inputs` arrays of x (their squares are formed where there is one for two products).
-template <int inputs, int products>
+template <int inputs, int products, class Store>
 struct Correlation {
   ConvShape shape;
   int rows;  // of the launch
+  Positions positions;
   Operand x[inputs], w[products];
-  StoreImages<products> store;
+  Store store;
 
   template <class T, class A>
   void run(const typename A::Source& a, Stream stream) const {
     using B = MatrixRows<T, T::columns, 4, products>;
-    Form<T, A, B, products == 2, StoreImages<products>> form;
+    Form<T, A, B, products == 2, Store> form;
     form.a = a;
     const int depth = shape.in_channels * shape.kernel * shape.kernel;
     form.b.rows = shape.out_channels, form.b.depth = (depth + 3) / 4 * 4;
     for (int o = 0; o < products; o++) form.b.of[o] = w[o];
     form.store = store;
-    form.split = {store.rows, shape.out_channels, depth, 1, (depth + step_depth - 1) / step_depth};
+    form.split = {positions.rows(), shape.out_channels, depth, 1, (depth + step_depth - 1) / step_depth};
     launch_product(form, rows, stream);
   }
   template <class T, int width>
@@ -58,7 +144,7 @@ struct Correlation {
   template <class T, bool padded>
   void run_windows(Stream stream) const {
     using A = Windows<T, T::rows, padded, inputs>;
-    typename A::Source a{{}, shape, store.rows, shape.in_channels * shape.kernel * shape.kernel};
+    typename A::Source a{{}, shape, positions, shape.in_channels * shape.kernel * shape.kernel};
     for (int o = 0; o < inputs; o++) a.of[o] = x[o];
     run<T, A>(a, stream);
   }
@@ -71,20 +157,29 @@ struct Correlation {
       if (shape.pad > 0) run_windows<Tile<2, 2>, true>(stream);
       else run_windows<Tile<2, 2>, false>(stream);
     } else {
-      if (shape.pad > 0) run_windows<Tile<2, 1>, true>(stream);
-      else run_windows<Tile<2, 1>, false>(stream);
+      if (shape.pad > 0) run_windows<Tile<1, 1, 4>, true>(stream);
+      else run_windows<Tile<1, 1, 4>, false>(stream);
     }
   }
 };
 
-template <int inputs, int products>
-void correlate(const ConvShape& s, int rows, const Matrices (&x)[inputs], const Operand (&w)[products],
-               const MutableMatrices (&y)[products], Stream stream) {
-  const int plane = s.out_height() * s.out_width();
-  Correlation<inputs, products> c{s, rows, {}, {}, {{}, s.batch * plane, s.out_channels, plane}};
+template <int inputs, int products, class Store>
+void correlate(const ConvShape& s, int rows, const Positions& positions, const Matrices (&x)[inputs],
+               const Operand (&w)[products], const Store& store, Stream stream) {
+  Correlation<inputs, products, Store> c{s, rows, positions, {}, {}, store};
   for (int o = 0; o < inputs; o++) c.x[o] = {x[o].data, x[o].stride, 1};
-  for (int o = 0; o < products; o++) c.w[o] = w[o], c.store.to[o] = y[o];
+  for (int o = 0; o < products; o++) c.w[o] = w[o];
   c.run(stream);
+}
+
+// Results as they are.
+template <int inputs, int products>
+void correlate_plainly(const ConvShape& s, int rows, const Matrices (&x)[inputs], const Operand (&w)[products],
+                       const MutableMatrices (&y)[products], Stream stream) {
+  const int h = s.out_height(), width = s.out_width();
+  StoreImages<products> store{{}, s.batch * h * width, s.out_channels, h * width};
+  for (int o = 0; o < products; o++) store.to[o] = y[o];
+  correlate<inputs, products>(s, rows, {h, width, s.batch * h * width, false}, x, w, store, stream);
 }
 
 }  // namespace
@@ -135,8 +230,40 @@ void LayerProduct::forward(Matrices x, MutableMatrices m, MutableMatrices v, Str
   const size_t n = forward_floats_;
   const int rows = rows_ * groups_;
   const Operand mean{forward_, n, rows / mean_sets_}, variance{forward_ + n * mean_sets_, n, groups_};
-  if (dual_) correlate<1, 2>(shape_, rows, {x}, {mean, variance}, {m, v}, stream);
-  else correlate<1, 1>(shape_, rows, {x}, {mean}, {m}, stream);
+  if (dual_) correlate_plainly<1, 2>(shape_, rows, {x}, {mean, variance}, {m, v}, stream);
+  else correlate_plainly<1, 1>(shape_, rows, {x}, {mean}, {m}, stream);
+}
+
+// The serial build has no use for it: there the libraries multiply. It makes the pre-activations first.
+void LayerProduct::forward(Matrices x, const Sampling& s, Stream stream) const {
+  BATON_RANGE("product_forward_sampled");
+  const int rows = rows_ * groups_, h = shape_.out_height(), w = shape_.out_width(), all = groups_ * shape_.batch;
+  const bool dense = is_dense(shape_);
+  if constexpr (!simt::has_warps) {
+    const size_t size = shape_.output_size();
+    forward(x, {s.m, size}, {s.v, size}, stream);
+    float* v = dual_ ? s.v : nullptr;
+    const ConvPlanes planes{rows_, all, shape_.out_channels, h, w};
+    if (dense)
+      dense_sample(s.out, s.m, v, s.bias, {rows_, all, shape_.out_channels}, s.relu, s.states, s.stream_id, stream);
+    else if (s.pooled) conv_sample_pool(s.out, s.which, s.slope, s.m, v, s.bias, planes, s.states, s.stream_id, stream);
+    else conv_sample(s.out, s.m, v, s.bias, planes, s.relu, s.states, s.stream_id, stream);
+    return;
+  }
+  Positions positions{h, w, shape_.batch, false};
+  if (!dense) {
+    positions.quads = true;
+    positions.down = s.pooled ? h / 2 : (h + 1) / 2, positions.across = s.pooled ? w / 2 : (w + 1) / 2;
+    positions.count = shape_.batch * positions.down * positions.across;
+  }
+  const size_t n = forward_floats_;
+  const Operand mean{forward_, n, rows / mean_sets_}, variance{forward_ + n * mean_sets_, n, groups_};
+  if (dual_)
+    correlate<1, 2>(shape_, rows, positions, {x}, {mean, variance},
+                    StoreSamples<2>{s, shape_, positions, groups_, dense}, stream);
+  else
+    correlate<1, 1>(shape_, rows, positions, {x}, {mean}, StoreSamples<1>{s, shape_, positions, groups_, dense},
+                    stream);
 }
 
 void LayerProduct::backward_data(Matrices dm, Matrices dv, MutableMatrices dx, MutableMatrices dsquare,
@@ -147,8 +274,8 @@ void LayerProduct::backward_data(Matrices dm, Matrices dv, MutableMatrices dx, M
   const size_t n = backward_floats_;
   const int rows = rows_ * groups_;
   const Operand mean{backward_, n, rows / mean_sets_}, variance{backward_ + n * mean_sets_, n, groups_};
-  if (dual_) correlate<2, 2>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
-  else correlate<1, 1>(s, rows, {dm}, {mean}, {dx}, stream);
+  if (dual_) correlate_plainly<2, 2>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
+  else correlate_plainly<1, 1>(s, rows, {dm}, {mean}, {dx}, stream);
 }
 
 }  // namespace baton

@@ -15,6 +15,7 @@
 // A result has the same bits for any number of rows, on one kind of build.
 #pragma once
 #include "engine/blas.h"
+#include "kernels/local_reparam.h"
 
 namespace baton {
 
@@ -51,6 +52,19 @@ class ProductJobs {
   int packing_blocks_ = 0, packing_rows_ = 0, sum_blocks_ = 0, sum_rows_ = 0;
 };
 
+// What follows a product forward (kernels/local_reparam.h): bias, noise where there are variances, and ReLU; for a
+// convolution also max pooling by windows of 2, of which the winners and slopes are kept where they have a place.
+struct Sampling {
+  Signal out;
+  float *m, *v;  // pre-activations. v is left as dense_sample leaves it; pooled ones are not written on a GPU
+  uint8_t* which;
+  float* slope;
+  Bias bias;
+  const StepState* states;
+  uint32_t stream_id;
+  bool relu, pooled;
+};
+
 class LayerProduct {
  public:
   // shape: of one group; its batch is the group's. means: one matrix for every row and group, or one that all share
@@ -65,6 +79,8 @@ class LayerProduct {
   // Of each group in turn, with the weights as they were when the jobs were packed; x, dm and dv hold tf32 numbers. The
   // second of a pair is ignored without variances.
   void forward(Matrices x, MutableMatrices m, MutableMatrices v, Stream) const;
+  // The same and what follows it, in one launch. Bias and noise are a row's, not a group's.
+  void forward(Matrices x, const Sampling&, Stream) const;
   void backward_data(Matrices dm, Matrices dv, MutableMatrices dx, MutableMatrices dsquare, Stream) const;
   void backward_weights(Matrices x, Matrices dm, Matrices dv, Stream) const;
 

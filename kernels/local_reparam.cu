@@ -20,22 +20,6 @@ constexpr int dense_threads = 128;
 // dy/dv of y = m + sqrt(v) e.
 __device__ __forceinline__ float slope_of(float v, float e) { return v > 1e-30f ? 0.5f * e / sqrtf(v) : 0.f; }
 
-// m may be out.value, which this launch writes: so m has no __restrict__.
-template <bool noisy, bool relu>
-__device__ __forceinline__ void sample_one(const Signal& out, const float* m, float* __restrict__ v, float bias_mean,
-                                           float bias_variance, size_t i, float e) {
-  float y = m[i] + bias_mean;
-  if constexpr (noisy) {
-    const float variance = variance_with_bias(v[i], bias_variance);
-    v[i] = variance;
-    y += sqrtf(variance) * e;
-  }
-  if constexpr (relu) y = y < 0.f ? 0.f : y;  // a NaN stays one: it must reach the loss
-  y = simt::as_operand(y, out.rounded);
-  out.value[i] = y;
-  if (out.square) out.square[i] = y * y;
-}
-
 template <bool relu>
 __device__ __forceinline__ float output_gradient(const Signal& out, size_t i) {
   float g = out.grad[i];

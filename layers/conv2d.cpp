@@ -73,6 +73,12 @@ void Conv2d::take_buffers(const LayerContext& c, bool noisy, bool squares) {
   if (c.training) sums_ = c.arena.take<float>(size_t(2) * c.rows * c.batch * planes_.channels);
 }
 
+// Windows of 3 overlap: they are pooled in a launch of their own.
+std::optional<Sampling> Conv2d::sampling(Bias bias, const Pass& pass) {
+  if (pooling_ == Pooling::max3) return std::nullopt;
+  return Sampling{y_.signal, m_, v_, which_, slope_, bias, pass.states, stream_id_, true, pooled()};
+}
+
 void Conv2d::activate(Bias bias, Rows rows, const Pass& pass) {
   if (pooled())
     conv_sample_pool(y_.signal, which_, slope_, m_, v_, bias, planes(rows), pass.states, stream_id_, device().stream());

@@ -19,6 +19,7 @@ class Conv2d : public Linear {
   int out_width() const { return pooled() ? planes_.pooled_w() : planes_.w; }
 
   std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const override;
+  std::optional<Sampling> sampling(Bias, const Pass&) override;
   void activate(Bias, Rows, const Pass&) override;
   void activate_backward(Rows, const Pass&) override;
   void bias_gradient(float* mean, float* variance, size_t stride, Rows) override;

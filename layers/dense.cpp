@@ -45,10 +45,19 @@ void Dense::take_buffers(const LayerContext& c, bool noisy, bool squares) {
     dv_ = y_.signal.grad_square ? y_.signal.grad_square : c.arena.take<float>(y_.stride * c.rows);
 }
 
-void Dense::activate(Bias bias, Rows rows, const Pass& pass) {
+// Nobody multiplies the network's outputs: they are not rounded.
+Signal Dense::written() const {
   Signal out = y_.signal;
-  out.rounded &= relu_;  // nobody multiplies the network's outputs
-  dense_sample(out, m_, v_, bias, shape(rows), relu_, pass.states, stream_id_, device().stream());
+  out.rounded &= relu_;
+  return out;
+}
+
+std::optional<Sampling> Dense::sampling(Bias bias, const Pass& pass) {
+  return Sampling{written(), m_, v_, nullptr, nullptr, bias, pass.states, stream_id_, relu_, false};
+}
+
+void Dense::activate(Bias bias, Rows rows, const Pass& pass) {
+  dense_sample(written(), m_, v_, bias, shape(rows), relu_, pass.states, stream_id_, device().stream());
 }
 
 void Dense::activate_backward(Rows rows, const Pass& pass) {

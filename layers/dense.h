@@ -11,6 +11,7 @@ class Dense : public Linear {
 
   ConvShape shape(int batch) const override { return {batch, in_, 1, 1, out_, 1, 0}; }
   std::unique_ptr<Product> make_product(Device&, Arena&, Rows) const override;
+  std::optional<Sampling> sampling(Bias, const Pass&) override;
   void activate(Bias, Rows, const Pass&) override;
   void activate_backward(Rows, const Pass&) override;
   void bias_gradient(float* mean, float* variance, size_t stride, Rows) override;
@@ -23,6 +24,7 @@ class Dense : public Linear {
   void take_buffers(const LayerContext&, bool noisy, bool squares) override;
 
  private:
+  Signal written() const;  // by a pass forward
   DenseShape shape(Rows rows) const { return {rows.count, rows.batch, out_}; }
   int in_, out_, batch_ = 0;
   bool relu_;

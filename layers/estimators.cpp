@@ -76,6 +76,12 @@ class TensorProducts : public RowProducts {
     product_.forward(of_groups(x.signal.value, x.stride, groups_), of_groups(layer.mean(), layer.pre_stride(), groups_),
                      of_groups(layer.variance(), layer.pre_stride(), groups_), stream);
   }
+  void forward_to_output(Linear& layer, const Activation& x, Bias bias, Rows rows, const Pass& pass) override {
+    const std::optional<Sampling> s = layer.sampling(bias, pass);
+    if (!s) return RowProducts::forward_to_output(layer, x, bias, rows, pass);
+    if (&jobs_ == &alone_) alone_.pack(layer.device().stream());
+    product_.forward(of_groups(x.signal.value, x.stride, groups_), *s, layer.device().stream());
+  }
   void backward(Linear& layer, const Activation& x) override {
     const Stream stream = layer.device().stream();
     const size_t pre = layer.pre_stride();
@@ -119,8 +125,7 @@ PointEstimator::PointEstimator(const Linear& layer, const LayerContext& c, const
 }
 
 void PointEstimator::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  products_->forward(layer, x);
-  layer.activate({w_.weights + layer.bias_at(), nullptr, w_.stride}, rows_, pass);
+  products_->forward_to_output(layer, x, {w_.weights + layer.bias_at(), nullptr, w_.stride}, rows_, pass);
 }
 
 void PointEstimator::backward(Linear& layer, const Activation& x, const Pass& pass) {
@@ -140,15 +145,12 @@ LocalReparameterization::LocalReparameterization(const Linear& layer, const Laye
 }
 
 void LocalReparameterization::forward(Linear& layer, const Activation& x, const Pass& pass) {
-  products_->forward(layer, x);
-  variance_forward(layer, x);
-  layer.activate({w_.mean + layer.bias_at(), w_.variance + layer.bias_at(), w_.stride}, rows_, pass);
+  products_->forward_to_output(layer, x, bias(layer), rows_, pass);
 }
 
 void LocalReparameterization::backward(Linear& layer, const Activation& x, const Pass& pass) {
   layer.activate_backward(rows_, pass);
   products_->backward(layer, x);
-  variance_backward(layer, x);
 }
 
 ChannelMoments::ChannelMoments(const Linear& layer, const LayerContext& c, const GaussianWeights& w,
@@ -157,12 +159,15 @@ ChannelMoments::ChannelMoments(const Linear& layer, const LayerContext& c, const
       factors_(factors),
       moments_(c.device, c.arena, shape, c.rows) {}
 
-void ChannelMoments::variance_forward(Linear& layer, const Activation& x) {
+void ChannelMoments::forward(Linear& layer, const Activation& x, const Pass& pass) {
+  products_->forward(layer, x);
   moments_.forward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                    {layer.variance(), layer.pre_stride()});
+  layer.activate(bias(layer), rows_, pass);
 }
 
-void ChannelMoments::variance_backward(Linear& layer, const Activation& x) {
+void ChannelMoments::backward(Linear& layer, const Activation& x, const Pass& pass) {
+  LocalReparameterization::backward(layer, x, pass);
   moments_.backward(layer.device(), {x.signal.value, x.stride}, factors_.weights, factors_.stride,
                     {layer.variance_gradient(), layer.pre_stride()}, {x.signal.grad, x.stride}, factors_.gradients,
                     factors_.stride);

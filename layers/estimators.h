@@ -40,6 +40,11 @@ class RowProducts {
   virtual void settle(Linear&) {}
   // From x to the pre-activations' means, and variances where there are any.
   virtual void forward(Linear&, const Activation& x) = 0;
+  // And on to the layer's output. Rows: those of the bias and of the noise.
+  virtual void forward_to_output(Linear& layer, const Activation& x, Bias bias, Rows rows, const Pass& pass) {
+    forward(layer, x);
+    layer.activate(bias, rows, pass);
+  }
   // From their gradients to those of the weights and biases, where they are wanted, and of x, where it has a place for
   // them. Those of the weights and biases may come only when the network adds up what its layers have left.
   virtual void backward(Linear&, const Activation& x) = 0;
@@ -125,8 +130,7 @@ class LocalReparameterization : public Estimator {
   void backward(Linear&, const Activation& x, const Pass&) override;
 
  protected:
-  virtual void variance_forward(Linear&, const Activation&) {}  // where they come of none
-  virtual void variance_backward(Linear&, const Activation&) {}
+  Bias bias(const Linear& layer) const { return {w_.mean + layer.bias_at(), w_.variance + layer.bias_at(), w_.stride}; }
   GaussianWeights w_;
   RowWeights means_;
   Rows rows_;  // without groups
@@ -140,10 +144,10 @@ class ChannelMoments : public LocalReparameterization {
   // factors: the layer's Cholesky factors; their gradients are added to (+=).
   ChannelMoments(const Linear&, const LayerContext&, const GaussianWeights&, const RowWeights& factors,
                  const ConvShape&);
+  void forward(Linear&, const Activation& x, const Pass&) override;
+  void backward(Linear&, const Activation& x, const Pass&) override;
 
- protected:
-  void variance_forward(Linear&, const Activation& x) override;
-  void variance_backward(Linear&, const Activation& x) override;
+ private:
   RowWeights factors_;
   CholeskyMoments moments_;
 };

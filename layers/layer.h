@@ -4,6 +4,7 @@
 // posterior or a plain array of weights supplies.
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "engine/blas.h"
@@ -106,6 +107,8 @@ class Linear {
     int parts;
   };
   virtual BiasParts bias_parts(Rows) const = 0;
+  // activate() as what follows a product in its launch, where that can be; else none.
+  virtual std::optional<Sampling> sampling(Bias, const Pass&) { return std::nullopt; }
   // From the pre-activations to the output. Rows: those of the bias and of the noise.
   virtual void activate(Bias, Rows, const Pass&) = 0;
   // From the output's gradients to those of the pre-activations.

@@ -257,6 +257,87 @@ TEST(LayerProduct, SmallNaNReachesTheMeans) {
   for (int j = 50; j < 100; j++) EXPECT_FALSE(std::isnan(r.m[j])) << j;
 }
 
+// ------------------------------------------------------------------------------------------- with what follows
+struct Outputs {
+  Floats value, square, v, slope;
+  std::vector<uint8_t> which;
+};
+
+// A product and what follows it, in one launch or one after the other. `pooled` by windows of 2.
+Outputs sample(const Case& c, bool noisy, bool relu, bool pooled, bool at_once) {
+  const ConvShape& s = c.shape;
+  const bool is_dense = s.height == 1;
+  const int h = s.out_height(), w = s.out_width(), all = s.batch * c.groups, channels = s.out_channels;
+  const size_t in = s.input_size(), out = s.output_size(), weights = s.weight_size(), n = c.launched();
+  const size_t outputs = pooled ? size_t(s.batch) * channels * (h / 2) * (w / 2) : out;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  const auto some = [&](size_t count, bool positive) {
+    Floats v(count);
+    for (float& f : v) f = positive ? 0.1f * std::abs(normal(random)) : simt::round_to_tf32(normal(random));
+    return v;
+  };
+  Memory memory;
+  Buffer x(memory, some(in * n, false)), mean(memory, some(weights * c.mean_sets(), false));
+  Buffer variance(memory, some(weights * c.rows, true)), bias_mean(memory, some(size_t(channels) * c.rows, false));
+  Buffer bias_variance(memory, some(size_t(channels) * c.rows, true));
+  StepState state{};
+  state.noise = {17, 4}, state.step = 9;
+  Buffer states(memory, std::vector<StepState>(size_t(c.rows), state));
+  Buffer<float> m(memory, out * n, NAN), v(memory, out * n, NAN), value(memory, outputs * n, NAN);
+  Buffer<float> square(memory, outputs * n, NAN), slope(memory, outputs * n, NAN);
+  Buffer<uint8_t> which(memory, outputs * n, 77);
+  ProductJobs jobs;
+  const LayerProduct product(memory.arena(), jobs, s, c.rows, c.groups, {mean, c.own_means ? weights : 0},
+                             {noisy ? variance.data() : nullptr, weights}, false, {}, {});
+  jobs.settle(memory.device(), memory.arena());
+  jobs.pack(memory.stream());
+  Signal written;
+  written.value = value, written.square = square, written.rounded = relu;
+  const Bias bias{bias_mean, noisy ? bias_variance.data() : nullptr, size_t(channels)};
+  const ConvPlanes planes{c.rows, all, channels, h, w};
+  float *to_v = noisy ? v.data() : nullptr, *to_slope = noisy ? slope.data() : nullptr;
+  if (at_once)
+    product.forward({x, in}, Sampling{written, m, v, which, to_slope, bias, states, 3, relu, pooled}, memory.stream());
+  else {
+    product.forward({x, in}, {m, out}, {v, out}, memory.stream());
+    if (is_dense) dense_sample(written, m, to_v, bias, {c.rows, all, channels}, relu, states, 3, memory.stream());
+    else if (pooled) conv_sample_pool(written, which, to_slope, m, to_v, bias, planes, states, 3, memory.stream());
+    else conv_sample(written, m, to_v, bias, planes, relu, states, 3, memory.stream());
+  }
+  return {value.host(), square.host(), pooled ? Floats{} : v.host(), slope.host(), which.host()};
+}
+
+void expect_same_outputs(const Case& c, bool pooled, bool relu = true) {
+  for (const bool noisy : {true, false}) {
+    SCOPED_TRACE(describe(c) + (noisy ? ", noisy" : "") + (pooled ? ", pooled" : ""));
+    const Outputs got = sample(c, noisy, relu, pooled, true), want = sample(c, noisy, relu, pooled, false);
+    EXPECT_TRUE(exact(got.value, want.value));
+    EXPECT_TRUE(exact(got.square, want.square));
+    EXPECT_TRUE(exact(got.v, want.v));
+    EXPECT_TRUE(exact(got.slope, want.slope));
+    EXPECT_TRUE(exact(got.which, want.which));
+    for (float f : got.value) ASSERT_TRUE(std::isfinite(f));
+  }
+}
+
+TEST(LayerProduct, SmallOutputsAtOnce) {
+  BATON_NEEDS_DEVICE();
+  expect_same_outputs({dense(5, 7, 3), 2, 2}, false);
+  expect_same_outputs({dense(6, 8, 10)}, false, false);
+  expect_same_outputs({{2, 2, 6, 7, 3, 3, 0}, 2}, false);
+  expect_same_outputs({{2, 2, 7, 6, 3, 3, 0}, 1, 2}, true);
+}
+
+TEST(LayerProduct, OutputsAtOnce) {
+  BATON_NEEDS_DEVICE();
+  expect_same_outputs({dense(40, 100, 72), 3, 1, false}, false);
+  expect_same_outputs({{3, 1, 12, 12, 20, 5, 0}, 2}, true);
+  expect_same_outputs({{2, 20, 8, 8, 50, 5, 0}, 1, 2}, true);
+  expect_same_outputs({{2, 3, 9, 7, 40, 5, 2}, 2, 1, false}, true);  // odd planes: the last row and column are dropped
+  expect_same_outputs({{2, 3, 9, 7, 40, 5, 2}, 2, 1, false}, false);
+}
+
 TEST(LayerProduct, RefusesShapes) {
   Memory memory;
   float weight = 0;
