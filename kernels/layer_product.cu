@@ -15,16 +15,14 @@ struct StoreImages {
   MutableMatrices to[products];
   int rows, channels, plane;
   __device__ __forceinline__ void one(int i, int j, const float (&sums)[2], int, int row) const {
+    if (i >= rows || j >= channels) return;
     const int b = i / plane, p = i - b * plane;
     const size_t at = (size_t(b) * channels + j) * plane + p;
     SIMT_UNROLL
     for (int o = 0; o < products; o++) to[o].data[to[o].stride * size_t(row) + at] = sums[o];
   }
-  __device__ __forceinline__ void warp(const float (&sums)[products][2][4][4], int first_row, int first_column,
-                                       int part, int row) const {
-    for_sums(sums, first_row, first_column, [&](int i, int j, const float(&values)[2]) {
-      if (i < rows && j < channels) one(i, j, values, part, row);
-    });
+  __device__ __forceinline__ void column(const float (&values)[2][4], int i, int j, int part, int row) const {
+    store_column(*this, values, i, j, part, row);
   }
 };
 
@@ -38,78 +36,79 @@ struct StoreSamples {
   int groups;
   bool dense;
   __device__ __forceinline__ void one(int, int, const float (&)[2], int, int) const {}  // see LayerProduct::forward
-  __device__ __forceinline__ void warp(const float (&sums)[products][2][4][4], int first_row, int first_column, int,
-                                       int row) const {
+  __device__ __forceinline__ void column(const float (&values)[2][4], int i, int c, int, int row) const {
+    if (c >= shape.out_channels) return;
     const int r = row / groups, first_example = row % groups * shape.batch;
-    const Key key = noisy ? s.states[r].noise : Key{};
-    const uint32_t step = noisy ? s.states[r].step : 0;
-    const float* bias_mean = s.bias.mean + s.bias.stride * size_t(r);
-    const float* bias_variance = noisy ? s.bias.variance + s.bias.stride * size_t(r) : nullptr;
-    const size_t first_of_row = size_t(r) * groups * shape.batch;
+    const Noise noise{noisy ? s.states[r].noise : Key{}, noisy ? s.states[r].step : 0};
+    const size_t first_of_row = size_t(r) * groups * shape.batch, of_row = s.bias.stride * size_t(r) + c;
+    const float bias_mean = s.bias.mean[of_row], bias_variance = noisy ? s.bias.variance[of_row] : 0.f;
     if (dense) {
-      for_sums(sums, first_row, first_column, [&](int i, int j, const float(&values)[2]) {
-        const int units = shape.out_channels, quarter = (units + 3) / 4, lane = j / quarter;
-        if (i >= shape.batch || j >= units) return;
-        const int b = first_example + i;
-        float e = 0;
-        if constexpr (noisy) {
-          const float4 n = normal4(key, uint32_t(b) * quarter + (j - lane * quarter), s.stream_id, step);
-          e = lane == 0 ? n.x : lane == 1 ? n.y : lane == 2 ? n.z : n.w;
-        }
-        const size_t at = (first_of_row + b) * units + j;
-        const float variance = noisy ? bias_variance[j] : 0.f;
-        if (s.relu) write_sample<noisy, true>(s.out, s.v, values[0], values[1], bias_mean[j], variance, at, e);
-        else write_sample<noisy, false>(s.out, s.v, values[0], values[1], bias_mean[j], variance, at, e);
-      });
+      SIMT_UNROLL
+      for (int q = 0; q < 4; q++)
+        if (i + 8 * q < shape.batch)
+          sample_unit(values[0][q], values[1][q], first_example + i + 8 * q, c, first_of_row, noise, bias_mean,
+                      bias_variance);
       return;
     }
-    const int lane = simt::lane_id(), place = first_row / 4 + lane / 4, of_image = positions.down * positions.across;
+    const int place = i / 32 * 8 + i % 8, of_image = positions.down * positions.across;
     if (place >= positions.count) return;
-    const int h = shape.out_height(), w = shape.out_width(), b = place / of_image, o = place - b * of_image;
-    const int py = o / positions.across, px = o - py * positions.across;
-    SIMT_UNROLL
-    for (int at = 0; at < 8; at++) {
-      const int c = first_column + lane % 4 * 2 + at / 2 * 8 + at % 2;
-      if (c >= shape.out_channels) continue;
-      const int in_row = (first_example + b) * shape.out_channels + c;  // the plane's number
-      const size_t plane = first_of_row * shape.out_channels + in_row;
-      float4 n{};
-      if constexpr (noisy)
-        n = normal4(key, uint32_t(in_row) * ((h + 1) / 2 * ((w + 1) / 2)) + py * ((w + 1) / 2) + px, s.stream_id, step);
-      const float e[4] = {n.x, n.y, n.z, n.w}, of_bias = noisy ? bias_variance[c] : 0.f;
-      if (!s.pooled) {
-        SIMT_UNROLL
-        for (int q = 0; q < 4; q++) {
-          const int y = 2 * py + q / 2, x = 2 * px + q % 2;
-          if (y < h && x < w)
-            write_sample<noisy, true>(s.out, s.v, value_of(sums, 0, q, at), value_of(sums, products - 1, q, at),
-                                      bias_mean[c], of_bias, (plane * h + y) * w + x, e[q]);
-        }
-        continue;
-      }
-      float p[4], sd[4] = {};
-      SIMT_UNROLL
-      for (int q = 0; q < 4; q++) {
-        p[q] = value_of(sums, 0, q, at);
-        if constexpr (noisy) {
-          sd[q] = sqrtf(variance_with_bias(value_of(sums, 1, q, at), of_bias));
-          p[q] += sd[q] * e[q];
-        }
-      }
-      const PooledWindow won = pool_window<noisy>(p[0], p[1], p[2], p[3], sd[0], sd[1], sd[2], sd[3], n, bias_mean[c]);
-      const size_t to = plane * of_image + o;
-      const float y = simt::as_operand(won.y, s.out.rounded);
-      s.out.value[to] = y;
-      if (s.out.square) s.out.square[to] = y * y;
-      if (s.which) s.which[to] = uint8_t(won.place);
-      if (noisy && s.slope) s.slope[to] = won.slope;
-    }
+    const int b = place / of_image, o = place - b * of_image;
+    const int in_row = (first_example + b) * shape.out_channels + c;  // the plane's number
+    sample_quad(values, in_row, first_of_row * shape.out_channels + in_row, o, noise, bias_mean, bias_variance);
   }
 
  private:
-  // The sum of place q of a lane's block, in its at-th column.
-  __device__ __forceinline__ static float value_of(const float (&sums)[products][2][4][4], int o, int q, int at) {
-    return sums[o][q / 2][at / 2][q % 2 * 2 + at % 2];
+  struct Noise {
+    Key key;
+    uint32_t step;
+  };
+  __device__ __forceinline__ void sample_unit(float mean, float variance, int b, int j, size_t first_of_row,
+                                              const Noise& noise, float bias_mean, float bias_variance) const {
+    const int units = shape.out_channels, quarter = (units + 3) / 4, lane = j / quarter;
+    float e = 0;
+    if constexpr (noisy) {
+      const float4 n = normal4(noise.key, uint32_t(b) * quarter + (j - lane * quarter), s.stream_id, noise.step);
+      e = lane == 0 ? n.x : lane == 1 ? n.y : lane == 2 ? n.z : n.w;
+    }
+    const size_t at = (first_of_row + b) * units + j;
+    if (s.relu) write_sample<noisy, true>(s.out, s.v, mean, variance, bias_mean, bias_variance, at, e);
+    else write_sample<noisy, false>(s.out, s.v, mean, variance, bias_mean, bias_variance, at, e);
+  }
+  // The 2x2 block o of a plane, which shares a counter of the noise.
+  __device__ __forceinline__ void sample_quad(const float (&values)[2][4], int in_row, size_t plane, int o,
+                                              const Noise& noise, float bias_mean, float bias_variance) const {
+    const int h = shape.out_height(), w = shape.out_width(), across = (w + 1) / 2;
+    const int py = o / positions.across, px = o - py * positions.across;
+    float4 n{};
+    if constexpr (noisy)
+      n = normal4(noise.key, uint32_t(in_row) * ((h + 1) / 2 * across) + py * across + px, s.stream_id, noise.step);
+    const float e[4] = {n.x, n.y, n.z, n.w};
+    if (!s.pooled) {
+      SIMT_UNROLL
+      for (int q = 0; q < 4; q++) {
+        const int y = 2 * py + q / 2, x = 2 * px + q % 2;
+        if (y < h && x < w)
+          write_sample<noisy, true>(s.out, s.v, values[0][q], values[1][q], bias_mean, bias_variance,
+                                    (plane * h + y) * w + x, e[q]);
+      }
+      return;
+    }
+    float p[4], sd[4] = {};
+    SIMT_UNROLL
+    for (int q = 0; q < 4; q++) {
+      p[q] = values[0][q];
+      if constexpr (noisy) {
+        sd[q] = sqrtf(variance_with_bias(values[1][q], bias_variance));
+        p[q] += sd[q] * e[q];
+      }
+    }
+    const PooledWindow won = pool_window<noisy>(p[0], p[1], p[2], p[3], sd[0], sd[1], sd[2], sd[3], n, bias_mean);
+    const size_t to = plane * (positions.down * positions.across) + o;
+    const float y = simt::as_operand(won.y, s.out.rounded);
+    s.out.value[to] = y;
+    if (s.out.square) s.out.square[to] = y * y;
+    if (s.which) s.which[to] = uint8_t(won.place);
+    if (noisy && s.slope) s.slope[to] = won.slope;
   }
 };
 
@@ -157,8 +156,8 @@ struct Correlation {
       if (shape.pad > 0) run_windows<Tile<2, 2>, true>(stream);
       else run_windows<Tile<2, 2>, false>(stream);
     } else {
-      if (shape.pad > 0) run_windows<Tile<1, 1, 4>, true>(stream);
-      else run_windows<Tile<1, 1, 4>, false>(stream);
+      if (shape.pad > 0) run_windows<Tile<2, 1, 2>, true>(stream);
+      else run_windows<Tile<2, 1, 2>, false>(stream);
     }
   }
 };

@@ -42,7 +42,7 @@ struct Form {
     return (split.rows + T::rows - 1) / T::rows * ((split.columns + T::columns - 1) / T::columns) * split.parts;
   }
   size_t shared_bytes() const {
-    static_assert((T::slices - 1) * T::parts * products * 32 * 32 <= stages * (piece_a + piece_b));
+    static_assert(T::slices == 1 || T::slices * T::parts * products * 32 * 32 <= stages * (piece_a + piece_b));
     return a.table_bytes() + b.table_bytes() + sizeof(float) * size_t(stages) * (piece_a + piece_b);
   }
 };
@@ -139,27 +139,38 @@ __global__ void __launch_bounds__(F::TileOf::threads, F::TileOf::threads == 256 
       }
     }
     simt::copy_async_wait<0>();
+    // A lane has the sums of four rows in eight columns. Slices share the columns.
+    constexpr int columns = 8 / T::slices;
     if constexpr (T::slices > 1) {
-      constexpr int each = products * 32;  // sums of a lane
-      __syncthreads();                     // everyone has left the pieces
-      const auto place = [&](int of_slice, int i) {
-        return ((of_slice - 1) * T::parts + of_tile) * each * simt::warp_size + i * simt::warp_size + simt::lane_id();
-      };
-      if (slice > 0) {
-        SIMT_UNROLL
-        for (int i = 0; i < each; i++) pieces[place(slice, i)] = sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4];
-      }
+      __syncthreads();  // everyone has left the pieces
+      SIMT_UNROLL
+      for (int i = 0; i < products * 32; i++)
+        pieces[((slice * T::parts + of_tile) * products * 32 + i) * simt::warp_size + simt::lane_id()] =
+            sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4];
       __syncthreads();
-      if (slice == 0) {
+    }
+    const int lane = simt::lane_id(), i = first_row + lane_row + lane / 4;
+    SIMT_UNROLL
+    for (int at = 0; at < columns; at++) {
+      const int column = slice * columns + at;  // of eight
+      float values[2][4] = {};
+      SIMT_UNROLL
+      for (int o = 0; o < products; o++) {
         SIMT_UNROLL
-        for (int i = 0; i < each; i++) {
-          SIMT_UNROLL
-          for (int other = 1; other < T::slices; other++)
-            sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4] += pieces[place(other, i)];
+        for (int q = 0; q < 4; q++) {
+          if constexpr (T::slices == 1) values[o][q] = sums[o][q / 2][at / 2][q % 2 * 2 + at % 2];
+          else {
+            const int number = ((o * 2 + q / 2) * 4 + column / 2) * 4 + q % 2 * 2 + column % 2;
+            float sum = 0;
+            SIMT_UNROLL
+            for (int s = 0; s < T::slices; s++)
+              sum += pieces[((s * T::parts + of_tile) * products * 32 + number) * simt::warp_size + lane];
+            values[o][q] = sum;
+          }
         }
       }
+      form.store.column(values, i, first_column + lane_column + lane % 4 * 2 + column / 2 * 8 + column % 2, part, row);
     }
-    if (slice == 0) form.store.warp(sums, first_row + lane_row, first_column + lane_column, part, row);
   }
 }
 
@@ -169,20 +180,12 @@ void launch_product(const F& form, int rows, Stream stream) {
       simt::blocks(form.tiles(), F::TileOf::threads, form.shared_bytes(), rows), stream, form);
 }
 
-// Calls f(i, j, values) for each element of a warp's 32 x 32 sums.
-template <int products, class G>
-__device__ __forceinline__ void for_sums(const float (&sums)[products][2][4][4], int first_row, int first_column, G g) {
-  const int lane = simt::lane_id();
+// Where the sums go, for C as it is: row i of column j, and of a lane's column its four rows.
+template <class Store>
+__device__ __forceinline__ void store_column(const Store& store, const float (&values)[2][4], int i, int j, int part,
+                                             int row) {
   SIMT_UNROLL
-  for (int half = 0; half < 4; half++) {
-    SIMT_UNROLL
-    for (int at = 0; at < 8; at++) {
-      const int i = first_row + lane / 4 + 8 * half, j = first_column + lane % 4 * 2 + at / 2 * 8 + at % 2;
-      float values[2] = {sums[0][half / 2][at / 2][half % 2 * 2 + at % 2], 0};
-      if constexpr (products == 2) values[1] = sums[1][half / 2][at / 2][half % 2 * 2 + at % 2];
-      g(i, j, values);
-    }
-  }
+  for (int q = 0; q < 4; q++) store.one(i + 8 * q, j, {values[0][q], values[1][q]}, part, row);
 }
 
 // ------------------------------------------------------------------------------------------------------------ choices

@@ -16,15 +16,13 @@ struct StoreGradients {
   size_t part_stride;
   int rows, columns;
   __device__ __forceinline__ void one(int i, int j, const float (&sums)[2], int part, int row) const {
+    if (i >= rows || j >= columns) return;
     const size_t at = part_stride * size_t(part) + size_t(i) * columns + j;
     SIMT_UNROLL
     for (int o = 0; o < products; o++) to[o].data[to[o].stride * size_t(row) + at] = sums[o];
   }
-  __device__ __forceinline__ void warp(const float (&sums)[products][2][4][4], int first_row, int first_column,
-                                       int part, int row) const {
-    for_sums(sums, first_row, first_column, [&](int i, int j, const float(&values)[2]) {
-      if (i < rows && j < columns) one(i, j, values, part, row);
-    });
+  __device__ __forceinline__ void column(const float (&values)[2][4], int i, int j, int part, int row) const {
+    store_column(*this, values, i, j, part, row);
   }
 };
 
