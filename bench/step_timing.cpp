@@ -17,12 +17,6 @@ using namespace baton;
 
 namespace {
 
-#if defined(BATON_CUDA)
-constexpr bool on_gpu = true;
-#else
-constexpr bool on_gpu = false;
-#endif
-
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];

@@ -17,7 +17,7 @@ class Operands {
       const float* from = x.data + x.stride * r;
       float* to = copies + size * r;
 #pragma omp parallel for simd schedule(static) if (size > 1 << 16)
-      for (size_t i = 0; i < size; i++) to[i] = round_to_tf32(from[i]);
+      for (size_t i = 0; i < size; i++) to[i] = simt::round_to_tf32(from[i]);
     }
     return {copies, x.stride == 0 ? 0 : size};
   }

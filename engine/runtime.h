@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/precision.h"
+#include "engine/simt.h"
 
 namespace baton {
 
@@ -113,6 +114,10 @@ class Scratch {
   std::vector<Slot> slots_;
   size_t used_ = 0;
 };
+
+// Whether this build's kernels run on a GPU. A constant of the program, but not of what is compiled: .cpp files are the
+// same in every build.
+extern const bool on_gpu;
 
 // Ordered on the stream; copies from and to the host return when the bytes have arrived.
 void copy_to_device(Device&, void* device, const void* host, size_t bytes);

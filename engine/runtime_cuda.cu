@@ -1,5 +1,7 @@
 // The runtime on the GPU: one stream, which does not wait for the legacy default stream; arenas of large chunks;
 // captured graphs.
+#include <nvtx3/nvToolsExt.h>
+
 #include <algorithm>
 #include <atomic>
 #include <utility>
@@ -26,6 +28,11 @@ cudaEvent_t event_of(void* handle) { return static_cast<cudaEvent_t>(handle); }
 cudaGraphExec_t executable_of(void* handle) { return static_cast<cudaGraphExec_t>(handle); }
 
 }  // namespace
+
+extern const bool on_gpu = true;
+
+Range::Range(const char* name) { nvtxRangePushA(name); }
+Range::~Range() { nvtxRangePop(); }
 
 void check(cublasStatus_t status, const char* call) {
   if (status != CUBLAS_STATUS_SUCCESS) throw RunError(std::string(call) + ": " + cublasGetStatusString(status));

@@ -4,6 +4,9 @@
 // a kernel without barriers never switches. The last thread to reach a barrier releases the others and runs on. A
 // shuffle is a meeting of the lanes in its mask, where the last to come moves the values for all.
 //
+// A product (mma_tf32) and load_matrix are meetings of all 32 lanes, which order no accesses. What copy_async copies is
+// NaN until its thread has waited for it; other threads see it after the next barrier (simt_emulated_copies.h).
+//
 // This file is compiled without sanitizers. It tells them itself which stack a thread is on, and that only barriers,
 // shuffles and the borders of a launch order the accesses of two threads.
 //
@@ -17,7 +20,7 @@
 #include <string>
 #include <utility>
 
-#include "engine/simt.h"
+#include "engine/simt_emulated_copies.h"
 
 extern "C" {  // present when the program is linked with the sanitizer
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
@@ -60,6 +63,8 @@ struct Thread {  // a CUDA thread
   unsigned mask;                        // of a warp exchange: the lanes that take part,
   int source;                           // the lane whose value this one wants,
   alignas(16) unsigned char value[16];  // and its own value
+  void* operand;                        // of a product or of load_matrix
+  Copies copies;
 };
 
 struct Machine {
@@ -182,7 +187,11 @@ struct Machine {
   }
   __forceinline__ void suspend(Thread* me) {
     Fiber* next = choose();
-    if (next != me->fiber) jump(me->fiber, next);
+    if (next != me->fiber) {
+      if (me->copies.any_arrived()) me->copies.hide();
+      jump(me->fiber, next);
+      if (me->copies.any_arrived()) me->copies.place();
+    }
     enter(me);
   }
   void work(Fiber* self) {
@@ -194,6 +203,9 @@ struct Machine {
         acquire(launch_begin);
         kernel(args);
         release(launch_end);
+        if (const Copy* c = current->copies.under_way())
+          fail("the kernel ends before it has waited for the copy at %s:%d", c->site.file, c->site.line);
+        current->copies.hide();
         current->state = State::done;
         finished++;
         if (__tsan_create_fiber) break;  // else TSan would see races between the locals of two threads on one stack
@@ -240,6 +252,7 @@ struct Machine {
         if (!same(t.site, site))
           fail("threads meet at different barriers, %s:%d and %s:%d", site.file, site.line, t.site.file, t.site.line);
       }
+      for (int i = 0; i < n; i++) threads[i].copies.show(&threads[i] != me);
       at_barrier = 0;
       barriers++;
       me->state = State::running;
@@ -249,44 +262,67 @@ struct Machine {
     }
     acquire(object);
   }
-  __forceinline__ void exchange(unsigned mask, int source, void* value, size_t bytes, Site site) {
+  // Waits for the other lanes of the mask. The last of them to come calls act(the warp's first thread, mask).
+  template <class Act>
+  __forceinline__ void meet(unsigned mask, Site site, Act act) {
     Thread* me = current;
-    int self = int(me - threads), warp = self & ~31, lanes = min(32, n - warp);
+    const int self = int(me - threads), first = self & ~31, lanes = min(32, n - first);
     if (lanes < 32) mask &= (1u << lanes) - 1;
     if (!(mask >> (self & 31) & 1)) fail("lane not in its own mask at %s:%d", site.file, site.line);
-    me->site = site, me->mask = mask, me->source = source;
-    if (bytes) memcpy(me->value, value, bytes);
+    me->site = site, me->mask = mask;
     me->state = State::at_exchange;
-    release(first_warp + warp / 32);
-    unsigned& here = pending[warp / 32];
+    unsigned& here = pending[first / 32];
     here |= 1u << (self & 31);
-    if ((here & mask) != mask) {
-      suspend(me);
-    } else {
-      for (int l = 0; l < lanes; l++) {
-        Thread& t = threads[warp + l];
-        if ((mask >> l & 1) && (t.mask != mask || !same(t.site, site)))
-          fail("lanes of a warp meet at different exchanges, %s:%d and %s:%d", site.file, site.line, t.site.file,
-               t.site.line);
-      }
-      here &= ~mask;
-      unsigned char result[32][16];
-      for (int l = 0; l < lanes && source >= 0; l++)
-        if (mask >> l & 1) {
-          int from = threads[warp + l].source;
-          if (!(mask >> from & 1))
-            fail("shuffle from lane %d, which takes no part, at %s:%d", from, site.file, site.line);
-          memcpy(result[l], threads[warp + from].value, 16);
-        }
-      for (int l = 0; l < lanes; l++)
-        if (mask >> l & 1) {
-          memcpy(threads[warp + l].value, result[l], source >= 0 ? 16 : 0);
-          if (warp + l != self) make_ready(&threads[warp + l]);
-        }
-      me->state = State::running;
+    if ((here & mask) != mask) return suspend(me);
+    for (int l = 0; l < lanes; l++) {
+      Thread& t = threads[first + l];
+      if ((mask >> l & 1) && (t.mask != mask || !same(t.site, site)))
+        fail("lanes of a warp meet at different exchanges, %s:%d and %s:%d", site.file, site.line, t.site.file,
+             t.site.line);
     }
-    acquire(first_warp + warp / 32);
+    here &= ~mask;
+    act(threads + first, mask);
+    for (int l = 0; l < lanes; l++)
+      if ((mask >> l & 1) && first + l != self) make_ready(&threads[first + l]);
+    me->state = State::running;
+  }
+  __forceinline__ void exchange(unsigned mask, int source, void* value, size_t bytes, Site site) {
+    Thread* me = current;
+    const int object = first_warp + int(me - threads) / 32;
+    me->source = source;
+    if (bytes) memcpy(me->value, value, bytes);
+    release(object);
+    meet(mask, site, [&](Thread* warp, unsigned met) {
+      if (source < 0) {  // __syncwarp
+        for (int l = 0; l < 32; l++)
+          if (met >> l & 1) warp[l].copies.show(warp + l != current);
+        return;
+      }
+      unsigned char result[32][16];
+      for (int l = 0; l < 32; l++)
+        if (met >> l & 1) {
+          const int from = warp[l].source;
+          if (!(met >> from & 1))
+            fail("shuffle from lane %d, which takes no part, at %s:%d", from, site.file, site.line);
+          memcpy(result[l], warp[from].value, 16);
+        }
+      for (int l = 0; l < 32; l++)
+        if (met >> l & 1) memcpy(warp[l].value, result[l], 16);
+    });
+    acquire(object);
     if (bytes) memcpy(value, me->value, bytes);
+  }
+  // A meeting of a whole warp; act gets the operands of its 32 lanes.
+  template <class Operand, class Act>
+  void collective(Operand* mine, Site site, Act act) {
+    const int lanes = n - (int(current - threads) & ~31);
+    if (lanes < 32) fail("a warp of %d lanes at %s:%d, where 32 are needed", lanes, site.file, site.line);
+    current->operand = mine;
+    meet(~0u, site, [&](Thread* warp, unsigned) {
+      Operand* operands[32];
+      for (int l = 0; l < 32; l++) operands[l] = static_cast<Operand*>(warp[l].operand);
+      act(operands);
+    });
   }
   void maybe_preempt() {
     if (random && draw(4) == 0 && (ready_count || started < n)) make_ready(current), suspend(current);
@@ -302,6 +338,7 @@ struct Machine {
     for (int i = 0; i < n; i++) {
       threads[i].state = State::running;
       threads[i].site = {"", 0};
+      threads[i].copies.clear();
       order[i] = i;
       if (random) std::swap(order[i], order[draw(i + 1)]);
     }
@@ -358,6 +395,52 @@ void warp_exchange(unsigned mask, int source, void* value, size_t bytes, Site s)
 }
 void preempt() { machine->maybe_preempt(); }
 int lane() { return int(machine->current - machine->threads) & 31; }
+
+namespace {
+float without_last_bits(float x) { return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x) & 0xffffe000u); }
+}  // namespace
+// The fragments are laid out as simt.h says. Each sum begins with C and takes the products in order: tests/ptx does the
+// same, the chip does not say.
+void multiply(Fragments* mine, Site s) {
+  machine->collective(mine, s, [](Fragments* const* lanes) {
+    float a[16][8], b[8][8], c[16][8];
+    for (int l = 0; l < 32; l++) {
+      const int g = l / 4, t = l % 4;
+      for (int i = 0; i < 4; i++) {
+        a[g + i % 2 * 8][t + i / 2 * 4] = without_last_bits(lanes[l]->a[i]);
+        c[g + i / 2 * 8][2 * t + i % 2] = lanes[l]->c[i];
+      }
+      for (int i = 0; i < 2; i++) b[t + 4 * i][g] = without_last_bits(lanes[l]->b[i]);
+    }
+    for (int row = 0; row < 16; row++)
+      for (int k = 0; k < 8; k++)
+        for (int column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++) lanes[l]->c[i] = c[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
+  });
+}
+void exchange_rows(Rows* mine, Site s) {
+  if (reinterpret_cast<uintptr_t>(mine->mine) % 16)
+    machine->fail("a row that is not aligned to 16 bytes at %s:%d", s.file, s.line);
+  machine->collective(mine, s, [](Rows* const* lanes) {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++) lanes[l]->read[i] = lanes[8 * i + l / 4]->mine;
+  });
+}
+
+void check_copy(const void* to, const void* from, int bytes, int valid, int n, Site s) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    machine->fail("a copy between addresses that are not aligned to its %d bytes at %s:%d", bytes, s.file, s.line);
+  if (valid < 0 || valid > n) machine->fail("a copy of %d of %d elements at %s:%d", valid, n, s.file, s.line);
+}
+void start_copy(const Copy& copy) {
+  Copies& copies = machine->current->copies;
+  if (copies.full())
+    machine->fail("more than %d copies of a thread at once at %s:%d", Copies::most, copy.site.file, copy.site.line);
+  copies.start(copy);
+}
+void commit_copies() { machine->current->copies.commit(); }
+bool next_arrival(unsigned pending, Copy& copy) { return machine->current->copies.next_arrival(pending, copy); }
 
 namespace {
 uint64_t schedule_seed = getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 0) : 0;

@@ -27,6 +27,31 @@ void block_barrier(Site);
 void warp_exchange(unsigned mask, int source_lane, void* value, size_t bytes, Site);  // source_lane < 0: only wait
 void preempt();                                                                       // may switch to another thread
 int lane();
+
+// ---- of products and asynchronous copies
+using Word = uint32_t __attribute__((may_alias));
+struct Copy {
+  Word* to;
+  int words;
+  unsigned group;  // of its thread's groups
+  Site site;
+  uint32_t data[4];
+};
+struct Fragments {  // what a lane gives to a product
+  const float *a, *b;
+  float* c;
+};
+struct Rows {  // what a lane gives to load_matrix, and the rows that it reads then
+  const float *mine, *read[4];
+};
+void multiply(Fragments*, Site);
+void exchange_rows(Rows*, Site);
+// Fails for addresses that are not aligned to the bytes, and where `valid` is not in [0, n].
+void check_copy(const void* to, const void* from, int bytes, int valid, int n, Site);
+void start_copy(const Copy&);
+void commit_copies();
+// Takes the copies that a wait waits for, one after the other; false: none is left.
+bool next_arrival(unsigned pending, Copy&);
 void run(Index grid, Index block, size_t smem, void (*kernel)(void*), void* args, const char* name);
 void set_seed(uint64_t seed);  // 0: threads and blocks in order; otherwise a random schedule
 }  // namespace emu
@@ -62,6 +87,38 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   baton::simt::emu::preempt();
   return std::atomic_ref<T>(*p).fetch_add(v, std::memory_order_relaxed);
 }
+
+// ------------------------------------------------------------------------ products of a warp, and asynchronous copies
+// What reads and writes the kernel's memory is here, and not in simt_emulated.cpp, so that sanitizers see it.
+namespace baton::simt {
+inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2], SIMT_SITE) {
+  emu::Fragments mine{a, b, c};
+  emu::multiply(&mine, {file, line});
+}
+__forceinline__ void load_matrix(float (&d)[4], const float* row, SIMT_SITE) {
+  emu::Rows rows{row, {}};
+  emu::exchange_rows(&rows, {file, line});
+  for (int i = 0; i < 4; i++) d[i] = rows.read[i][emu::lane() % 4];
+}
+template <int n, class T>
+__forceinline__ void copy_async(T* to, const T* from, int valid = n, SIMT_SITE) {
+  constexpr int bytes = n * int(sizeof(T));
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  emu::check_copy(to, from, bytes, valid, n, {file, line});
+  T values[n] = {};
+  for (int i = 0; i < valid; i++) values[i] = from[i];
+  emu::Copy copy{reinterpret_cast<emu::Word*>(to), bytes / 4, 0, {file, line}, {}};
+  std::memcpy(copy.data, values, bytes);
+  for (int i = 0; i < copy.words; i++) copy.to[i] = ~0u;  // NaN until it arrives
+  emu::start_copy(copy);
+}
+inline void copy_async_commit() { emu::commit_copies(); }
+template <int pending>
+__forceinline__ void copy_async_wait() {
+  for (emu::Copy copy; emu::next_arrival(pending, copy);)
+    for (int i = 0; i < copy.words; i++) copy.to[i] = copy.data[i];
+}
+}  // namespace baton::simt
 
 // ---------------------------------------------------------------------------------------------------- launching
 namespace baton::simt {

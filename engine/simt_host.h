@@ -43,6 +43,7 @@ float expf(float) noexcept;
 float logf(float) noexcept;
 }
 
+struct CUstream_st;  // CUDA's, so that a function has the same name for the linker in every build
 namespace baton::simt {
-using Stream = void*;
+using Stream = CUstream_st*;
 }  // namespace baton::simt

@@ -43,6 +43,33 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   return std::atomic_ref<T>(*p).fetch_add(v, std::memory_order_relaxed);
 }
 
+// ------------------------------------------------------------------------ products of a warp, and asynchronous copies
+// What they are for is in simt.h. Their declarations let a kernel name them in the branch that this build discards.
+#define SIMT_NEEDS_WARPS "this collective needs a warp of 32 lanes: the serial build takes the portable twin"
+namespace baton::simt {
+template <class T>
+void mma_tf32(T (&)[4], const float (&)[4], const float (&)[2]) {
+  static_assert(sizeof(T) == 0, SIMT_NEEDS_WARPS);
+}
+template <class T>
+void load_matrix(T (&)[4], const float*) {
+  static_assert(sizeof(T) == 0, SIMT_NEEDS_WARPS);
+}
+template <int n, class T>
+void copy_async(T*, const T*, int = n) {
+  static_assert(n < 0, SIMT_NEEDS_WARPS);
+}
+template <class T = int>
+void copy_async_commit() {
+  static_assert(sizeof(T) == 0, SIMT_NEEDS_WARPS);
+}
+template <int pending>
+void copy_async_wait() {
+  static_assert(pending < 0, SIMT_NEEDS_WARPS);
+}
+}  // namespace baton::simt
+#undef SIMT_NEEDS_WARPS
+
 // ---------------------------------------------------------------------------------------------------- launching
 namespace baton::simt {
 constexpr int parallel_grain = 4096;  // fewer items run on one thread

@@ -173,7 +173,7 @@ __device__ __forceinline__ void load_piece(float* to, int pitch, int tile, const
     const int d = i / tile, j = i % tile;
     const bool inside = row + d < rows && column + j < columns;
     const float value = inside ? x[size_t(row + d) * columns + column + j] : 0.f;
-    to[d * pitch + j] = precision == Precision::tf32 ? round_to_tf32(value) : value;
+    to[d * pitch + j] = precision == Precision::tf32 ? simt::round_to_tf32(value) : value;
   }
 }
 
@@ -306,7 +306,11 @@ void product_moments_fused(Device& device, Moments m, int first, int out, int in
   else simt::launch<product_kernel>(grid, device.stream(), m.sum, m.noise, dy, x, shape, pass, states);
 }
 
-#if !defined(BATON_CUDA)
+#if defined(BATON_CUDA)
+void product_moments_by_tiles(Device&, Moments, int, int, int, int, Matrices, Matrices, DrawnPass, const StepState*) {
+  throw RunError("product_moments_by_tiles() runs on the host alone");
+}
+#else
 void product_moments_by_tiles(Device& device, Moments m, int first, int out, int in, int batch, Matrices dy, Matrices x,
                               DrawnPass pass, const StepState* states) {
   check_product(first, out, in, batch);

@@ -37,11 +37,9 @@ void accumulate_moments(Moments, const float* grad, size_t grad_stride, int firs
 // On the GPU one kernel multiplies and accumulates over k in registers; on the host g_k exists a tile at a time.
 void accumulate_product_moments(Device&, Moments, int first, int out, int in, int batch, Matrices dy, Matrices x,
                                 DrawnPass, const StepState* states);
-// The two ways in which it is done, for their tests and benchmarks.
-#if !defined(BATON_CUDA)
+// The two ways in which it is done, for their tests and benchmarks. By tiles is the host's: RunError on a GPU.
 void product_moments_by_tiles(Device&, Moments, int first, int out, int in, int batch, Matrices dy, Matrices x,
                               DrawnPass, const StepState* states);
-#endif
 void product_moments_fused(Device&, Moments, int first, int out, int in, int batch, Matrices dy, Matrices x, DrawnPass,
                            const StepState* states);
 

@@ -461,7 +461,8 @@ json run_experiment(const ExperimentOptions& options, const ExperimentData& data
   for (const ExperimentRun& r : runs) {
     const PosteriorKind& kind = find_posterior(r.training.kind);
     if (!r.pruned.empty() && !kind.pruned_in_runs)
-      throw InputError(r.training.kind + " is not pruned within a run: save its models, and prune them by baton prune");
+      throw InputError(r.training.kind +
+                       " is not pruned within a run: save its models and prune them with baton prune");
     for (int size : r.stages.sizes)
       if (size < 1) throw InputError("a stage has no examples");
     if (data.test.size() != 1 && data.test.size() != size_t(r.stages.tasks()))

@@ -7,11 +7,9 @@
 namespace baton {
 
 namespace {
-#if defined(BATON_CUDA)
-constexpr int draws_at_once = 10, images_at_once = 500;  // fills the chip
-#else
-constexpr int draws_at_once = 1, images_at_once = 128;  // stays in the cache
-#endif
+// A GPU is filled; on a CPU a draw stays in the cache.
+int draws_at_once() { return on_gpu ? 10 : 1; }
+int images_at_once() { return on_gpu ? 500 : 128; }
 
 void stop_if_asked() {
   if (stop_requested()) throw_stopped("a prediction was under way");
@@ -20,8 +18,8 @@ void stop_if_asked() {
 
 Predictor::Predictor(Device& device, Arena& arena, const NetworkFactory& make, const DeviceImages& set, int at_once,
                      int batch)
-    : device_(device), set_(set), at_once_(at_once ? at_once : draws_at_once), single_(make()) {
-  batch_ = std::min(set.count, batch ? batch : images_at_once);
+    : device_(device), set_(set), at_once_(at_once ? at_once : draws_at_once()), single_(make()) {
+  batch_ = std::min(set.count, batch ? batch : images_at_once());
   batches_ = (set.count + batch_ - 1) / batch_;
   weights_ = arena.take<float>(single_->layout().stride() * at_once_);
   source_.emplace(weights_, single_->layout().stride());

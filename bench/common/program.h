@@ -28,17 +28,11 @@ struct Preset {
   std::vector<Method> methods;
 };
 
-// InputError for a name that the preset has not: it lists those that there are.
+// InputError for a name that the preset does not have; it lists those that it has.
 Method& find_method(Preset&, const std::string& name);
-// bgd, sgd, adam, bbb, bbb_mixture, si and ewc with the settings that their papers share, those that are named.
+// Those that are named of bgd, sgd, adam, bbb, bbb_mixture, si and ewc, with the settings that the papers share.
 std::vector<Method> baseline_methods(const std::vector<std::string>& names);
 void set_sigma(Preset&, double sigma);  // of all methods that draw their weights
-
-#if defined(BATON_CUDA)
-constexpr bool on_gpu = true;
-#else
-constexpr bool on_gpu = false;
-#endif
 
 class PaperProgram {
  public:
@@ -83,8 +77,8 @@ class PaperProgram {
   char** argv_;
 };
 
-// What --preset says, before the other options are known, whose defaults it decides; "quick" without it. InputError for
-// another than quick and paper.
+// The value of --preset, "quick" without it. It is read before all other options, because it decides their defaults.
+// InputError for a value other than quick and paper.
 std::string find_preset(int argc, char** argv);
 // False: help was asked for and printed. InputError for bad options.
 bool parse_options(CLI::App&, int argc, char** argv);
@@ -96,8 +90,8 @@ std::vector<double> parse_numbers(const std::string& option, const std::string& 
 std::string upper(std::string name);  // "BGD"
 std::string format_text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Says what the program learns ("bil_mnist: MNIST, 60000 training and 10000 test images, preset paper"), does so, and
-// reports it with the sentence that is made of the result. Returns the program's exit status.
+// Prints what the program learns ("bil_mnist: MNIST, 60000 training and 10000 test images, preset paper"), trains and
+// measures the runs, and reports the result with the sentence made of it. Returns the program's exit status.
 int run_and_report(const PaperProgram&, const std::string& title, const ExperimentOptions&, const ExperimentData&,
                    std::vector<ExperimentRun>, const std::function<std::string(const json&)>& sentence);
 // Table, sentence, files and plot.

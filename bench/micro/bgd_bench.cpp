@@ -46,9 +46,7 @@ void products(const char* layer, int out, int in, int batch, int k) {
         });
   };
   with("fused", product_moments_fused);
-#if !defined(BATON_CUDA)
-  with("tiles", product_moments_by_tiles);
-#endif
+  if (!on_gpu) with("tiles", product_moments_by_tiles);
 }
 
 // Bytes: mean and sd read and written, both sums read: 24 n. FLOPs a weight: about 20, a root and a division among

@@ -88,12 +88,6 @@ void add_seam_benchmarks();
 void add_step_benchmarks();
 void add_task_benchmarks();
 
-#if defined(BATON_CUDA)
-constexpr bool on_gpu = true;
-#else
-constexpr bool on_gpu = false;
-#endif
-
 inline std::string batch_name(int batch, int replicas = 1) {
   return "/batch:" + std::to_string(batch) + "/replicas:" + std::to_string(replicas);
 }

@@ -153,9 +153,10 @@ std::set<std::string> choose_transferred(const std::string& what, const Paramete
   return names;
 }
 
-// The search for sigma trains the first part with every value of the grid, as many at once as shall be, a replica each,
-// on nine tenths of it, and judges the rest. `kept` is what checkpoint/sd_search.json holds, so that a resumed run does
-// not search again: {"identity": of the search, "points": {which: [[sd, accuracy, NLL], ...]}}. Returns the points.
+// The search for sigma: on nine tenths of the first part, a replica for each value of the grid trains, `at_once` of
+// them side by side, and is judged on the rest of that part. `kept` is what checkpoint/sd_search.json holds, so that a
+// resumed run does not search again: {"identity": of the search, "points": {which: [[sd, accuracy, NLL], ...]}}.
+// Returns the points.
 json find_points(const PaperProgram& program, const Prelude& prelude, const Method& method, int parts, uint64_t seed,
                  const FromOldClasses& pretrained, size_t at_once, json& kept) {
   const std::string which = method.name + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);

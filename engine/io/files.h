@@ -4,10 +4,16 @@
 #include <cstdint>
 #include <filesystem>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
+#include "engine/error.h"
+
 namespace baton {
+
+// Throws InputError: `who`, a file say, and what is wrong with it.
+[[noreturn]] inline void refuse(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
 
 // The content of the file, unpacked when it starts with the magic bytes of gzip or xz (the name does not matter).
 // Throws InputError, naming the file, when it is missing, is not readable, has more than `most_bytes` (unpacked), or

@@ -12,7 +12,6 @@
 namespace baton {
 namespace {
 
-using npy::bad;
 using npy::printable;
 
 constexpr std::size_t kLongestHeader = std::size_t{1} << 16, kMostAxes = 8;
@@ -48,7 +47,7 @@ class HeaderParser {
       if (key == "descr" && !dtype) dtype = parse_dtype();
       else if (key == "fortran_order" && !fortran_order) fortran_order = parse_bool();
       else if (key == "shape" && !shape) shape = parse_shape();
-      else bad(who_, "has the unexpected key '" + printable(key) + "' in its header");
+      else refuse(who_, "has the unexpected key '" + printable(key) + "' in its header");
       if (!take(',')) {
         expect('}');
         break;
@@ -57,13 +56,13 @@ class HeaderParser {
     skip_blanks();
     if (!rest_.empty()) broken();
     if (!dtype || !fortran_order || !shape) {
-      bad(who_, std::string("has no ") + (!dtype ? "descr" : !shape ? "shape" : "fortran_order") + " in its header");
+      refuse(who_, std::string("has no ") + (!dtype ? "descr" : !shape ? "shape" : "fortran_order") + " in its header");
     }
     return {*dtype, *fortran_order, *std::move(shape)};
   }
 
  private:
-  [[noreturn]] void broken() const { bad(who_, "has a header that is not NumPy's dictionary"); }
+  [[noreturn]] void broken() const { refuse(who_, "has a header that is not NumPy's dictionary"); }
 
   void skip_blanks() {
     while (!rest_.empty() && (rest_[0] == ' ' || rest_[0] == '\n')) rest_.remove_prefix(1);
@@ -95,13 +94,13 @@ class HeaderParser {
 
   Dtype parse_dtype() {
     skip_blanks();
-    if (rest_.starts_with('[')) bad(who_, "has a structured dtype");
+    if (rest_.starts_with('[')) refuse(who_, "has a structured dtype");
     const std::string_view text = quoted();
     for (const Dtype& dtype : kDtypes) {
       const bool ordered = text.starts_with('<') || (text.starts_with('|') && dtype.width == 1);
       if (ordered && text.substr(1) == dtype.code) return dtype;
     }
-    bad(who_, "has dtype " + printable(text) + "; expected f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1, little-endian");
+    refuse(who_, "has dtype " + printable(text) + "; expected f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1, little-endian");
   }
 
   bool parse_bool() {
@@ -117,13 +116,14 @@ class HeaderParser {
     expect('(');
     while (!take(')')) {
       skip_blanks();
-      if (rest_.empty() || rest_[0] < '0' || rest_[0] > '9') bad(who_, "has a shape that is not a tuple of integers");
-      if (shape.size() == kMostAxes) bad(who_, "has more than " + std::to_string(kMostAxes) + " axes");
+      if (rest_.empty() || rest_[0] < '0' || rest_[0] > '9')
+        refuse(who_, "has a shape that is not a tuple of integers");
+      if (shape.size() == kMostAxes) refuse(who_, "has more than " + std::to_string(kMostAxes) + " axes");
       int64_t extent = 0;
       for (; !rest_.empty() && rest_[0] >= '0' && rest_[0] <= '9'; rest_.remove_prefix(1)) {
         if (__builtin_mul_overflow(extent, int64_t{10}, &extent) ||
             __builtin_add_overflow(extent, int64_t{rest_[0] - '0'}, &extent)) {
-          bad(who_, "has an impossibly large shape");
+          refuse(who_, "has an impossibly large shape");
         }
       }
       take_word("L");
@@ -216,26 +216,28 @@ std::string npy::printable(std::string_view text) {
 Tensor npy::parse(const std::string& who, std::vector<uint8_t> bytes) {
   const Reader reader(who, bytes);
   if (!std::string_view("\x93NUMPY").starts_with(reader.text(0, std::min<std::size_t>(6, bytes.size())))) {
-    bad(who, "is not a .npy file");
+    refuse(who, "is not a .npy file");
   }
   const auto version = reader.at<uint8_t>(6), minor = reader.at<uint8_t>(7);
   if (version < 1 || version > 3 || minor != 0) {
-    bad(who,
-        "has .npy version " + std::to_string(version) + "." + std::to_string(minor) + "; expected 1.0, 2.0 or 3.0");
+    refuse(who,
+           "has .npy version " + std::to_string(version) + "." + std::to_string(minor) + "; expected 1.0, 2.0 or 3.0");
   }
   const std::size_t start = version == 1 ? 10 : 12;
   const std::size_t length = version == 1 ? reader.at<uint16_t>(8) : reader.at<uint32_t>(8);
-  if (length > kLongestHeader) bad(who, "has a header of " + std::to_string(length) + " bytes; at most 64 KB are read");
+  if (length > kLongestHeader)
+    refuse(who, "has a header of " + std::to_string(length) + " bytes; at most 64 KB are read");
   const Header header = HeaderParser(who, reader.text(start, length)).parse();
 
   int64_t count = 1;
   for (int64_t extent : header.shape) {
-    if (__builtin_mul_overflow(count, extent, &count)) bad(who, "has the impossible shape " + shape_text(header.shape));
+    if (__builtin_mul_overflow(count, extent, &count))
+      refuse(who, "has the impossible shape " + shape_text(header.shape));
   }
   const std::size_t width = header.dtype.width, data = bytes.size() - start - length;
   if (data % width != 0 || data / width != static_cast<uint64_t>(count)) {
-    bad(who, "has " + std::to_string(data) + " bytes of data, which " + std::string(header.dtype.code) + " " +
-                 shape_text(header.shape) + " does not");
+    refuse(who, "has " + std::to_string(data) + " bytes of data, which " + std::string(header.dtype.code) + " " +
+                    shape_text(header.shape) + " does not");
   }
   bytes.erase(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(start + length));
   if (header.fortran_order && header.shape.size() > 1 && count > 0) bytes = in_c_order(bytes, header);
@@ -251,9 +253,9 @@ std::string npy::format(const std::string& who, const Tensor& tensor) {
   const auto* dtype = std::find_if(std::begin(kDtypes), std::end(kDtypes),
                                    [&](const Dtype& known) { return known.name == tensor.dtype; });
   if (dtype == std::end(kDtypes) || tensor.dtype == "F16") {
-    bad(who, "has dtype " + tensor.dtype + "; .npy is written for F64, F32, I64, I32, U64, U32, U8");
+    refuse(who, "has dtype " + tensor.dtype + "; .npy is written for F64, F32, I64, I32, U64, U32, U8");
   }
-  if (tensor.shape.size() > kMostAxes) bad(who, "has more than " + std::to_string(kMostAxes) + " axes");
+  if (tensor.shape.size() > kMostAxes) refuse(who, "has more than " + std::to_string(kMostAxes) + " axes");
   tensor.check();
 
   std::string header = std::string("{'descr': '") + (dtype->width == 1 ? "|" : "<") + std::string(dtype->code) +

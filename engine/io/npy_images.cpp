@@ -16,7 +16,9 @@ namespace {
 
 using Bytes = std::vector<uint8_t>;
 
-[[noreturn]] void bad(const Tensor& tensor, const std::string& what) { throw InputError(tensor.origin + what); }
+[[noreturn]] void refuse_tensor(const Tensor& tensor, const std::string& what) {
+  throw InputError(tensor.origin + what);
+}
 
 std::string short_text(double value) {
   std::array<char, 32> text;
@@ -43,7 +45,7 @@ void each_number(const Tensor& tensor, const Use& use) {
   else if (tensor.dtype == "U64") walk(uint64_t{}, cast);
   else if (tensor.dtype == "U32") walk(uint32_t{}, cast);
   else if (tensor.dtype == "U8") walk(uint8_t{}, cast);
-  else bad(tensor, " has dtype " + tensor.dtype + "; expected one of NumPy's");
+  else refuse_tensor(tensor, " has dtype " + tensor.dtype + "; expected one of NumPy's");
 }
 
 Bytes bytes_of_floats(const Tensor& tensor) {
@@ -56,7 +58,7 @@ Bytes bytes_of_floats(const Tensor& tensor) {
   });
   if (!numbers || low < 0 || high > 1) {
     const std::string found = numbers ? "from " + short_text(low) + " to " + short_text(high) : "that are no numbers";
-    bad(tensor, " has values " + found + "; bytes (uint8) or floats in [0, 1] are expected");
+    refuse_tensor(tensor, " has values " + found + "; bytes (uint8) or floats in [0, 1] are expected");
   }
   Bytes bytes(tensor.size());
   each_number(tensor, [&](size_t i, double value) { bytes[i] = static_cast<uint8_t>(value * 255 + 0.5); });
@@ -84,8 +86,8 @@ Images npy_images(Tensor tensor, int channels) {
   const bool four = shape.size() == 4, first = four && is_channels(shape[1]);
   if (!fits || (shape.size() != 3 && !first && !(four && is_channels(shape[3])))) {
     const std::string c = channels != 0 ? std::to_string(channels) : "1 or 3";
-    bad(tensor, " has shape " + shape_text(shape) + "; expected images of shape [n, h, w], [n, c, h, w] or " +
-                    "[n, h, w, c], c = " + c);
+    refuse_tensor(tensor, " has shape " + shape_text(shape) + "; expected images of shape [n, h, w], [n, c, h, w] or " +
+                              "[n, h, w, c], c = " + c);
   }
   const size_t rows = first ? 2 : 1;
   Images images;
@@ -95,7 +97,7 @@ Images npy_images(Tensor tensor, int channels) {
   images.width = static_cast<int>(shape[rows + 1]);
   if (tensor.dtype == "U8") images.pixels = std::move(tensor.bytes);
   else if (tensor.dtype.starts_with('F')) images.pixels = bytes_of_floats(tensor);
-  else bad(tensor, " has dtype " + tensor.dtype + "; bytes (uint8) or floats in [0, 1] are expected");
+  else refuse_tensor(tensor, " has dtype " + tensor.dtype + "; bytes (uint8) or floats in [0, 1] are expected");
   if (!first && images.channels > 1) {
     images.pixels = channels_first(images.pixels, images.channels, images.image_bytes() / images.channels);
   }
@@ -104,13 +106,13 @@ Images npy_images(Tensor tensor, int channels) {
 
 Bytes npy_labels(const Tensor& tensor) {
   if (tensor.shape.size() != 1 && !(tensor.shape.size() == 2 && tensor.shape[1] == 1)) {
-    bad(tensor, " has shape " + shape_text(tensor.shape) + "; expected labels of shape [n]");
+    refuse_tensor(tensor, " has shape " + shape_text(tensor.shape) + "; expected labels of shape [n]");
   }
   Bytes labels(tensor.size());
   each_number(tensor, [&](size_t i, double value) {
     if (!(value >= 0 && value <= 255 && value == std::floor(value))) {
-      bad(tensor, ": label " + short_text(value) + " of image " + std::to_string(i) +
-                      ", expected a whole number from 0 to 255");
+      refuse_tensor(tensor, ": label " + short_text(value) + " of image " + std::to_string(i) +
+                                ", expected a whole number from 0 to 255");
     }
     labels[i] = static_cast<uint8_t>(value);
   });

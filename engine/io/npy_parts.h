@@ -9,11 +9,10 @@
 #include <vector>
 
 #include "engine/error.h"
+#include "engine/io/files.h"
 #include "engine/io/safetensors.h"
 
 namespace baton::npy {
-
-[[noreturn]] inline void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
 
 // A text out of a file, made fit for a message of one line.
 std::string printable(std::string_view text);
@@ -30,7 +29,7 @@ class Reader {
     return value;
   }
   std::span<const uint8_t> slice(uint64_t offset, uint64_t length) const {
-    if (offset > bytes_.size() || length > bytes_.size() - offset) bad(who_, "is cut short");
+    if (offset > bytes_.size() || length > bytes_.size() - offset) refuse(who_, "is cut short");
     return bytes_.subspan(offset, length);
   }
   std::string_view text(uint64_t offset, uint64_t length) const {

@@ -15,12 +15,11 @@
 namespace baton {
 namespace {
 
-using npy::bad;
 using npy::printable;
 using npy::Reader;
 
 constexpr uint64_t kMostMembers = 65536;
-constexpr std::size_t kChunk = std::size_t{1} << 20;
+constexpr std::size_t kMemberChunk = std::size_t{1} << 20;
 
 constexpr uint16_t kNarrow16 = 0xFFFF;  // both stand for a number that is in the zip64 record
 constexpr uint32_t kNarrow32 = 0xFFFFFFFF;
@@ -45,7 +44,7 @@ uint64_t find_directory_end(const std::string& path, std::span<const uint8_t> by
     const std::size_t offset = bytes.size() - back;
     if (reader.at<uint32_t>(offset) == 0x06054B50u && reader.at<uint16_t>(offset + 20) == back - kLength) return offset;
   }
-  bad(path, "is not a zip archive, or it is cut short");
+  refuse(path, "is not a zip archive, or it is cut short");
 }
 
 Directory find_directory(const std::string& path, std::span<const uint8_t> bytes) {
@@ -61,7 +60,7 @@ Directory find_directory(const std::string& path, std::span<const uint8_t> bytes
   uint64_t length = size;
   if (record >= kLocator && reader.at<uint32_t>(record - kLocator) == 0x07064B50u) {
     const auto wide = reader.at<uint64_t>(record - kLocator + 8);
-    if (reader.at<uint32_t>(wide) != 0x06064B50u) bad(path, "has a damaged zip64 record");
+    if (reader.at<uint32_t>(wide) != 0x06064B50u) refuse(path, "has a damaged zip64 record");
     directory = {reader.at<uint64_t>(wide + 48), wide, reader.at<uint64_t>(wide + 32)};
     length = reader.at<uint64_t>(wide + 40);
     one = one && reader.at<uint32_t>(record - kLocator + 4) == 0 && reader.at<uint32_t>(wide + 16) == 0 &&
@@ -71,16 +70,16 @@ Directory find_directory(const std::string& path, std::span<const uint8_t> bytes
     if (wide > record - kLocator || tail < 56 || reader.at<uint64_t>(wide + 4) != tail - 12 ||
         (members != kNarrow16 && members != directory.members) || (begin != kNarrow32 && begin != directory.begin) ||
         (size != kNarrow32 && size != length)) {
-      bad(path, "has a damaged zip64 record");
+      refuse(path, "has a damaged zip64 record");
     }
   }
-  if (!one) bad(path, "is a part of a split zip");
+  if (!one) refuse(path, "is a part of a split zip");
   if (directory.begin > directory.end || length != directory.end - directory.begin) {
-    bad(path, "has a damaged zip directory");
+    refuse(path, "has a damaged zip directory");
   }
   if (directory.members > kMostMembers) {
-    bad(path,
-        "has " + std::to_string(directory.members) + " members; at most " + std::to_string(kMostMembers) + " are read");
+    refuse(path, "has " + std::to_string(directory.members) + " members; at most " + std::to_string(kMostMembers) +
+                     " are read");
   }
   return directory;
 }
@@ -114,7 +113,7 @@ std::map<std::string, Member> read_directory(const std::string& path, std::span<
   std::map<std::string, Member> members;
   uint64_t offset = directory.begin;
   for (uint64_t i = 0; i < directory.members; ++i) {
-    if (reader.at<uint32_t>(offset) != 0x02014B50u) bad(path, "has a damaged zip directory");
+    if (reader.at<uint32_t>(offset) != 0x02014B50u) refuse(path, "has a damaged zip directory");
     const auto flags = reader.at<uint16_t>(offset + 8), method = reader.at<uint16_t>(offset + 10),
                name_length = reader.at<uint16_t>(offset + 28), extra_length = reader.at<uint16_t>(offset + 30),
                comment_length = reader.at<uint16_t>(offset + 32);
@@ -131,28 +130,28 @@ std::map<std::string, Member> read_directory(const std::string& path, std::span<
     widen(who, reader.slice(offset + 46 + name_length, extra_length), {&member.size, &member.stored, &member.local});
     offset += 46u + name_length + extra_length + comment_length;
 
-    if (flags & 1) bad(who, "is encrypted");
+    if (flags & 1) refuse(who, "is encrypted");
     if (method != 0 && method != 8) {
-      bad(who, "is packed by method " + std::to_string(method) + "; expected stored or deflated");
+      refuse(who, "is packed by method " + std::to_string(method) + "; expected stored or deflated");
     }
     if (member.size > most_bytes) {
-      bad(who,
-          "would have " + std::to_string(member.size) + " bytes; at most " + std::to_string(most_bytes) + " are read");
+      refuse(who, "would have " + std::to_string(member.size) + " bytes; at most " + std::to_string(most_bytes) +
+                      " are read");
     }
-    if (!member.deflated && member.stored != member.size) bad(who, "is stored, and its two sizes differ");
+    if (!member.deflated && member.stored != member.size) refuse(who, "is stored, and its two sizes differ");
     // Deflate makes at most 258 bytes of two bits: what is claimed beyond that is refused before it is allocated.
-    if (member.size / 1032 > member.stored) bad(who, "claims more bytes than its packed ones can hold");
-    if (reader.at<uint32_t>(member.local) != 0x04034B50u) bad(who, "is not where the zip directory says");
+    if (member.size / 1032 > member.stored) refuse(who, "claims more bytes than its packed ones can hold");
+    if (reader.at<uint32_t>(member.local) != 0x04034B50u) refuse(who, "is not where the zip directory says");
     const auto local_name = reader.at<uint16_t>(member.local + 26),
                local_extra = reader.at<uint16_t>(member.local + 28);
     if (reader.at<uint16_t>(member.local + 8) != method || reader.text(member.local + 30, local_name) != file_name) {
-      bad(who, "is another one where the zip directory says");
+      refuse(who, "is another one where the zip directory says");
     }
     member.begin = member.local + 30 + local_name + local_extra;
     reader.slice(member.begin, member.stored);
-    if (!members.emplace(name, std::move(member)).second) bad(who, "is there twice");
+    if (!members.emplace(name, std::move(member)).second) refuse(who, "is there twice");
   }
-  if (offset != directory.end) bad(path, "has a damaged zip directory");
+  if (offset != directory.end) refuse(path, "has a damaged zip directory");
 
   // Members that share bytes would let a small file unpack to any size.
   std::vector<const Member*> order;
@@ -160,9 +159,9 @@ std::map<std::string, Member> read_directory(const std::string& path, std::span<
   std::sort(order.begin(), order.end(), [](const Member* a, const Member* b) { return a->local < b->local; });
   uint64_t reached = 0;
   for (const Member* member : order) {
-    if (member->local < reached) bad(member->who, "overlaps another member");
+    if (member->local < reached) refuse(member->who, "overlaps another member");
     reached = member->begin + member->stored;
-    if (reached > directory.begin) bad(member->who, "overlaps the zip directory");
+    if (reached > directory.begin) refuse(member->who, "overlaps the zip directory");
   }
   return members;
 }
@@ -183,8 +182,8 @@ std::vector<uint8_t> inflate_exactly(const Member& member, std::span<const uint8
   std::size_t filled = 0, used = 0;
   while (true) {
     if (filled == out.size()) {
-      if (filled > member.size) bad(member.who, "unpacks to more bytes than the zip directory says");
-      out.resize(std::min<std::size_t>(member.size + 1, filled + kChunk));
+      if (filled > member.size) refuse(member.who, "unpacks to more bytes than the zip directory says");
+      out.resize(std::min<std::size_t>(member.size + 1, filled + kMemberChunk));
     }
     // avail_in is 32 bits wide, and a member may be longer.
     const auto give = static_cast<uInt>(std::min<std::size_t>(packed.size() - used, std::size_t{1} << 30));
@@ -199,14 +198,15 @@ std::vector<uint8_t> inflate_exactly(const Member& member, std::span<const uint8
     if (status == Z_STREAM_END) break;
     if (status == Z_MEM_ERROR) throw RunError("cannot unpack " + member.who + ": out of memory");
     if (status != Z_OK && status != Z_BUF_ERROR) {
-      bad(member.who, std::string("is damaged: ") + (stream.msg ? stream.msg : "bad deflated data"));
+      refuse(member.who, std::string("is damaged: ") + (stream.msg ? stream.msg : "bad deflated data"));
     }
-    if (used == packed.size() && stream.avail_out > 0) bad(member.who, "is damaged: its deflated data end too early");
+    if (used == packed.size() && stream.avail_out > 0)
+      refuse(member.who, "is damaged: its deflated data end too early");
   }
   if (filled != member.size || used != packed.size()) {
-    bad(member.who, "unpacks " + std::to_string(used) + " bytes to " + std::to_string(filled) +
-                        "; the zip directory says " + std::to_string(packed.size()) + " to " +
-                        std::to_string(member.size));
+    refuse(member.who, "unpacks " + std::to_string(used) + " bytes to " + std::to_string(filled) +
+                           "; the zip directory says " + std::to_string(packed.size()) + " to " +
+                           std::to_string(member.size));
   }
   out.resize(filled);
   return out;
@@ -227,31 +227,32 @@ std::map<std::string, Tensor> load_npz(const std::filesystem::path& path, uint64
   // read_file() unpacks gzip and xz; an archive that is packed once more could grow to any size.
   std::error_code error;
   const uint64_t there = std::filesystem::file_size(path, error);
-  if (!error && there != bytes.size()) bad(path.string(), "is an .npz archive that is packed by gzip or xz");
+  if (!error && there != bytes.size()) refuse(path.string(), "is an .npz archive that is packed by gzip or xz");
   std::map<std::string, Tensor> arrays;
   for (const auto& [name, member] : read_directory(path.string(), bytes, most_bytes)) {
     const std::span<const uint8_t> stored = std::span(bytes).subspan(member.begin, member.stored);
     std::vector<uint8_t> content =
         member.deflated ? inflate_exactly(member, stored) : std::vector<uint8_t>(stored.begin(), stored.end());
-    if (crc32_z(0, content.data(), content.size()) != member.crc) bad(member.who, "is damaged: its checksum is wrong");
+    if (crc32_z(0, content.data(), content.size()) != member.crc)
+      refuse(member.who, "is damaged: its checksum is wrong");
     arrays.emplace(name, npy::parse(member.who, std::move(content)));
   }
   return arrays;
 }
 
 void save_npz(const std::filesystem::path& path, const std::map<std::string, Tensor>& arrays) {
-  if (arrays.size() > 0xFFFE) bad(path.string(), "would have more than 65534 arrays");
+  if (arrays.size() > 0xFFFE) refuse(path.string(), "would have more than 65534 arrays");
   std::string bytes, directory;
   for (const auto& [name, tensor] : arrays) {
     const std::string who = path.string() + ": array '" + printable(name) + "'";
     if (name.empty() || name.size() > 1000 ||
         std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x21 || c > 0x7E || c == '/'; })) {
-      bad(who, "has a name that is not 1 to 1000 visible characters of ASCII, without '/'");
+      refuse(who, "has a name that is not 1 to 1000 visible characters of ASCII, without '/'");
     }
     const std::string content = npy::format(who, tensor), file_name = name + ".npy";
     // Sizes that need zip64 are refused; the closing record must hold the sum as well.
     if (bytes.size() + content.size() + directory.size() > kNarrow32 - (uint64_t{1} << 16)) {
-      bad(who, "does not fit: an .npz is written up to 4 GB");
+      refuse(who, "does not fit: an .npz is written up to 4 GB");
     }
     const auto size = static_cast<uint32_t>(content.size()), place = static_cast<uint32_t>(bytes.size());
     const auto crc = static_cast<uint32_t>(crc32_z(0, reinterpret_cast<const Bytef*>(content.data()), content.size()));

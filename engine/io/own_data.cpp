@@ -60,8 +60,9 @@ void check_options(const OwnDataOptions& options) {
 void finish(OwnData& data, const fs::path& path, const fs::path& labels_path, const OwnDataOptions& options) {
   Images& images = data.images;
   if (options.channels != 0 && images.channels != options.channels) {
-    bad(path, "has images of " + std::to_string(images.channels) + (images.channels == 1 ? " channel" : " channels") +
-                  "; the network takes " + std::to_string(options.channels));
+    refuse(path, "has images of " + std::to_string(images.channels) +
+                     (images.channels == 1 ? " channel" : " channels") + "; the network takes " +
+                     std::to_string(options.channels));
   }
   check_size(path.string(), "has images of ", images.height, images.width, options);
   check_total(path.string(), images.count, images.image_bytes(), options);
@@ -100,7 +101,7 @@ std::pair<Tensor, std::optional<Tensor>> find_arrays(const fs::path& path, const
   }
   std::vector<std::string> names;
   for (const auto& [name, array] : arrays) names.push_back(name);
-  bad(path, "holds no images, x or x_" + split + (names.empty() ? "" : ", but " + listed(names)));
+  refuse(path, "holds no images, x or x_" + split + (names.empty() ? "" : ", but " + listed(names)));
 }
 
 // ------------------------------------------------------------------------------------------------------------- files
@@ -119,7 +120,7 @@ struct Content {
 Content read_content(const fs::path& path, uint64_t most) {
   std::error_code error;
   // Reading a pipe would wait for its writer.
-  if (fs::exists(path, error) && !fs::is_regular_file(path, error)) bad(path, "is not a file");
+  if (fs::exists(path, error) && !fs::is_regular_file(path, error)) refuse(path, "is not a file");
   const auto recognize = [](const Bytes& bytes) {
     return Content{begins_with(bytes, "\x93NUMPY"), begins_with(bytes, "PK\3\4") || begins_with(bytes, "PK\5\6"), {}};
   };
@@ -129,8 +130,8 @@ Content read_content(const fs::path& path, uint64_t most) {
   start.resize(file.gcount());
   Content content = recognize(start);
   if (content.npy && fs::file_size(path, error) > 8 * most && !error) {
-    bad(path, "has " + std::to_string(fs::file_size(path, error)) + " bytes; at most " + std::to_string(8 * most) +
-                  " are loaded");
+    refuse(path, "has " + std::to_string(fs::file_size(path, error)) + " bytes; at most " + std::to_string(8 * most) +
+                     " are loaded");
   }
   if (content.npy || content.npz) return content;
   Bytes bytes = read_file(path, most);
@@ -142,7 +143,7 @@ Content read_content(const fs::path& path, uint64_t most) {
 Bytes read_labels(const fs::path& path, uint64_t count) {
   Content content = read_content(path, 64 * count + kRoom);
   if (content.npy) return npy_labels(load_npy(path));
-  if (content.npz) bad(path, "is an .npz archive; labels are read from IDX and .npy files");
+  if (content.npz) refuse(path, "is an .npz archive; labels are read from IDX and .npy files");
   return idx_labels(std::move(content.bytes), path);
 }
 
@@ -161,7 +162,7 @@ std::string guess_labels_name(const fs::path& images) {
 }
 
 [[noreturn]] void throw_own_labels(const fs::path& path, const fs::path& labels) {
-  bad(path, "holds its labels itself; the labels of " + labels.string() + " have no place beside them");
+  refuse(path, "holds its labels itself; the labels of " + labels.string() + " have no place beside them");
 }
 
 // A batch of CIFAR-10 may begin with the bytes of an IDX file: label 0, dark pixels 0, 8, 3. Then the length decides.
@@ -203,7 +204,7 @@ OwnData load_file(const fs::path& path, const OwnDataOptions& options) {
       data.format = "IDX";
       images = idx_images(std::move(content.bytes), path);
     } else if (looks_like_picture(content.bytes)) {
-      bad(path, "is a picture; a folder of pictures is expected");
+      refuse(path, "is a picture; a folder of pictures is expected");
     } else if (ten || hundred) {
       if (options.labels) throw_own_labels(path, *options.labels);
       const bool fine = hundred && (!ten || options.classes == 100);
@@ -212,8 +213,8 @@ OwnData load_file(const fs::path& path, const OwnDataOptions& options) {
       append_cifar(images, content.bytes, path);
       data.labelled = true;
     } else {
-      bad(path, "is of no format that is read (" + std::to_string(size) +
-                    " bytes): IDX images, a CIFAR batch, .npy or .npz are expected, or a folder");
+      refuse(path, "is of no format that is read (" + std::to_string(size) +
+                       " bytes): IDX images, a CIFAR batch, .npy or .npz are expected, or a folder");
     }
   }
 
@@ -226,7 +227,7 @@ OwnData load_file(const fs::path& path, const OwnDataOptions& options) {
       images.labels = read_labels(labels_path, images.count);
       data.labelled = true;
     } else if (options.labels_needed) {
-      bad(path, "has no labels, and they are needed" + (name.empty() ? "" : ": there is no " + name + " beside it"));
+      refuse(path, "has no labels, and they are needed" + (name.empty() ? "" : ": there is no " + name + " beside it"));
     }
   }
   finish(data, path, labels_path, options);
@@ -241,7 +242,7 @@ OwnData load_batches(const fs::path& folder, const std::vector<std::string>& nam
   std::vector<fs::path> paths;
   for (const std::string& name : names) {
     const auto path = find_packed(folder, name);
-    if (!path) bad(folder, "holds no " + name + " (nor .gz or .xz of it)");
+    if (!path) refuse(folder, "holds no " + name + " (nor .gz or .xz of it)");
     paths.push_back(*path);
   }
   std::vector<Bytes> contents(paths.size());
@@ -309,8 +310,8 @@ std::string own_data::listed(const std::vector<std::string>& names) {
 std::pair<size_t, size_t> own_data::find_range(const OwnDataOptions& options, size_t count, const fs::path& path) {
   const size_t first = options.first, last = options.last == 0 ? count : options.last;
   if (first >= count || last > count) {
-    bad(path, "holds " + std::to_string(count) + " images; those from " + std::to_string(first) +
-                  (options.last ? " to before " + std::to_string(last) : "") + " are asked for");
+    refuse(path, "holds " + std::to_string(count) + " images; those from " + std::to_string(first) +
+                     (options.last ? " to before " + std::to_string(last) : "") + " are asked for");
   }
   return {first, last};
 }
@@ -318,15 +319,15 @@ std::pair<size_t, size_t> own_data::find_range(const OwnDataOptions& options, si
 void own_data::check_total(const std::string& who, uint64_t count, uint64_t image_bytes,
                            const OwnDataOptions& options) {
   if (count <= INT32_MAX && count <= options.most_bytes / image_bytes) return;
-  bad(who, "holds " + std::to_string(count) + " images of " + std::to_string(image_bytes) + " bytes; at most " +
-               std::to_string(options.most_bytes) + " bytes in all are loaded");
+  refuse(who, "holds " + std::to_string(count) + " images of " + std::to_string(image_bytes) + " bytes; at most " +
+                  std::to_string(options.most_bytes) + " bytes in all are loaded");
 }
 
 void own_data::check_size(const std::string& who, const char* verb, int height, int width,
                           const OwnDataOptions& options) {
   if ((options.height == 0 || height == options.height) && (options.width == 0 || width == options.width)) return;
-  bad(who, verb + product(height, width) + " pixels; the network takes " +
-               product(options.height ? options.height : height, options.width ? options.width : width));
+  refuse(who, verb + product(height, width) + " pixels; the network takes " +
+                  product(options.height ? options.height : height, options.width ? options.width : width));
 }
 
 OwnData load_own_data(const std::filesystem::path& path, const OwnDataOptions& asked) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/error.h"
+#include "engine/io/files.h"
 #include "engine/io/own_data.h"
 
 namespace baton::own_data {
@@ -20,8 +21,8 @@ namespace fs = std::filesystem;
 constexpr int kMostClasses = 256;              // labels are bytes
 constexpr uint64_t kRoom = uint64_t{1} << 20;  // for headers and the like, beside pixels or labels
 
-[[noreturn]] inline void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
-[[noreturn]] inline void bad(const fs::path& path, const std::string& what) { bad(path.string(), what); }
+using baton::refuse;
+[[noreturn]] inline void refuse(const fs::path& path, const std::string& what) { refuse(path.string(), what); }
 
 // "28 x 32"
 std::string product(int64_t height, int64_t width);

@@ -35,36 +35,36 @@ OwnData list_pictures(const fs::path& folder, const OwnDataOptions& options) {
     (fs::is_directory(folder / name, ignored) ? folders : files).push_back(std::move(name));
   }
   if (folders.empty()) {
-    if (files.empty()) bad(folder, "holds no pictures");
+    if (files.empty()) refuse(folder, "holds no pictures");
     if (options.labels_needed) {
-      bad(folder, "has no labels, and they are needed: a folder for each class is expected");
+      refuse(folder, "has no labels, and they are needed: a folder for each class is expected");
     }
     data.images.labels.assign(files.size(), 0);
     data.images.classes = options.classes ? options.classes : 1;
     data.names = std::move(files);
     return data;
   }
-  if (!files.empty()) bad(folder / files[0], "lies beside folders of classes; only folders are expected there");
+  if (!files.empty()) refuse(folder / files[0], "lies beside folders of classes; only folders are expected there");
 
   data.labelled = true;
   data.class_names = options.class_names.empty() ? folders : options.class_names;
   const std::vector<std::string>& names = data.class_names;
   if (names.size() > kMostClasses || (options.classes != 0 && names.size() != static_cast<size_t>(options.classes))) {
-    bad(folder, "has " + std::to_string(names.size()) + " classes (" + listed(names) + "); " +
-                    (options.classes ? "expected " : "at most ") +
-                    std::to_string(options.classes ? options.classes : kMostClasses));
+    refuse(folder, "has " + std::to_string(names.size()) + " classes (" + listed(names) + "); " +
+                       (options.classes ? "expected " : "at most ") +
+                       std::to_string(options.classes ? options.classes : kMostClasses));
   }
   data.images.classes = static_cast<int>(names.size());
   std::vector<std::pair<size_t, std::string>> classes;  // label, folder
   for (std::string& name : folders) {
     const auto known = std::find(names.begin(), names.end(), name);
-    if (known == names.end()) bad(folder / name, "is none of the known classes: " + listed(names));
+    if (known == names.end()) refuse(folder / name, "is none of the known classes: " + listed(names));
     classes.emplace_back(known - names.begin(), std::move(name));
   }
   std::sort(classes.begin(), classes.end());
   for (const auto& [label, name] : classes) {
     const std::vector<std::string> pictures = names_in(folder / name);
-    if (pictures.empty()) bad(folder / name, "is a class without pictures");
+    if (pictures.empty()) refuse(folder / name, "is a class without pictures");
     for (const std::string& picture : pictures) data.names.push_back(name + "/" + picture);
     data.images.labels.resize(data.names.size(), static_cast<uint8_t>(label));
   }
@@ -74,7 +74,7 @@ OwnData list_pictures(const fs::path& folder, const OwnDataOptions& options) {
 }  // namespace
 
 OwnData own_data::load_pictures(const fs::path& folder, const OwnDataOptions& options) {
-  if (options.labels) bad(folder, "is a folder of pictures; a file of labels has no place beside it");
+  if (options.labels) refuse(folder, "is a folder of pictures; a file of labels has no place beside it");
   OwnData data = list_pictures(folder, options);
   Images& images = data.images;
   const auto [first, last] = find_range(options, data.names.size(), folder);
@@ -86,7 +86,7 @@ OwnData own_data::load_pictures(const fs::path& folder, const OwnDataOptions& op
   const auto decode = [&](const std::string& name) {
     const fs::path path = folder / name;
     std::error_code ignored;
-    if (!fs::is_regular_file(path, ignored)) bad(path, "is not a file; a picture is expected");
+    if (!fs::is_regular_file(path, ignored)) refuse(path, "is not a file; a picture is expected");
     Picture picture = decode_picture(path.string(), read_file(path, 4 * most_pixels + kRoom), most_pixels);
     check_size(path.string(), "is ", picture.height, picture.width, options);
     if (options.channels != 0 && picture.channels != options.channels) {
@@ -115,7 +115,7 @@ OwnData own_data::load_pictures(const fs::path& folder, const OwnDataOptions& op
         return product(p.height, p.width) + " pixels " + (p.channels == 1 ? "in grey" : "in colour");
       };
       if (picture.pixels.size() != bytes || picture.height != images.height || picture.channels != images.channels) {
-        bad(folder / name, "is " + describe(picture) + "; " + data.names[0] + " is " + describe(sample));
+        refuse(folder / name, "is " + describe(picture) + "; " + data.names[0] + " is " + describe(sample));
       }
       std::copy(picture.pixels.begin(), picture.pixels.end(), images.pixels.begin() + (from + i) * bytes);
     });

@@ -34,16 +34,14 @@ constexpr uint64_t kMostFileBytes = uint64_t{1} << 28;
 // with fewer than one block for 256 pixels.
 constexpr uint64_t kPixelsPerByte = 8 * 256;
 
-[[noreturn]] void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
-
 bool begins_with(std::span<const uint8_t> bytes, std::span<const uint8_t> magic) {
   return bytes.size() >= magic.size() && std::equal(magic.begin(), magic.end(), bytes.begin());
 }
 
 void check_sides(const std::string& who, int64_t height, int64_t width, int64_t most_pixels) {
   if (height < 1 || width < 1 || height > kMostSide || width > kMostSide || height * width > most_pixels) {
-    bad(who, "is " + std::to_string(height) + " x " + std::to_string(width) + " pixels; at most " +
-                 std::to_string(kMostSide) + " a side and " + std::to_string(most_pixels) + " in all are read");
+    refuse(who, "is " + std::to_string(height) + " x " + std::to_string(width) + " pixels; at most " +
+                    std::to_string(kMostSide) + " a side and " + std::to_string(most_pixels) + " in all are read");
   }
 }
 
@@ -97,7 +95,7 @@ class PngReader {
     const int channels = png_get_channels(png_, info_);
     const size_t row_bytes = png_get_rowbytes(png_, info_);
     if ((channels != 1 && channels != 3) || row_bytes != static_cast<size_t>(channels * width)) {
-      bad(who_, "is a PNG of a kind that is not read");
+      refuse(who_, "is a PNG of a kind that is not read");
     }
 
     Bytes pixels, row(row_bytes);
@@ -129,7 +127,7 @@ class PngReader {
     return true;
   }
   void check(bool succeeded) const {
-    if (!succeeded) bad(who_, std::string("is a damaged PNG: ") + message_.data());
+    if (!succeeded) refuse(who_, std::string("is a damaged PNG: ") + message_.data());
   }
 
   static PngReader& of(png_voidp self) { return *static_cast<PngReader*>(self); }
@@ -178,18 +176,18 @@ Picture decode_jpeg(const std::string& who, std::span<const uint8_t> bytes, int6
   const std::unique_ptr<void, Destroy> decoder(tjInitDecompress());
   if (!decoder) throw RunError("cannot start TurboJPEG: out of memory");
   const auto check = [&](int status) {
-    if (status != 0) bad(who, std::string("is a damaged JPEG: ") + tjGetErrorStr2(decoder.get()));
+    if (status != 0) refuse(who, std::string("is a damaged JPEG: ") + tjGetErrorStr2(decoder.get()));
   };
 
   int width = 0, height = 0, subsampling = 0, space = 0;
   check(tjDecompressHeader3(decoder.get(), bytes.data(), bytes.size(), &width, &height, &subsampling, &space));
-  if (space == TJCS_CMYK || space == TJCS_YCCK) bad(who, "is a JPEG in CMYK; expected RGB or grey");
-  if (height == 0 && width == 0) bad(who, "is a damaged JPEG: it holds tables and no picture");
+  if (space == TJCS_CMYK || space == TJCS_YCCK) refuse(who, "is a JPEG in CMYK; expected RGB or grey");
+  if (height == 0 && width == 0) refuse(who, "is a damaged JPEG: it holds tables and no picture");
   check_sides(who, height, width, most_pixels);
   const uint64_t claimed = static_cast<uint64_t>(height) * width;
   if (claimed / kPixelsPerByte > bytes.size()) {
-    bad(who, "is a damaged JPEG: " + std::to_string(bytes.size()) + " bytes cannot hold " + std::to_string(height) +
-                 " x " + std::to_string(width) + " pixels");
+    refuse(who, "is a damaged JPEG: " + std::to_string(bytes.size()) + " bytes cannot hold " + std::to_string(height) +
+                    " x " + std::to_string(width) + " pixels");
   }
 
   const int channels = space == TJCS_GRAY ? 1 : 3;
@@ -211,7 +209,7 @@ bool looks_like_picture(std::span<const uint8_t> bytes) {
 Picture decode_picture(const std::string& who, std::span<const uint8_t> bytes, int64_t most_pixels) {
   if (begins_with(bytes, kPngMagic)) return PngReader(who, bytes).read(most_pixels);
   if (begins_with(bytes, kJpegMagic)) return decode_jpeg(who, bytes, most_pixels);
-  bad(who, "is no picture: expected a PNG or a JPEG file");
+  refuse(who, "is no picture: expected a PNG or a JPEG file");
 }
 
 Picture load_picture(const std::filesystem::path& path) {

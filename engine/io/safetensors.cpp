@@ -13,7 +13,8 @@
 namespace baton {
 namespace {
 
-using json = nlohmann::json;  // not ordered_json, which compares every key with all before it
+// Not ordered_json, which compares every key with all before it.
+using unordered_json = nlohmann::json;
 
 constexpr uint64_t kLongestHeader = 100'000'000;  // the format's own limit
 
@@ -21,7 +22,7 @@ constexpr std::pair<std::string_view, int> kDtypes[] = {{"F64", 8}, {"I64", 8}, 
                                                         {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}};
 
 // Bytes an element; 0 if unknown.
-int width_of(std::string_view dtype) {
+int width_of_dtype(std::string_view dtype) {
   for (const auto& [name, width] : kDtypes) {
     if (name == dtype) return width;
   }
@@ -53,7 +54,7 @@ std::string printable(std::string text) {
 
 // The product of the shape times the dtype's width; throws InputError that starts with `who`.
 uint64_t byte_length(const std::string& who, const std::string& dtype, std::span<const int64_t> shape) {
-  const int width = width_of(dtype);
+  const int width = width_of_dtype(dtype);
   if (width == 0) {
     throw InputError(who + " has the unknown dtype '" + printable(dtype) + "'; expected one of " + known_dtypes());
   }
@@ -73,34 +74,32 @@ struct Entry {
   uint64_t begin, end;
 };
 
-[[noreturn]] void bad(const std::string& who, const std::string& what) { throw InputError(who + " " + what); }
-
 // One tensor's place and type, from its header entry `value`. Its bytes are still to be read.
-Entry read_entry(const std::string& name, const json& value, Tensor& tensor) {
+Entry read_entry(const std::string& name, const unordered_json& value, Tensor& tensor) {
   const std::string& who = tensor.origin;
   const auto has = [&](const char* key) { return value.is_object() && value.contains(key); };
-  const auto naturals = [](const json& list) {
+  const auto naturals = [](const unordered_json& list) {
     return list.is_array() &&
-           std::all_of(list.begin(), list.end(), [](const json& e) { return e.is_number_unsigned(); });
+           std::all_of(list.begin(), list.end(), [](const unordered_json& e) { return e.is_number_unsigned(); });
   };
-  if (!has("dtype") || !value["dtype"].is_string()) bad(who, "has no dtype in the header");
-  if (!has("shape") || !naturals(value["shape"])) bad(who, "has no shape (a list of integers >= 0) in the header");
+  if (!has("dtype") || !value["dtype"].is_string()) refuse(who, "has no dtype in the header");
+  if (!has("shape") || !naturals(value["shape"])) refuse(who, "has no shape (a list of integers >= 0) in the header");
   if (!has("data_offsets") || !naturals(value["data_offsets"]) || value["data_offsets"].size() != 2) {
-    bad(who, "has no data_offsets (two integers >= 0) in the header");
+    refuse(who, "has no data_offsets (two integers >= 0) in the header");
   }
   tensor.dtype = value["dtype"].get<std::string>();
-  for (const json& extent : value["shape"]) {
+  for (const unordered_json& extent : value["shape"]) {
     const uint64_t n = extent.get<uint64_t>();
-    if (n > INT64_MAX) bad(who, "has the impossible extent " + std::to_string(n));
+    if (n > INT64_MAX) refuse(who, "has the impossible extent " + std::to_string(n));
     tensor.shape.push_back(static_cast<int64_t>(n));
   }
   const Entry entry{name, &tensor, value["data_offsets"][0].get<uint64_t>(), value["data_offsets"][1].get<uint64_t>()};
   const uint64_t expected = byte_length(who, tensor.dtype, tensor.shape);
   const std::string place = "[" + std::to_string(entry.begin) + ", " + std::to_string(entry.end) + ")";
-  if (entry.end < entry.begin) bad(who, "has offsets " + place + ", which end before they begin");
+  if (entry.end < entry.begin) refuse(who, "has offsets " + place + ", which end before they begin");
   if (entry.end - entry.begin != expected) {
-    bad(who, "has " + std::to_string(entry.end - entry.begin) + " bytes " + place + "; " + tensor.dtype + " " +
-                 shape_text(tensor.shape) + " needs " + std::to_string(expected));
+    refuse(who, "has " + std::to_string(entry.end - entry.begin) + " bytes " + place + "; " + tensor.dtype + " " +
+                    shape_text(tensor.shape) + " needs " + std::to_string(expected));
   }
   return entry;
 }
@@ -108,24 +107,24 @@ Entry read_entry(const std::string& name, const json& value, Tensor& tensor) {
 // Parses the header. Throws InputError for a name that is given twice, of which the parser alone would take the last.
 // The text is parsed twice, as a parser that both calls back and keeps values goes through all of them at the end of
 // each.
-json parse_header(const std::string& who, std::string_view text) {
+unordered_json parse_header(const std::string& who, std::string_view text) {
   std::set<std::string> names;
   std::optional<std::string> twice;
-  const auto watch = [&](int depth, json::parse_event_t event, json& value) {
-    if (event == json::parse_event_t::key && depth == 1 && !names.insert(value.get<std::string>()).second) {
+  const auto watch = [&](int depth, unordered_json::parse_event_t event, unordered_json& value) {
+    if (event == unordered_json::parse_event_t::key && depth == 1 && !names.insert(value.get<std::string>()).second) {
       twice = value.get<std::string>();
     }
     return false;
   };
-  json header;
+  unordered_json header;
   try {
-    header = json::parse(text, watch);
-    header = json::parse(text);
-  } catch (const json::exception& error) {
-    bad(who, std::string("header is not JSON: ") + error.what());
+    header = unordered_json::parse(text, watch);
+    header = unordered_json::parse(text);
+  } catch (const unordered_json::exception& error) {
+    refuse(who, std::string("header is not JSON: ") + error.what());
   }
-  if (!header.is_object()) bad(who, "header is not a JSON object");
-  if (twice) bad(who, "header names " + named(*twice) + " twice");
+  if (!header.is_object()) refuse(who, "header is not a JSON object");
+  if (twice) refuse(who, "header names " + named(*twice) + " twice");
   return header;
 }
 
@@ -155,14 +154,14 @@ void Tensor::check() const {
   const std::string who = origin.empty() ? "a tensor" : origin;
   const uint64_t expected = byte_length(who, dtype, shape);
   if (bytes.size() != expected) {
-    bad(who, "holds " + std::to_string(bytes.size()) + " bytes; " + dtype + " " + shape_text(shape) + " needs " +
-                 std::to_string(expected));
+    refuse(who, "holds " + std::to_string(bytes.size()) + " bytes; " + dtype + " " + shape_text(shape) + " needs " +
+                    std::to_string(expected));
   }
 }
 
 void Tensor::expect_dtype(std::string_view wanted) const {
   if (dtype != wanted) {
-    bad(origin.empty() ? "a tensor" : origin, "holds " + dtype + "; expected " + std::string(wanted));
+    refuse(origin.empty() ? "a tensor" : origin, "holds " + dtype + "; expected " + std::string(wanted));
   }
 }
 
@@ -209,13 +208,14 @@ void save_safetensors(const std::filesystem::path& path, const TensorFile& file)
   for (const auto& [name, tensor] : file.tensors) {
     if (name == "__metadata__") throw InputError(who + "a tensor cannot be named __metadata__");
     if (tensor.bytes.size() != byte_length(who + named(name), tensor.dtype, tensor.shape)) {
-      bad(who + named(name), "holds " + std::to_string(tensor.bytes.size()) + " bytes, which " + tensor.dtype + " " +
-                                 shape_text(tensor.shape) + " does not");
+      refuse(who + named(name), "holds " + std::to_string(tensor.bytes.size()) + " bytes, which " + tensor.dtype + " " +
+                                    shape_text(tensor.shape) + " does not");
     }
     order.emplace_back(&name, &tensor);
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto& a, const auto& b) { return width_of(a.second->dtype) > width_of(b.second->dtype); });
+  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return width_of_dtype(a.second->dtype) > width_of_dtype(b.second->dtype);
+  });
 
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
@@ -228,7 +228,7 @@ void save_safetensors(const std::filesystem::path& path, const TensorFile& file)
   std::string text;
   try {
     text = header.dump();
-  } catch (const json::exception&) {
+  } catch (const unordered_json::exception&) {
     throw InputError(who + "a tensor's name or a metadata text is not UTF-8");
   }
   text.resize((text.size() + 7) / 8 * 8, ' ');
@@ -250,20 +250,20 @@ TensorFile load_safetensors(const std::filesystem::path& path) {
   const std::vector<uint8_t> bytes = read_file(path);
   uint64_t length = 0;
   if (bytes.size() < sizeof length) {
-    bad(who,
-        "is cut short: " + std::to_string(bytes.size()) + " bytes, and a safetensors file has 8 before its header");
+    refuse(who,
+           "is cut short: " + std::to_string(bytes.size()) + " bytes, and a safetensors file has 8 before its header");
   }
   std::memcpy(&length, bytes.data(), sizeof length);
   if (length > kLongestHeader) {
-    bad(who, "is not a safetensors file: its header would be " + std::to_string(length) + " bytes long");
+    refuse(who, "is not a safetensors file: its header would be " + std::to_string(length) + " bytes long");
   }
   const uint64_t after_length = bytes.size() - sizeof length;
   if (length > after_length) {
-    bad(who, "is cut short: its header has " + std::to_string(length) + " bytes, and " + std::to_string(after_length) +
-                 " are there");
+    refuse(who, "is cut short: its header has " + std::to_string(length) + " bytes, and " +
+                    std::to_string(after_length) + " are there");
   }
   const char* text = reinterpret_cast<const char*>(bytes.data() + sizeof length);
-  const json header = parse_header(who, std::string_view(text, length));
+  const unordered_json header = parse_header(who, std::string_view(text, length));
   const uint8_t* data = bytes.data() + sizeof length + length;
   const uint64_t data_length = after_length - length;
 
@@ -272,9 +272,9 @@ TensorFile load_safetensors(const std::filesystem::path& path) {
   std::vector<Entry> entries;
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
-      if (!value.is_object()) bad(who, "__metadata__ is not an object of texts");
+      if (!value.is_object()) refuse(who, "__metadata__ is not an object of texts");
       for (const auto& [key, entry] : value.items()) {
-        if (!entry.is_string()) bad(who, "__metadata__ '" + printable(key) + "' is not a text");
+        if (!entry.is_string()) refuse(who, "__metadata__ '" + printable(key) + "' is not a text");
         file.metadata[key] = entry.get<std::string>();
       }
       continue;
@@ -291,17 +291,17 @@ TensorFile load_safetensors(const std::filesystem::path& path) {
   uint64_t reached = 0;
   for (const Entry& entry : entries) {
     const std::string& which = entry.tensor->origin;
-    if (entry.begin < reached) bad(which, "overlaps another tensor at byte " + std::to_string(entry.begin));
-    if (entry.begin > reached) bad(which, "begins after a hole at byte " + std::to_string(reached));
+    if (entry.begin < reached) refuse(which, "overlaps another tensor at byte " + std::to_string(entry.begin));
+    if (entry.begin > reached) refuse(which, "begins after a hole at byte " + std::to_string(reached));
     if (entry.end > data_length) {
-      bad(which, "ends at byte " + std::to_string(entry.end) + " of the data, and the file is cut short: it has " +
-                     std::to_string(data_length));
+      refuse(which, "ends at byte " + std::to_string(entry.end) + " of the data, and the file is cut short: it has " +
+                        std::to_string(data_length));
     }
     entry.tensor->bytes.assign(data + entry.begin, data + entry.end);
     reached = entry.end;
   }
   if (reached != data_length) {
-    bad(who, "has " + std::to_string(data_length - reached) + " bytes behind its last tensor");
+    refuse(who, "has " + std::to_string(data_length - reached) + " bytes behind its last tensor");
   }
   return file;
 }

@@ -1,11 +1,8 @@
-// Products under tf32 and what stays as it was. On the host the operands are rounded by round_to_tf32(), so a result is
-// that of rounded operands under fp32, bit for bit. How a GPU's libraries round is their own affair: there operands
-// that tf32 has give their products, and others come within the step of tf32.
+// Products under tf32 and what stays as it was. On the host the operands are rounded by simt::round_to_tf32(), so a
+// result is that of rounded operands under fp32, bit for bit. How a GPU's libraries round is their own affair: there
+// operands that tf32 has give their products, and others come within the step of tf32.
 #include "engine/precision.h"
 
-#include <bit>
-#include <cmath>
-#include <limits>
 #include <random>
 
 #include "engine/blas.h"
@@ -20,12 +17,6 @@ namespace {
 
 using Floats = std::vector<float>;
 
-#if defined(BATON_CUDA)
-constexpr bool on_host = false;
-#else
-constexpr bool on_host = true;
-#endif
-
 Floats normals(size_t n, int seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
@@ -38,36 +29,6 @@ Floats integers(size_t n, int seed) {
   Floats v(n);
   for (float& x : v) x = float(int(random() % 7)) - 3;
   return v;
-}
-
-// By the definition: of the two neighbours in tf32 the nearer one, and of equally near ones the larger in size.
-float nearest(float x) {
-  if (x == 0 || !std::isfinite(x)) return x;
-  const double step = std::ldexp(1.0, std::max(std::ilogb(x), -126) - 10), steps = std::abs(double(x)) / step;
-  const double whole = std::floor(steps);
-  return float(std::copysign((steps - whole >= 0.5 ? whole + 1 : whole) * step, double(x)));
-}
-
-TEST(Precision, RoundsToTheNearestAndTiesAwayFromZero) {
-  EXPECT_EQ(round_to_tf32(1 + 0x1p-11f), 1 + 0x1p-10f);
-  EXPECT_EQ(round_to_tf32(-1 - 0x1p-11f), -1 - 0x1p-10f);
-  EXPECT_EQ(round_to_tf32(std::nextafter(1 + 0x1p-11f, 0.f)), 1.f);
-  EXPECT_EQ(round_to_tf32(2 - 0x1p-12f), 2.f);  // into the next binade
-  EXPECT_TRUE(std::signbit(round_to_tf32(-0.f)));
-  for (float infinite : {INFINITY, -INFINITY}) EXPECT_EQ(round_to_tf32(infinite), infinite);
-  EXPECT_EQ(round_to_tf32(std::numeric_limits<float>::max()), INFINITY);
-  for (uint32_t bits : {0x7f800001u, 0x7fffffffu, 0xff801000u, 0xffc00000u})
-    EXPECT_TRUE(std::isnan(round_to_tf32(std::bit_cast<float>(bits)))) << bits;
-  for (int i = -2048; i <= 2048; i++) EXPECT_EQ(round_to_tf32(float(i)), float(i));
-  std::mt19937 random(1);
-  for (int i = 0; i < 100000; i++) {
-    const float x = std::bit_cast<float>(uint32_t(random())), rounded = round_to_tf32(x);
-    if (std::isnan(x)) continue;
-    ASSERT_EQ(rounded, nearest(x)) << x;
-    ASSERT_EQ(round_to_tf32(rounded), rounded) << x;
-  }
-  for (float tiny : {0x1p-149f, 0x1p-137f, 0x1.8p-137f, 0x1p-126f, 0x1.004p-127f})
-    EXPECT_EQ(round_to_tf32(tiny), nearest(tiny)) << tiny;
 }
 
 TEST(Precision, HasNames) {
@@ -89,21 +50,21 @@ void check(size_t size_a, size_t size_b, Run run, Reference reference) {
   const Floats whole_a = integers(size_a, 1), whole_b = integers(size_b, 2);
   const Floats whole = tf32(whole_a, whole_b);
   const std::vector<double> want = reference(whole_a, whole_b);
-  EXPECT_TRUE(on_host ? exact(whole, want) : close(whole, want, {.l2 = 2e-5, .worst = 2e-6, .bias = 2e-5}));
+  EXPECT_TRUE(on_gpu ? close(whole, want, {.l2 = 2e-5, .worst = 2e-6, .bias = 2e-5}) : exact(whole, want));
 
   const Floats a = normals(size_a, 3), b = normals(size_b, 4);
   Floats rounded_a = a, rounded_b = b;
   for (Floats* v : {&rounded_a, &rounded_b})
-    for (float& x : *v) x = round_to_tf32(x);
+    for (float& x : *v) x = simt::round_to_tf32(x);
   const Floats before = fp32(a, b), got = tf32(a, b), of_rounded = tf32(rounded_a, rounded_b);
-  const Tolerance summed{.l2 = on_host ? 1e-6 : 5e-6};
+  const Tolerance summed{.l2 = on_gpu ? 5e-6 : 1e-6};
   EXPECT_TRUE(close(of_rounded, reference(rounded_a, rounded_b), summed));
   EXPECT_TRUE(exact(tf32(rounded_a, rounded_b), of_rounded)) << "it does not repeat";
   EXPECT_TRUE(close(got, reference(a, b), {.l2 = 1e-3, .worst = 2e-3, .bias = 1e-3}));
   EXPECT_GT(difference(got, before).l2, 1e-5) << "nothing was rounded";
   EXPECT_TRUE(close(before, reference(a, b), summed)) << "fp32 was rounded";
   EXPECT_TRUE(exact(fp32(a, b), before)) << "tf32 left something behind";
-  if (!on_host) return;
+  if (on_gpu) return;
   EXPECT_TRUE(close(got, reference(rounded_a, rounded_b), summed));
   EXPECT_TRUE(exact(got, fp32(rounded_a, rounded_b)));
 }
@@ -242,7 +203,6 @@ TEST(Precision, OfALastLayerIsThatOfItsType) {
   EXPECT_TRUE(exact(run(Precision::tf32), run(Precision::fp32)));
 }
 
-#if defined(BATON_CUDA)
 // The first of cuDNN's algorithms that sums products and repeats, with tensor cores where it has one.
 TEST(Precision, ChoosesAnAlgorithmWithTensorCores) {
   BATON_NEEDS_DEVICE();
@@ -251,15 +211,19 @@ TEST(Precision, ChoosesAnAlgorithmWithTensorCores) {
   for (ConvDirection direction : {ConvDirection::forward, ConvDirection::data, ConvDirection::weights})
     for (Precision p : {Precision::fp32, Precision::tf32}) {
       const WithPrecision with(memory.device(), p);
+      int chosen = 0;
       for (const OfferedAlgorithm& a : Convolution::offered_algorithms(memory.device(), s, direction)) {
         if (!a.chosen) continue;
+        chosen++;
         EXPECT_EQ(a.determinism, "CUDNN_DETERMINISTIC") << a.name;
         EXPECT_NE(a.math, "CUDNN_TENSOR_OP_MATH_ALLOW_CONVERSION") << a.name;
-        if (p == Precision::fp32) EXPECT_NE(a.math, "CUDNN_TENSOR_OP_MATH") << a.name;
+        if (p == Precision::fp32) {
+          EXPECT_NE(a.math, "CUDNN_TENSOR_OP_MATH") << a.name;
+        }
       }
+      EXPECT_EQ(chosen, on_gpu ? 1 : 0);
     }
 }
-#endif
 
 }  // namespace
 }  // namespace baton::test

@@ -254,11 +254,11 @@ struct ProductWay {
   ProductMoments run;
   bool everywhere = true;  // on a GPU too: then it is recorded
 };
-const ProductWay product_ways[] = {{"fused", product_moments_fused},
-#if !defined(BATON_CUDA)
-                                   {"tiles", product_moments_by_tiles, false},
-#endif
-                                   {"default", accumulate_product_moments}};
+const std::vector<ProductWay> product_ways = [] {
+  std::vector<ProductWay> ways{{"fused", product_moments_fused}, {"default", accumulate_product_moments}};
+  if (!on_gpu) ways.push_back({"tiles", product_moments_by_tiles, false});
+  return ways;
+}();
 
 struct ProductShape {
   int first, out, in, batch, draws;
@@ -345,7 +345,7 @@ TEST(ProductMoments, SmallUnderTf32) {
                              x = normals(size_t(p.batch) * p.in * (p.shared ? 1 : p.draws), 4);
     std::vector<float> rounded_dy = dy, rounded_x = x;
     for (auto* v : {&rounded_dy, &rounded_x})
-      for (float& f : *v) f = round_to_tf32(f);
+      for (float& f : *v) f = simt::round_to_tf32(f);
     for (const auto& way : product_ways) {
       SCOPED_TRACE(way.name);
       MomentStore store(p.first + count + 9, states_of(6, 1, p.draws));

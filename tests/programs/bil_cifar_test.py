@@ -177,7 +177,7 @@ class BilCifar5p5(BilCifar):
         def check():
             places.append({p.name: self.where(p) for p in (self.folder / "stopped/checkpoint").glob("*.safetensors")})
         messages = self.finish_with_stops(*arguments, out="stopped", check=check, when=[
-            ("old classes", 0.1), (kept, 0.05), ("Laplace prior", 0.1), (search, 0.1), 1, 3])
+            ("old classes", 0.1), kept, ("Laplace prior", 0.1), (search, 0.1), 1, 3])
         self.check_same_runs("stopped", "whole")
         self.assertEqual((self.folder / "stopped" / kept).read_bytes(), (self.folder / "whole" / kept).read_bytes())
         self.assertFalse((self.folder / "stopped/checkpoint").exists())

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "tests/ptx/copies.h"
 #include "tests/ptx/counters.h"
 
 namespace ptx {
@@ -77,33 +78,34 @@ void check_alignment(const Warp& w, const Instruction& i, const Addresses& a) {
            FaultKind::alignment);
 }
 
-// The access of one lane, byte by byte.
-void check_lane(const Warp& w, const Instruction& i, int lane, uint64_t address, Access access) {
+// The access of one lane to `bytes` bytes, byte by byte.
+void check_lane(const Warp& w, const Instruction& i, int lane, uint64_t address, Access access, size_t bytes) {
   DeviceMemory& memory = DeviceMemory::instance();
   if (!memory.contains(address))
     fail(w, i, lane, std::string(verb(access)) + hexadecimal(address) + ", which is not an address of the device",
          FaultKind::access);
-  if (!memory.allocated(address, i.bytes))
+  if (!memory.allocated(address, bytes))
     fail(w, i, lane, std::string(verb(access)) + hexadecimal(address) + ", outside any allocation", FaultKind::access);
-  if (access == Access::store) memory.mark_written(address, i.bytes);
-  else if (!memory.written(address, i.bytes))
+  if (access == Access::store) memory.mark_written(address, bytes);
+  else if (!memory.written(address, bytes))
     fail(w, i, lane, "device memory at " + hexadecimal(address) + " is read before it was written");
 }
 
 }  // namespace
 
-Addresses addresses_of(const Warp& w, const Instruction& i) {
+Addresses addresses_of(const Warp& w, const Address& address) {
   Addresses a;
-  if (!i.has_base) {
-    for (int lane = 0; lane < lanes; lane++) a.of[lane] = uint64_t(i.displacement);
+  const uint64_t displacement = uint64_t(address.displacement);
+  if (!address.has_base) {
+    for (int lane = 0; lane < lanes; lane++) a.of[lane] = displacement;
     return a;
   }
-  if (i.wide_base) {
-    const uint64_t* base = lanes_of<uint64_t>(w, i.a);
-    PTX_EACH_LANE a.of[lane] = base[lane] + uint64_t(i.displacement);
+  if (address.wide_base) {
+    const uint64_t* base = lanes_of<uint64_t>(w, address.base);
+    PTX_EACH_LANE a.of[lane] = base[lane] + displacement;
   } else {
-    const uint32_t* base = lanes_of<uint32_t>(w, i.a);
-    PTX_EACH_LANE a.of[lane] = uint32_t(base[lane] + uint32_t(i.displacement));
+    const uint32_t* base = lanes_of<uint32_t>(w, address.base);
+    PTX_EACH_LANE a.of[lane] = uint32_t(base[lane] + uint32_t(displacement));
   }
   if (w.active != ~0u) {
     const uint64_t first = a.of[std::countr_zero(w.active)];
@@ -130,7 +132,7 @@ Addresses check_global(Warp& w, const Instruction& i, const Addresses& a, Access
   }
   if (!simple)
     for (int lane = 0; lane < lanes; lane++)
-      if (has_lane(w.active, lane)) check_lane(w, i, lane, a.of[lane], access);
+      if (has_lane(w.active, lane)) check_lane(w, i, lane, a.of[lane], access, i.bytes);
 
   const Launch& launch = *w.block->launch;
   if (!launch.kernel->reads_through_nc || access == Access::load) return offsets;
@@ -151,10 +153,22 @@ Addresses check_global(Warp& w, const Instruction& i, const Addresses& a, Access
   return offsets;
 }
 
+Addresses check_copied(const Warp& w, const Instruction& i, const Addresses& a, const uint32_t* bytes) {
+  check_alignment(w, i, a);
+  Addresses offsets;
+  for (int lane = 0; lane < lanes; lane++) {
+    offsets.of[lane] = DeviceMemory::instance().offset_of(a.of[lane]);
+    if (has_lane(w.active, lane) && bytes[lane] > 0) check_lane(w, i, lane, a.of[lane], Access::load, bytes[lane]);
+  }
+  return offsets;
+}
+
 namespace {
 
-[[noreturn]] void fail_shared(const Warp& w, const Instruction& i, const Addresses& a, Access access) {
+// Throws Fault, except where a thread reads what it has copied itself, which no barrier has shown to the others yet.
+void judge_shared(const Warp& w, const Instruction& i, const Addresses& a, Access access) {
   const Block& block = *w.block;
+  bool excused = false;
   for (int lane = 0; lane < lanes; lane++) {
     if (!has_lane(w.active, lane)) continue;
     const bool dynamic = a.of[lane] >= dynamic_window;
@@ -165,15 +179,20 @@ namespace {
            std::string(verb(access)) + "byte " + std::to_string(within) + " of " + std::to_string(limit) +
                (dynamic ? " bytes of dynamic shared memory" : " bytes of static shared memory"),
            FaultKind::access);
-    const uint8_t* state = &block.shared_state[(dynamic ? block.static_bytes : 0) + within];
+    const uint32_t offset = uint32_t((dynamic ? block.static_bytes : 0) + within);
+    const uint8_t* state = &block.shared_state[offset];
     for (int k = 0; k < i.bytes; k++) {
       if (state[k] == Block::gap)
         fail(w, i, lane, std::string(verb(access)) + "shared memory beyond a variable's end", FaultKind::access);
-      if (access != Access::store && state[k] == Block::unwritten)
-        fail(w, i, lane, "shared memory is read before it was written");
+      if (access == Access::store || state[k] != Block::unwritten) continue;
+      if (access != Access::load_for_others && has_arrived(w, lane, offset + uint32_t(k))) excused = true;
+      else if (is_copied(block, offset + uint32_t(k)))
+        fail(w, i, lane,
+             "shared memory is read before an asynchronous copy has brought it: a wait or a barrier is missing");
+      else fail(w, i, lane, "shared memory is read before it was written");
     }
   }
-  fail(w, i, 0, "an access to shared memory that is wrong in no lane: a mistake in the interpreter");
+  if (!excused) fail(w, i, 0, "an access to shared memory that is wrong in no lane: a mistake in the interpreter");
 }
 
 // Whether all bytes of a lane's access have the least state that it needs. A state is 0, 1 or 2.
@@ -199,16 +218,16 @@ Addresses check_shared(Warp& w, const Instruction& i, const Addresses& a, Access
     beyond |= uint64_t(within + i.bytes > (dynamic ? dynamic_bytes : static_bytes));
     offsets.of[lane] = dynamic ? static_bytes + within : within;
   }
-  if (beyond) fail_shared(w, i, a, access);
+  if (beyond) judge_shared(w, i, a, access);
   uint8_t* state = block.shared_state.data();
-  const bool reads = access != Access::store;
+  const bool reads = access != Access::store, only_reads = access == Access::load || access == Access::load_for_others;
   if (offsets.contiguous(i.bytes)) {
     const uint8_t* first = state + offsets.of[0];
     const uint8_t least = reads ? Block::written : Block::unwritten;
     uint8_t below = 0;
     for (int k = 0; k < lanes * i.bytes; k++) below |= uint8_t(first[k] < least);
-    if (below) fail_shared(w, i, a, access);
-    if (access != Access::load) std::memset(state + offsets.of[0], Block::written, size_t(lanes) * i.bytes);
+    if (below) judge_shared(w, i, a, access);
+    if (!only_reads) std::memset(state + offsets.of[0], Block::written, size_t(lanes) * i.bytes);
     return offsets;
   }
   const int different = offsets.uniform() ? 1 : lanes;
@@ -232,8 +251,8 @@ Addresses check_shared(Warp& w, const Instruction& i, const Addresses& a, Access
         good &= state_is_good<uint64_t>(at, reads);
     }
   }
-  if (!good) fail_shared(w, i, a, access);
-  if (access != Access::load)
+  if (!good) judge_shared(w, i, a, access);
+  if (!only_reads)
     for (int lane = 0; lane < different; lane++) std::memset(state + offsets.of[lane], Block::written, i.bytes);
   return offsets;
 }

@@ -22,14 +22,20 @@ struct Addresses {
   }
 };
 
-Addresses addresses_of(const Warp&, const Instruction&);
+Addresses addresses_of(const Warp&, const Address&);
+inline Addresses addresses_of(const Warp& w, const Instruction& i) { return addresses_of(w, i.address); }
 
-enum class Access { load, load_read_only, store, atomic };
+// load_for_others: a lane gives the address, and other lanes get what is there.
+enum class Access { load, load_read_only, load_for_others, store, atomic };
 
 // Checks an access to global memory and returns offsets into device memory's storage: aligned, within allocations,
 // written before where it is read, and not read through the read-only path (ld.global.nc) by a launch that stores
 // there. Marks what is stored as written. Throws Fault.
 Addresses check_global(Warp&, const Instruction&, const Addresses&, Access);
+
+// The same for the source of an asynchronous copy, of which each lane reads as many bytes as its number says. All
+// addresses are aligned to Instruction::bytes.
+Addresses check_copied(const Warp&, const Instruction&, const Addresses&, const uint32_t* bytes);
 
 // The same for shared memory; returns offsets into Block::shared.
 Addresses check_shared(Warp&, const Instruction&, const Addresses&, Access);

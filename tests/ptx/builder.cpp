@@ -48,8 +48,9 @@ bool read_type(std::string_view text, Type& type) {
 Rule find_rule(std::string_view name) {
   static const auto* table = [] {
     auto* all = new std::unordered_map<std::string_view, Rule>;
-    for (const Rules* rules : {&arithmetic_rules(), &logic_rules(), &comparison_rules(), &conversion_rules(),
-                               &memory_rules(), &atomic_rules(), &exchange_rules(), &control_rules()})
+    for (const Rules* rules :
+         {&arithmetic_rules(), &logic_rules(), &comparison_rules(), &conversion_rules(), &memory_rules(), &copy_rules(),
+          &atomic_rules(), &exchange_rules(), &matrix_rules(), &control_rules()})
       for (const NamedRule& r : *rules) all->emplace(r.name, r.rule);
     return all;
   }();
@@ -128,6 +129,7 @@ void Builder::destination(uint32_t& place, Type t) {
   place = operand == "_" ? names_.unused(t) : place_of(operand, t, true);
 }
 void Builder::unused_destination(uint32_t& place, Type t) { place = names_.unused(t); }
+void Builder::constant(uint32_t& place, uint64_t value, Type t) { place = names_.constant(value, t); }
 void Builder::source(uint32_t& place, Type t) { place = place_of(take("a source"), t, false); }
 
 bool Builder::destination_and_predicate(uint32_t& place, Type t, uint32_t& predicate) {
@@ -147,51 +149,51 @@ void Builder::guarded_source(uint32_t& place) {
 }
 
 // Registers of a vector that are wider than its type are noted by Instruction::flag.
-int Builder::vector_destination(Type t) {
+int Builder::vector_destination(Type t, size_t first) {
   const std::string operand = take("a destination");
   const auto list = operand.front() == '{' ? split(std::string_view(operand).substr(1, operand.size() - 2), ',')
                                            : std::vector{operand};
-  if (list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
+  if (first + list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
   for (size_t k = 0; k < list.size(); k++) {
     const Names::Register* r = names_.find_register(list[k]);
     const bool wider = r && r->type.bits == 64 && t.bits < 64;
     if (wider) instruction.flag = true;
-    instruction.vector[k] = list[k] == "_" ? names_.unused(t) : place_of(list[k], wider ? r->type : t, true);
+    instruction.vector[first + k] = list[k] == "_" ? names_.unused(t) : place_of(list[k], wider ? r->type : t, true);
   }
   return int(list.size());
 }
-int Builder::vector_source(Type t) {
+int Builder::vector_source(Type t, size_t first) {
   const std::string operand = take("a source");
   const auto list = operand.front() == '{' ? split(std::string_view(operand).substr(1, operand.size() - 2), ',')
                                            : std::vector{operand};
-  if (list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
+  if (first + list.size() > instruction.vector.size()) refuse("a vector of " + std::to_string(list.size()));
   for (size_t k = 0; k < list.size(); k++) {
     const Names::Register* r = names_.find_register(list[k]);
     const bool wider = r && r->type.bits == 64 && t.bits < 64;
     if (wider) instruction.flag = true;
-    instruction.vector[k] = place_of(list[k], wider ? r->type : t, false);
+    instruction.vector[first + k] = place_of(list[k], wider ? r->type : t, false);
   }
   return int(list.size());
 }
 
-void Builder::address() {
+void Builder::address(Address& a) {
   const std::string operand = take("an address");
   if (operand.size() < 2 || operand.front() != '[' || operand.back() != ']') refuse("the address " + operand);
   const std::string inside = trimmed(std::string_view(operand).substr(1, operand.size() - 2));
   const size_t plus = inside.find_first_of("+-", 1);
   const std::string base = trimmed(std::string_view(inside).substr(0, plus));
   if (const Names::Register* r = names_.find_register(base)) {
-    instruction.has_base = true;
-    instruction.wide_base = r->type.bits == 64;
-    instruction.a = r->place;
+    a.has_base = true;
+    a.wide_base = r->type.bits == 64;
+    a.base = r->place;
     note_read(r->place);
   } else if (uint64_t value = 0; names_.find_symbol(base, value) || read_number(base, {'u', 64}, value)) {
-    instruction.displacement = int64_t(value);
+    a.displacement = int64_t(value);
   } else {
     refuse("the address " + operand);
   }
   if (plus != std::string::npos)  // +16, +-16 or -16
-    instruction.displacement += std::strtoll(inside.c_str() + plus + (inside[plus] == '+' ? 1 : 0), nullptr, 0);
+    a.displacement += std::strtoll(inside.c_str() + plus + (inside[plus] == '+' ? 1 : 0), nullptr, 0);
 }
 
 std::string Builder::label() { return take("a label"); }

@@ -48,15 +48,15 @@ const Chain& later(const Chain& a, const Chain& b) { return b.cycles > a.cycles 
 }  // namespace
 
 const char* name_of(Class c) {
-  constexpr const char* names[] = {"integer",      "integer64",   "division",     "float32",    "float64",
-                                   "special",      "exact32",     "exact64",      "conversion", "global_load",
-                                   "global_store", "shared_load", "shared_store", "parameter",  "atomic",
-                                   "exchange",     "barrier",     "control"};
+  constexpr const char* names[] = {
+      "integer", "integer64",  "division",    "float32",      "float64",     "special",      "exact32",
+      "exact64", "conversion", "global_load", "global_store", "shared_load", "shared_store", "parameter",
+      "atomic",  "exchange",   "barrier",     "tensor",       "matrix_load", "async_copy",   "control"};
   static_assert(std::size(names) == size_t(Class::count));
   return names[size_t(c)];
 }
 
-// Dependent-issue latencies of Hopper as published microbenchmarks give them, rounded; loads are taken to hit the L2
+// Dependent-issue latencies of Hopper as published microbenchmarks and our estimates give them, rounded; loads are taken to hit the L2
 // cache, which holds the whole state of these networks. tools/first-light measures the ones that decide.
 float latency_of(Class c) {
   switch (c) {
@@ -89,6 +89,11 @@ float latency_of(Class c) {
       return 24;
     case Class::barrier:
       return 20;
+    case Class::tensor:
+    case Class::matrix_load:
+      return 33;
+    case Class::async_copy:
+      return 290;
     case Class::global_store:
     case Class::shared_store:
     case Class::control:
@@ -142,6 +147,8 @@ void Counters::begin_block(const Launch& launch, int warps) {
   for (WarpTime& w : warps_) {
     w.begin = w.latest = {};
     w.issued = 0;
+    w.copied = {};
+    w.groups.clear();
     w.ready.assign(launch.kernel->constants_place / 4 + 1, {});
   }
 }
@@ -156,11 +163,17 @@ void Counters::count_instruction(const Warp& w, const Instruction& i) {
     if (i.reads[k] / 4 < t.ready.size()) start = later(start, t.ready[i.reads[k] / 4]);
   Chain result = start;
   result.cycles += latency_of(i.cost);
-  if (i.cost == Class::global_load || i.cost == Class::atomic) result.loads++;
+  if (i.cost == Class::global_load || i.cost == Class::atomic || i.cost == Class::async_copy) result.loads++;
   for (int k = 0; k < i.write_count; k++) t.ready[i.writes[k] / 4] = result;
   t.latest = later(t.latest, start);
   t.issued++;
-  if (i.flow != Flow::next && i.flow != Flow::meeting) {
+  if (i.copying == Copying::start) t.copied = later(t.copied, result);
+  if (i.copying == Copying::commit) t.groups.push_back(t.copied);
+  const size_t pending = size_t(i.address.displacement);  // of a wait
+  if (i.copying == Copying::wait && t.groups.size() > pending) {
+    t.begin = t.latest = later(t.end(), t.groups[t.groups.size() - 1 - pending]);
+    t.issued = 0;
+  } else if (i.flow != Flow::next && i.flow != Flow::meeting) {
     t.begin = t.latest = t.end();
     t.issued = 0;
   }

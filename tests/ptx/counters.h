@@ -49,10 +49,12 @@ struct Counters {
 
  private:
   struct WarpTime {
-    Chain begin;               // when the first instruction after the last branch can be issued
-    Chain latest;              // when the last of those after it is
-    float issued = 0;          // how many there were
-    std::vector<Chain> ready;  // of each register, by its place / 4
+    Chain begin;                // when the first instruction after the last branch can be issued
+    Chain latest;               // when the last of those after it is
+    float issued = 0;           // how many there were
+    std::vector<Chain> ready;   // of each register, by its place / 4
+    Chain copied;               // when all asynchronous copies so far are there
+    std::vector<Chain> groups;  // and those of each group and before it
     // When all so far has been issued.
     Chain end() const;
   };

@@ -48,12 +48,25 @@ enum class Class : uint8_t {
   atomic,
   exchange,  // shuffles and votes
   barrier,
-  control,  // branches, exits
+  tensor,       // mma
+  matrix_load,  // ldmatrix
+  async_copy,   // cp.async from global to shared memory
+  control,      // branches, exits
   count,
 };
 const char* name_of(Class);
 
+// What an instruction of asynchronous copies does.
+enum class Copying : uint8_t { nothing, start, commit, wait };
+
 enum class Space : uint8_t { parameter, global, shared, generic };
+
+// base + displacement
+struct Address {
+  int64_t displacement = 0;                  // the whole address where has_base is false
+  uint32_t base = 0;                         // place of a register
+  bool has_base = false, wide_base = false;  // wide_base: of 64 bits
+};
 
 struct Instruction {
   Handler handler = nullptr;
@@ -65,16 +78,16 @@ struct Instruction {
   uint8_t parts = 1;  // of a vector operand
   uint8_t bytes = 0;  // that a memory instruction moves for each lane, all parts together
   Space space = Space::global;
-  int32_t guard = -1;   // place of the predicate that guards it
-  int32_t target = -1;  // of a branch
+  Copying copying = Copying::nothing;  // of a wait, address.displacement says how many groups may be under way
+  int32_t guard = -1;                  // place of the predicate that guards it
+  int32_t target = -1;                 // of a branch
   // Places (byte offsets into a warp's register file): destination, then sources in the order of the source text.
   uint32_t d = 0, a = 0, b = 0, c = 0, e = 0;
-  std::array<uint32_t, 4> vector{};          // registers of a vector operand, or the one of a scalar in vector[0]
-  int64_t displacement = 0;                  // of an address; the whole address where has_base is false
-  bool has_base = false, wide_base = false;  // a 64-bit register holds the base
-  uint32_t number = 0;                       // its index in the kernel, for counters and messages
+  std::array<uint32_t, 14> vector{};  // registers of vector operands, or the one of a scalar in vector[0]
+  Address address, to;                // to: where an asynchronous copy writes
+  uint32_t number = 0;                // its index in the kernel, for counters and messages
   // The registers that it reads and writes, for chains of dependent instructions.
-  std::array<uint32_t, 8> reads{};
+  std::array<uint32_t, 12> reads{};
   std::array<uint32_t, 5> writes{};
   uint8_t read_count = 0, write_count = 0;
 };

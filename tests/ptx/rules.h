@@ -61,11 +61,16 @@ class Builder {
   bool destination_and_predicate(uint32_t& place, Type, uint32_t& predicate);
   void guarded_source(uint32_t& place);            // a predicate, "!" before it sets Instruction::flag
   void unused_destination(uint32_t& place, Type);  // of a result that the instruction does not give
-  int vector_destination(Type);                    // {a, b} or one register: into Instruction::vector; returns how many
-  int vector_source(Type);
-  void address();  // [base + displacement]
+  // {a, b} or one register: into Instruction::vector, from the element `first` on; returns how many.
+  int vector_destination(Type, size_t first = 0);
+  int vector_source(Type, size_t first = 0);
+  void address(Address&);  // [base + displacement]
+  void address() { address(instruction.address); }
   std::string label();
   std::string text();  // the next operand as it is
+
+  // An operand that the text does not have: this number in every lane.
+  void constant(uint32_t& place, uint64_t value, Type);
 
   [[noreturn]] void refuse(const std::string& why) const;
   void finish() const;  // refuses what nobody took
@@ -97,8 +102,10 @@ const Rules& logic_rules();
 const Rules& comparison_rules();
 const Rules& conversion_rules();
 const Rules& memory_rules();
+const Rules& copy_rules();
 const Rules& atomic_rules();
 const Rules& exchange_rules();
+const Rules& matrix_rules();
 const Rules& control_rules();
 
 // The rule of an opcode's name ("add"), or nullptr.

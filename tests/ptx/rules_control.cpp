@@ -1,4 +1,5 @@
 // Rules of control: branches, exits, barriers of a block and fences. What they do, the loop that runs a warp does.
+#include "tests/ptx/copies.h"
 #include "tests/ptx/handlers.h"
 
 namespace ptx {
@@ -41,6 +42,7 @@ void bar(Builder& b) {
     b.need("sync");
     b.source(i.c, word);
     i.flow = Flow::meeting;
+    i.handler = [](Warp& w, const Instruction&) { show_copies(w, w.active); };
     return;
   }
   b.has("cta");

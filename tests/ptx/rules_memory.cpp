@@ -40,9 +40,10 @@ void move_to_memory(const Warp& w, const Instruction& i, char* memory, const Add
 template <class T>
 void load_parameter(Warp& w, const Instruction& i) {
   const std::vector<char>& parameters = w.block->launch->parameters;
-  if (!i.has_base && i.parts == 1 && !i.flag && uint64_t(i.displacement) + i.bytes <= parameters.size()) {
+  if (!i.address.has_base && i.parts == 1 && !i.flag &&
+      uint64_t(i.address.displacement) + i.bytes <= parameters.size()) {
     T value;  // the same in all lanes, as nearly always
-    std::memcpy(&value, parameters.data() + i.displacement, sizeof value);
+    std::memcpy(&value, parameters.data() + i.address.displacement, sizeof value);
     Stored<T>* d = lanes_of<T>(w, i.vector[0]);
     PTX_EACH_LANE d[lane] = has_lane(w.active, lane) ? widened(value) : d[lane];
     return;

@@ -332,5 +332,90 @@ TEST(PtxConversion, WordsSplitAndJoined) {
       [](u64 a) { return a << 32 | a >> 32; }, 1);
 }
 
+// What each lane's registers hold, lane after lane; the addresses of a lane's numbers are %a0, %b0 and so on.
+const std::string matrix_prologue =
+    ".reg .b32 %lane, %r<16>; .reg .b64 %at<4>, %by; .reg .f32 %f<16>;\n.shared .align 16 .b8 s[1024];\n"
+    "mov.u32 %lane, %tid.x;\n";
+std::string lane_address(int pointer, int bytes) {
+  const std::string at = "%at" + std::to_string(pointer);
+  return "ld.param.u64 " + at + ", [p" + std::to_string(pointer) + "];\nmul.wide.u32 %by, %lane, " +
+         std::to_string(bytes) + ";\nadd.s64 " + at + ", " + at + ", %by;\n";
+}
+
+TEST(PtxMatrix, ProductOfFragments) {  // as the manual places the elements of mma.m16n8k8 with .tf32 operands
+  Machine m(module_of(matrix_prologue + lane_address(0, 16) + lane_address(1, 16) + lane_address(2, 8) +
+                          "ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%at0];\n"
+                          "ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%at1];\nld.global.v2.b32 {%r4, %r5}, [%at2];\n"
+                          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f4, %f5, %f6, %f7}, "
+                          "{%r0, %r1, %r2, %r3}, {%r4, %r5}, {%f0, %f1, %f2, %f3};\n"
+                          "st.global.v4.f32 [%at0], {%f4, %f5, %f6, %f7};\nret;",
+                      3));
+  std::mt19937 random(1);
+  for (int trial = 0; trial < 20; trial++) {
+    double a[16][8], b[8][8], c[16][8];
+    std::vector<float> of_a(128), of_b(64), of_c(128);
+    const auto number = [&] { return float(int(random() % 65) - 32); };
+    const auto with_last_bits = [&](float x) {  // which must not matter
+      return std::bit_cast<float>(std::bit_cast<u32>(x) | u32(random() & 0x1fff));
+    };
+    for (int lane = 0; lane < 32; lane++) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; i++) {
+        const float x = number();
+        a[i == 0 || i == 2 ? g : g + 8][i < 2 ? t : t + 4] = x;
+        of_a[size_t(lane * 4 + i)] = with_last_bits(x);
+        c[i < 2 ? g : g + 8][2 * t + (i & 1)] = of_c[size_t(lane * 4 + i)] = number();
+      }
+      for (int i = 0; i < 2; i++) {
+        const float x = number();
+        b[i == 0 ? t : t + 4][g] = x;
+        of_b[size_t(lane * 2 + i)] = with_last_bits(x);
+      }
+    }
+    const uint64_t out = Machine::upload(of_c);
+    m.run(1, 32, {out, Machine::upload(of_a), Machine::upload(of_b)}, uint64_t(trial));
+    const std::vector<float> got = Machine::download<float>(out, 128);
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+        double sum = c[row][column];
+        for (int k = 0; k < 8; k++) sum += a[row][k] * b[k][column];
+        ASSERT_EQ(got[size_t(lane * 4 + i)], sum) << "lane " << lane << ", " << i;
+      }
+  }
+}
+
+TEST(PtxMatrix, RowsFromSharedMemory) {
+  for (const int count : {1, 2, 4})
+    for (const bool transposed : {false, true}) {
+      std::string registers;
+      for (int m = 0; m < count; m++) registers += (m ? ", %r" : "%r") + std::to_string(m);
+      std::string body =
+          matrix_prologue + lane_address(0, 16) + lane_address(1, 16) +
+          "mov.u32 %r8, s;\nshl.b32 %r9, %lane, 4;\nadd.u32 %r8, %r8, %r9;\n"
+          "ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%at1];\nst.shared.v4.b32 [%r8], {%r4, %r5, %r6, %r7};\n"
+          "bar.sync 0;\nldmatrix.sync.aligned.m8n8.x" +
+          std::to_string(count) + (transposed ? ".trans" : "") + ".shared.b16 {" + registers + "}, [%r8];\n";
+      for (int m = 0; m < count; m++)
+        body += "st.global.b32 [%at0+" + std::to_string(4 * m) + "], %r" + std::to_string(m) + ";\n";
+      Machine machine(module_of(body + "ret;", 2));
+      std::vector<u16> in(256);
+      for (size_t k = 0; k < 256; k++) in[k] = u16(1000 + k);
+      for (const uint64_t seed : {0, 1}) {
+        const uint64_t out = Machine::upload(std::vector<u32>(128, 7));
+        machine.run(1, 32, {out, Machine::upload(in)}, seed);
+        const std::vector<u32> got = Machine::download<u32>(out, 128);
+        for (int lane = 0; lane < 32; lane++)
+          for (int m = 0; m < 4; m++) {
+            const auto number = [&](int row, int column) {
+              return u32(in[size_t(64 * m + (transposed ? 8 * column + row : 8 * row + column))]);
+            };
+            const u32 want = number(lane / 4, lane % 4 * 2) | number(lane / 4, lane % 4 * 2 + 1) << 16;
+            ASSERT_EQ(got[size_t(lane * 4 + m)], m < count ? want : 7u) << count << " matrices, lane " << lane;
+          }
+      }
+    }
+}
+
 }  // namespace
 }  // namespace ptx::test

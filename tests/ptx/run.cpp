@@ -10,6 +10,7 @@
 #include <climits>
 #include <numeric>
 
+#include "tests/ptx/copies.h"
 #include "tests/ptx/counters.h"
 #include "tests/ptx/warp.h"
 
@@ -239,6 +240,7 @@ void release_barrier(std::vector<Warp>& warps) {
       p = (p & ~released) | (result ? released : 0);
     }
     w.at_barrier &= ~released;
+    show_copies(w, released);
   }
 }
 
@@ -310,6 +312,8 @@ void run_block(Launch& launch, Block& block, std::vector<Warp>& warps, std::vect
     release_barrier(warps);
     if constexpr (counting) launch.counters->pass_barrier();
   }
+  for (const Warp& w : warps) expect_no_copies(w);
+  block.copies.clear();
   if constexpr (counting) launch.counters->end_block();
 }
 

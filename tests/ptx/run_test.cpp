@@ -184,6 +184,65 @@ TEST(PtxRun, VectorsAndNarrowTypes) {
   EXPECT_EQ(Machine::download<uint16_t>(out + 12, 1)[0], uint8_t(low));
 }
 
+// %r3: where thread t has its word in shared memory; %r4: where another one has.
+const std::string own_and_other =
+    ".shared .align 16 .b8 s[512];\nmov.u32 %r2, s;\nshl.b32 %r3, %t, 2;\nxor.b32 %r4, %r3, 4;\n"
+    "add.u32 %r3, %r2, %r3;\nadd.u32 %r4, %r2, %r4;\n";
+const std::string copy_own = "cp.async.ca.shared.global [%r3], [%at], 4;\n", commit = "cp.async.commit_group;\n";
+
+TEST(PtxRun, AsynchronousCopies) {
+  // The buffer holds its thread's number at first; each adds what its neighbour copied.
+  const std::string from_other = "ld.shared.u32 %r5, [%r4];\nadd.u32 %r5, %r5, 10;\nst.global.u32 [%at], %r5;\nret;";
+  for (const std::string wait : {"cp.async.wait_group 0;\nbar.sync 0;\n", "cp.async.wait_all;\nbar.warp.sync -1;\n"})
+    for (const uint64_t seed : {0, 1, 2}) {
+      Machine m(module_of(prologue + own_and_other + copy_own + commit + wait + from_other, 1));
+      std::vector<u32> in(64);
+      std::iota(in.begin(), in.end(), 100u);
+      const uint64_t at = Machine::upload(in);
+      m.run(1, 64, {at}, seed);
+      const auto got = Machine::download<u32>(at, 64);
+      for (u32 t = 0; t < 64; t++) EXPECT_EQ(got[t], 110 + (t ^ 1));
+    }
+  // Of 16 bytes the first `t % 17`; the rest becomes 0. Nothing is read beyond them.
+  Machine ragged(
+      module_of(prologue +
+                    ".shared .align 16 .b8 s[512];\nmov.u32 %r2, s;\nshl.b32 %r3, %t, 4;\nadd.u32 %r2, %r2, %r3;\n"
+                    "rem.u32 %r4, %t, 17;\nld.param.u64 %rd1, [p1];\n"
+                    "cp.async.cg.shared.global [%r2], [%rd1], 16, %r4;\n" +
+                    commit +
+                    "cp.async.wait_group 0;\nld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r2];\n"
+                    "mul.wide.s32 %rd2, %t, 12;\nadd.s64 %at, %at, %rd2;\n"
+                    "st.global.v4.u32 [%at], {%r5, %r6, %r7, %r8};\nret;",
+                2));
+  std::vector<unsigned char> bytes(16);
+  std::iota(bytes.begin(), bytes.end(), 1);
+  const uint64_t out = Machine::unwritten(512);
+  ragged.run(1, 32, {out, Machine::upload(bytes)});
+  const auto got = Machine::download<unsigned char>(out, 512);
+  for (size_t k = 0; k < 512; k++) EXPECT_EQ(got[k], k % 16 < k / 16 % 17 ? k % 16 + 1 : 0);
+}
+
+TEST(PtxFaults, AsynchronousCopiesThatNobodyWaitsFor) {
+  const std::string read_own = "ld.shared.u32 %r5, [%r3];\nst.global.u32 [%at], %r5;\nret;";
+  const std::string read_other = "ld.shared.u32 %r5, [%r4];\nst.global.u32 [%at], %r5;\nret;";
+  const std::string start = own_and_other + copy_own + commit, wait = "cp.async.wait_group 0;\n";
+  const char* missing = "read before an asynchronous copy has brought it";
+  EXPECT_EQ(fault_of(start + wait + read_own, 1, 64), "no fault");
+  EXPECT_EQ(fault_of(start + wait + "bar.sync 0;\n" + read_other, 1, 64), "no fault");
+  EXPECT_HAS(fault_of(start + "bar.sync 0;\n" + read_own, 1, 64), missing);
+  EXPECT_HAS(fault_of(start + "bar.sync 0;\n" + wait + read_other, 1, 64), missing);
+  EXPECT_HAS(fault_of(start + wait + read_other, 1, 64), missing);
+  EXPECT_HAS(fault_of(start + "cp.async.wait_group 1;\n" + read_own, 1, 64), missing);
+  EXPECT_HAS(fault_of(own_and_other + copy_own + wait + read_own, 1, 64), missing);  // in no group
+  EXPECT_HAS(fault_of(start + "ret;", 1, 64), "the kernel ends before it has waited for this copy");
+  EXPECT_HAS(fault_of(start + wait + copy_own + commit + wait + read_other, 1, 64), missing);
+  EXPECT_HAS(fault_of(own_and_other + "cp.async.ca.shared.global [%r3], [%at], 4, 5;\nret;", 1, 64),
+             "a copy that reads 5 of 4 bytes");
+  EXPECT_HAS(fault_of(own_and_other + "cp.async.ca.shared.global [%r3], [%at+2], 4;\nret;", 1, 64), "misaligned");
+  EXPECT_HAS(fault_of(own_and_other + "cp.async.ca.shared.global [%r3], [%at+4], 4;\nret;", 1, 64),
+             "outside any allocation");
+}
+
 // ------------------------------------------------------------------------------------------------------- faults
 TEST(PtxFaults, NameThePlace) {
   const std::string text = fault_of("st.global.u32 [%at+4], %i;\nret;", 1, 64);
@@ -336,6 +395,17 @@ TEST(PtxCounters, DivergenceAndChains) {
   EXPECT_GE(deep.longest.cycles, 10 * latency_of(Class::global_load));
   EXPECT_EQ(wide.longest.loads, 1u);
   EXPECT_LT(wide.longest.cycles, 2 * latency_of(Class::global_load));
+  // Two copies, and loads for whose results nobody waits: only a wait for the copies' group takes time.
+  const std::string copies =
+      ".shared .align 4 .b8 s[128];\nshl.b32 %r2, %t, 2;\nmov.u32 %r3, s;\nadd.u32 %r2, %r2, %r3;\n"
+      "cp.async.ca.shared.global [%r2], [%at], 4;\ncp.async.commit_group;\n";
+  const Counters waits = count(copies + "cp.async.wait_group 0;\nld.shared.u32 %r4, [%r2];\nret;", 1, 32, 32);
+  EXPECT_EQ(waits.longest.loads, 1u);
+  EXPECT_GE(waits.longest.cycles, latency_of(Class::async_copy));
+  EXPECT_EQ(waits.warp_instructions[size_t(Class::async_copy)], 1u);
+  EXPECT_EQ(waits.load_bytes, 128u);
+  const Counters later = count(copies + "cp.async.wait_group 1;\ncp.async.wait_all;\nret;", 1, 32, 32);
+  EXPECT_GE(later.longest.cycles, latency_of(Class::async_copy));
   const Counters barriers = count("bar.sync 0;\nbar.sync 0;\nbar.sync 0;\nret;", 2, 64, 128);
   EXPECT_EQ(barriers.longest.barriers, 3u);
   EXPECT_EQ(barriers.blocks, 2u);

@@ -45,6 +45,19 @@ struct Launch {
   Random* random = nullptr;      // of a seeded schedule; nullptr: in order
 };
 
+// An asynchronous copy, until a barrier shows what it has brought to all threads.
+struct PendingCopy {
+  const Instruction* instruction;
+  uint32_t offset, bytes;  // in Block::shared
+  uint32_t group;          // of its thread's groups
+  bool arrived;            // its thread has waited for it
+  char data[16];
+};
+struct ThreadCopies {
+  uint32_t group = 0;               // that is open
+  std::vector<PendingCopy> copies;  // in the order of the program
+};
+
 // The block that runs. Shared memory is filled with 0xff before each block, so that what a kernel takes from it without
 // having written it is a NaN in what follows, beside being reported.
 struct Block {
@@ -54,6 +67,7 @@ struct Block {
   uint32_t static_bytes = 0;  // dynamic shared memory follows them in `shared`
   std::vector<char> shared;
   std::vector<uint8_t> shared_state;
+  std::vector<ThreadCopies> copies;  // of each thread, from the first copy on
 };
 
 struct Warp {

@@ -11,15 +11,15 @@
 namespace baton {
 
 inline bool device_available() {
-#if defined(BATON_CUDA)
   static const bool available = [] {
-    int count = 0;
-    return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+    try {
+      Device device;
+      return true;
+    } catch (const RunError&) {
+      return false;
+    }
   }();
   return available;
-#else
-  return true;
-#endif
 }
 
 }  // namespace baton

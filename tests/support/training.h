@@ -71,6 +71,7 @@ struct TestedKind {
   std::string kind;
   json settings = json::object();
 };
+inline const TestedKind ffg{"ffg", "ffg"};
 // Those that can train networks side by side (Bayesian incremental learning and fine-tuning).
 inline const std::vector<TestedKind> stage_kinds{
     {"ft", "ft"},

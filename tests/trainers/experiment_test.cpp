@@ -22,7 +22,7 @@ namespace fs = std::filesystem;
 
 constexpr int train_images = 60, test_images = 40;
 
-ExperimentData digits(int train = train_images, int test = test_images) {
+ExperimentData experiment_digits(int train = train_images, int test = test_images) {
   ExperimentData data;
   data.set.name = "mnist";
   data.set.source = "generated for a test";
@@ -207,7 +207,7 @@ class TaskExperiment : public Experiment {};
 // ---------------------------------------------------------------------------------------------------- parts of a task
 TEST_F(Experiment, ASignalledExperimentGoesOn) {
   BATON_NEEDS_DEVICE();
-  expect_signals_leave_no_trace(digits(72, 30), part_runs(), SIGTERM, 3, 9, 5);
+  expect_signals_leave_no_trace(experiment_digits(72, 30), part_runs(), SIGTERM, 3, 9, 5);
   ASSERT_EQ(result("whole")["runs"].size(), 4u);
   ASSERT_EQ(lines("whole").size(), 2u * 2 * 2 * 3);  // a line for each of three epochs, the last of half
 }
@@ -215,7 +215,7 @@ TEST_F(Experiment, ASignalledExperimentGoesOn) {
 // A stage's time is that of all its steps, an epoch's too, whatever came between.
 TEST_F(Experiment, TimeGoesOn) {
   BATON_NEEDS_DEVICE();
-  const ExperimentData data = digits(72, 30);
+  const ExperimentData data = experiment_digits(72, 30);
   {
     AtQuestion at;
     at.signal(SIGTERM, 5);  // before step 7, in the second epoch of four steps
@@ -239,7 +239,7 @@ TEST_F(Experiment, TimeGoesOn) {
 
 TEST_F(Experiment, ResultsOfParts) {
   BATON_NEEDS_DEVICE();
-  const json r = run_experiment(options("a"), digits(72, 30), part_runs());
+  const json r = run_experiment(options("a"), experiment_digits(72, 30), part_runs());
   ASSERT_EQ(r["runs"].size(), 4u);
   for (size_t i = 0; i < 4; i++) {
     const json& one = r["runs"][i];
@@ -278,7 +278,7 @@ TEST_F(TaskExperiment, ResultAndFiles) {
                                   task_run("bbb", 0, {{"lr", 1e-3}, {"draws", 2}, {"sigma", 0.03}})};
   runs[0].histogram = true;
   runs[1].inference = Inference::committee;
-  const json r = run_experiment(options("a"), digits(), runs);
+  const json r = run_experiment(options("a"), experiment_digits(), runs);
   EXPECT_EQ(r, result("a"));
   EXPECT_FALSE(fs::exists(folder_ / "a" / "checkpoint"));
   EXPECT_EQ(r["experiment"], "test");
@@ -370,7 +370,7 @@ TEST_F(TaskExperiment, EveryStageByEveryInference) {
   for (Inference inference : all_inferences) {
     std::vector<ExperimentRun> runs{bgd_run()};
     runs[0].inference = inference;
-    by.push_back(run_experiment(options(name(inference)), digits(), runs)["runs"][0]["stages"]);
+    by.push_back(run_experiment(options(name(inference)), experiment_digits(), runs)["runs"][0]["stages"]);
   }
   for (int stage = 0; stage < 3; stage++)
     for (const json& stages : by)
@@ -392,7 +392,7 @@ TEST_F(TaskExperiment, JudgementsWithinAStage) {
   runs[1].stages.pixel_order = permute_pixels(3, 784, 5);
   runs[1].stages.probabilities = continuous_schedule(3, 12, 4);
   runs[1].checks = 4;
-  const json r = run_experiment(options("a"), digits(), runs);
+  const json r = run_experiment(options("a"), experiment_digits(), runs);
   ASSERT_EQ(r["runs"][0]["stages"].size(), 4u);
   for (int i = 0; i < 4; i++) {
     EXPECT_EQ(r["runs"][0]["stages"][i]["epoch"], i + 1);
@@ -415,7 +415,7 @@ TEST_F(TaskExperiment, Pruning) {
   }
   ExperimentOptions o = options("a");
   o.save_models = true;
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   const json result = run_experiment(o, data, runs);
   const int weights = 784 * 8 + 8 * 10;
   for (const json& run : result["runs"]) {
@@ -551,7 +551,7 @@ TEST_F(Experiment, SavedModelsGoOn) {
     ExperimentRun run = task_run(kind, 3, settings);
     run.stages = split_into_parts(train_images, 2, {3});
     run.inference = Inference::softmax;
-    expect_model_goes_on(run, options(kind), digits(), false);
+    expect_model_goes_on(run, options(kind), experiment_digits(), false);
   }
 }
 
@@ -563,7 +563,7 @@ TEST_F(TaskExperiment, UnderTf32) {
   const auto learn = [&](Precision precision) {
     ExperimentOptions o = options(name(precision));
     o.precision = precision, o.save_models = true;
-    return run_experiment(o, digits(), {run});
+    return run_experiment(o, experiment_digits(), {run});
   };
   const json fp32 = learn(Precision::fp32), tf32 = learn(Precision::tf32);
   EXPECT_EQ(fp32["precision"], "fp32");
@@ -602,7 +602,7 @@ TEST_F(TaskExperiment, UnderTf32) {
 
 TEST_F(Experiment, SavedModelsWithHeadsGoOn) {
   BATON_NEEDS_DEVICE();
-  ExperimentData tasks = digits();
+  ExperimentData tasks = experiment_digits();
   tasks.set.train = generate_textures(8, 3);
   tasks.test = {generate_textures(3, 4), generate_textures(3, 5)};
   for (const auto& [kind, settings] :
@@ -623,7 +623,7 @@ TEST_F(Experiment, SavedModelsWithHeadsGoOn) {
 // to the very result.
 TEST_F(TaskExperiment, AKilledExperimentGoesOn) {
   BATON_NEEDS_DEVICE();
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   std::vector<ExperimentRun> runs = task_runs();
   AtQuestion at;
   const auto count = [&](size_t some) {  // of the first runs alone
@@ -658,7 +658,7 @@ void kill_after_step(AtQuestion& at, int step) {
 
 TEST_F(TaskExperiment, ARunKilledInAStageGoesOn) {
   BATON_NEEDS_DEVICE();
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   run_experiment(options("whole"), data, task_runs());
   for (int after : {3, 15, 20, 35}) {
     SCOPED_TRACE(testing::Message() << "killed after step " << after);
@@ -682,7 +682,7 @@ TEST_F(TaskExperiment, ASignalledExperimentGoesOn) {
   std::vector<ExperimentRun> runs = task_runs(1.0001);
   for (ExperimentRun& r : runs) r.measure_every = 1;
   for (size_t r : {1, 2}) runs[r].stages = permuted(2);
-  expect_signals_leave_no_trace(digits(), runs, SIGINT, 11, 20, 31);
+  expect_signals_leave_no_trace(experiment_digits(), runs, SIGINT, 11, 20, 31);
   EXPECT_EQ(result("whole")["runs"][0]["warnings"].size(), 1u);
 }
 
@@ -690,7 +690,7 @@ TEST_F(TaskExperiment, ASignalledExperimentGoesOn) {
 TEST_F(TaskExperiment, AWarningIsGivenOnce) {
   BATON_NEEDS_DEVICE();
   const std::vector<ExperimentRun> runs = task_runs(1.0001);  // passed at once
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   const json want = run_experiment(options("whole"), data, runs);
   ASSERT_EQ(want["runs"][0]["warnings"].size(), 1u);
   {
@@ -703,7 +703,7 @@ TEST_F(TaskExperiment, AWarningIsGivenOnce) {
 
 TEST_F(TaskExperiment, AnotherExperimentIsRefused) {
   BATON_NEEDS_DEVICE();
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   AtQuestion at;
   run_experiment(options("first run"), data, {task_runs()[0]});
   const int of_first_run = at.asked_since_nothing();
@@ -745,7 +745,7 @@ TEST_F(TaskExperiment, AnotherExperimentIsRefused) {
 }
 
 TEST_F(TaskExperiment, WhatMakesNoSenseIsRefused) {
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   const auto refuses = [&](const char* what, const ExperimentData& its_data, const std::vector<ExperimentRun>& runs,
                            bool save_models = false) {
     ExperimentOptions o = options("a");
@@ -777,7 +777,7 @@ TEST_F(TaskExperiment, WhatMakesNoSenseIsRefused) {
 
 TEST_F(TaskExperiment, ADamagedCheckpointIsRefused) {
   BATON_NEEDS_DEVICE();
-  const ExperimentData data = digits();
+  const ExperimentData data = experiment_digits();
   {
     AtQuestion at;
     kill_after_step(at, 8);

@@ -15,7 +15,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const TestedKind ffg{"ffg", "ffg"};
 const TestedKind& bgd = task_kinds[0];
 
 // As if a signal came, until the end of the block.

@@ -10,7 +10,7 @@
 namespace baton::test {
 namespace {
 
-TestedKind bgd(int draws, int at_once = 0, double sigma = 0.04) {
+TestedKind make_bgd(int draws, int at_once = 0, double sigma = 0.04) {
   return {"bgd", "bgd", {{"draws", draws}, {"draws_at_once", at_once}, {"sigma", sigma}}};
 }
 TestedKind point(const char* kind, double lr, const json& more = json::object()) {
@@ -107,7 +107,7 @@ TEST(Tasks, WhatMakesNoSenseIsRefused) {
   const auto build = [](auto change, const NetworkFactory& network = small_mlp(4)) {
     Stages stages = permuted_tasks(2, 20);
     change(stages);
-    Training(settings_of(bgd(2)), stages, digits(20), network);
+    Training(settings_of(make_bgd(2)), stages, digits(20), network);
   };
   const auto refuses = [&](const char* what, auto change) { EXPECT_THROW(build(change), InputError) << what; };
   EXPECT_NO_THROW(build([](S) {}));
@@ -135,7 +135,7 @@ TEST(Tasks, WhatMakesNoSenseIsRefused) {
   refuses("continuous tasks without orders", [&](S s) { continuous(s), s.pixel_order.clear(); });
   refuses("a step of other tasks", [&](S s) { continuous(s), s.probabilities[7].push_back(0); });
 
-  Training run(settings_of(bgd(2)), permuted_tasks(2, 20), digits(20), small_mlp(4));
+  Training run(settings_of(make_bgd(2)), permuted_tasks(2, 20), digits(20), small_mlp(4));
   EXPECT_THROW(run.trainer.run(1), InputError);
   EXPECT_THROW(run.trainer.begin_stage(2), InputError);
   EXPECT_THROW(run.trainer.begin_stage(-1), InputError);
@@ -143,7 +143,7 @@ TEST(Tasks, WhatMakesNoSenseIsRefused) {
 
 TEST(Tasks, StepsAndTotals) {
   BATON_NEEDS_DEVICE();
-  TrainingSettings settings = settings_of(bgd(4, 2));
+  TrainingSettings settings = settings_of(make_bgd(4, 2));
   settings.epochs = 1.5;
   Stages stages = permuted_tasks(2, 50);
   stages.sizes[1] = 21;
@@ -215,7 +215,7 @@ TEST(Tasks, AStepIsTheAlgorithm) {
   for (const int at_once : {6, 2}) {
     SCOPED_TRACE(at_once);
     const Stages stages = permuted_tasks(2, 60);
-    TestedKind kind = bgd(draws, at_once);
+    TestedKind kind = make_bgd(draws, at_once);
     kind.settings["eta"] = eta;
     Training run(settings_of(kind, batch, 5), stages, digits(60), small_mlp(hidden));
     Device& device = run.memory.device();
@@ -295,7 +295,7 @@ TEST(Tasks, AStepIsTheAlgorithm) {
 
 TEST(Tasks, HowManyDrawsAtOnceDoesNotMatter) {
   BATON_NEEDS_DEVICE();
-  for (TestedKind kind : {bgd(6), task_kinds[1]}) {
+  for (TestedKind kind : {make_bgd(6), task_kinds[1]}) {
     std::vector<std::vector<float>> first;
     kind.settings["draws"] = 6;
     for (int at_once : {6, 1, 2}) {
@@ -338,7 +338,7 @@ TEST(Tasks, AReplayIsTheStep) {
 TEST(Tasks, HeadsWait) {
   BATON_NEEDS_DEVICE();
   for (const TestedKind& kind :
-       {bgd(4, 2), point("sgd", 0.05), bgd(4), stage_kinds[0], stage_kinds[1], stage_kinds[5]}) {
+       {make_bgd(4, 2), point("sgd", 0.05), make_bgd(4), stage_kinds[0], stage_kinds[1], stage_kinds[5]}) {
     SCOPED_TRACE(kind.name);
     Training run(settings_of(kind), stages_by_head(60), digits_for_heads(60), two_heads());
     const bool has_prior = !run.trainer.posterior().kl_names().empty();
@@ -468,7 +468,7 @@ TripWire read_wire(Posterior& posterior) {
 // eta sigma0^2 B far above what is known to hold: the run stops with numbers still in its hands, and says what to do.
 TEST(Tasks, ARunawaySigmaStopsTheRun) {
   BATON_NEEDS_DEVICE();
-  TrainingSettings settings = settings_of(bgd(2, 0, 0.1), 100);
+  TrainingSettings settings = settings_of(make_bgd(2, 0, 0.1), 100);
   settings.epochs = 1000;
   Training run(settings, whole_set(400), digits(400), small_mlp(40));
   run.trainer.begin_stage(0);
@@ -499,7 +499,7 @@ TEST(Tasks, NoGrowthAndNoCopiesOfTheNoise) {
   const int hidden = 64, batch = 10, draws = 10;
   for (int at_once : {10, 1}) {
     SCOPED_TRACE(at_once);
-    Training run(settings_of(bgd(draws, at_once), batch), permuted_tasks(2, 50), digits(50), small_mlp(hidden));
+    Training run(settings_of(make_bgd(draws, at_once), batch), permuted_tasks(2, 50), digits(50), small_mlp(hidden));
     Arena& arena = run.memory.arena();
     const size_t bytes = arena.bytes();
     const size_t row = run.trainer.posterior().store().row_bytes();

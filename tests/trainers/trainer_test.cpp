@@ -11,7 +11,6 @@ namespace baton::test {
 namespace {
 
 NetworkFactory lenet5() { return network_factory(network_spec("lenet5")); }
-const TestedKind ffg{"ffg", "ffg"};
 
 TEST(Incremental, TheSameSeedIsTheSameRun) {
   BATON_NEEDS_DEVICE();

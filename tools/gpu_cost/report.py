@@ -102,8 +102,9 @@ def amount(value):
 
 
 CLASS_GROUPS = [("int", ("integer", "integer64", "division")), ("fp32", ("float32", "exact32")),
-                ("fp64", ("float64", "exact64")), ("sfu", ("special",)), ("cvt", ("conversion",)),
-                ("glob", ("global_load", "global_store", "atomic")), ("shar", ("shared_load", "shared_store")),
+                ("fp64", ("float64", "exact64")), ("mma", ("tensor",)), ("sfu", ("special",)), ("cvt", ("conversion",)),
+                ("glob", ("global_load", "global_store", "async_copy", "atomic")),
+                ("shar", ("shared_load", "shared_store", "matrix_load")),
                 ("shfl", ("exchange",)), ("bar", ("barrier",)), ("else", ("control", "parameter"))]
 
 

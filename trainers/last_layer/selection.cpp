@@ -55,10 +55,10 @@ int draw_by_distance(const std::vector<Real>& distance, const std::vector<char>&
 }
 
 template <class Real>
-class Selection {
+class Selector {
  public:
-  Selection(Device& device, LastLayer<Real>& layer, const FeatureRows<Real>& pool, const std::vector<int>& candidates,
-            int batch, const SelectionOptions& options)
+  Selector(Device& device, LastLayer<Real>& layer, const FeatureRows<Real>& pool, const std::vector<int>& candidates,
+           int batch, const SelectionOptions& options)
       : device_(device),
         layer_(layer),
         o_(options),
@@ -302,7 +302,7 @@ template <class Real>
 std::vector<int> select_batch(Device& device, LastLayer<Real>& layer, const FeatureRows<Real>& pool,
                               const std::vector<int>& candidates, int batch, const SelectionOptions& options) {
   BATON_RANGE("select_batch");
-  std::vector<int> picks = Selection<Real>(device, layer, pool, candidates, batch, options).choose();
+  std::vector<int> picks = Selector<Real>(device, layer, pool, candidates, batch, options).choose();
   for (int& k : picks) k = candidates[k];
   return picks;
 }

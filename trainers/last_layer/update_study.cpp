@@ -30,17 +30,17 @@ std::vector<int> draw_order(int count, uint64_t seed, uint64_t stream) {
   return order;
 }
 
+struct Judged {
+  Metrics metrics;
+  std::vector<int> choice;  // [test]
+};
+
 namespace {
 
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
 }
-
-struct Judged {
-  Metrics metrics;
-  std::vector<int> choice;  // [test]
-};
 
 Judged judge(const std::vector<double>& probability, const std::vector<uint8_t>& labels, int classes) {
   const std::vector<float> p(probability.begin(), probability.end());

@@ -162,7 +162,7 @@ std::string error_of(const std::function<void()>& work) {
 std::string error_of(const Bytes& bytes) {
   return error_of([&] { decode_picture("photo", bytes); });
 }
-bool has(const std::string& text, const std::string& piece) { return text.find(piece) != std::string::npos; }
+bool contains(const std::string& text, const std::string& piece) { return text.find(piece) != std::string::npos; }
 
 // The most memory that the process has had, in MB.
 long peak_megabytes() {
@@ -221,7 +221,7 @@ TEST(Png, TruncationAnywhereIsRefused) {
     for (size_t keep = 0; keep < whole.size(); ++keep) {
       const std::string message = error_of(Bytes(whole.begin(), whole.begin() + keep));
       EXPECT_TRUE(message.starts_with("photo is ")) << keep << ": " << message;
-      EXPECT_TRUE(has(message, keep < 8 ? "no picture" : "damaged PNG")) << keep << ": " << message;
+      EXPECT_TRUE(contains(message, keep < 8 ? "no picture" : "damaged PNG")) << keep << ": " << message;
     }
   }
 }
@@ -243,8 +243,8 @@ TEST(Png, SidesAreBoundedBeforeAnythingIsAllocated) {
   const Bytes png = encode_png(small_png());
   EXPECT_EQ(error_of(with_sides(png, 16385, 4)),
             "photo is 16385 x 4 pixels; at most 16384 a side and 67108864 in all are read");
-  EXPECT_TRUE(has(error_of(with_sides(png, 4, 0x7fffffff)), "4 x 2147483647 pixels"));
-  EXPECT_TRUE(has(error_of(with_sides(png, 16384, 16384)), "in all"));
+  EXPECT_TRUE(contains(error_of(with_sides(png, 4, 0x7fffffff)), "4 x 2147483647 pixels"));
+  EXPECT_TRUE(contains(error_of(with_sides(png, 16384, 16384)), "in all"));
   EXPECT_NE(error_of(with_sides(png, 0, 4)), "");
   EXPECT_NE(error_of(with_sides(png, 0x80000000u, 4)), "");
   EXPECT_NE(error_of([&] { decode_picture("photo", png, 19); }), "");
@@ -253,7 +253,7 @@ TEST(Png, SidesAreBoundedBeforeAnythingIsAllocated) {
   const long before = peak_megabytes();
   for (bool interlaced : {false, true}) {
     const Bytes deep = encode_png(random_png({5, 4, PNG_COLOR_TYPE_RGBA, 16, interlaced}, 1));
-    EXPECT_TRUE(has(error_of(with_sides(deep, 4096, 16384)), "damaged"));
+    EXPECT_TRUE(contains(error_of(with_sides(deep, 4096, 16384)), "damaged"));
   }
   EXPECT_LT(peak_megabytes() - before, 40);
 }
@@ -286,7 +286,7 @@ TEST(Jpeg, GreyAndColourAreRead) {
 
 TEST(Jpeg, CmykIsRefused) {
   Bytes pixels(16 * 16 * 4, 90);
-  EXPECT_TRUE(has(error_of(encode_jpeg(pixels, 16, 16, TJPF_CMYK, TJSAMP_444)), "CMYK"));
+  EXPECT_TRUE(contains(error_of(encode_jpeg(pixels, 16, 16, TJPF_CMYK, TJSAMP_444)), "CMYK"));
 }
 
 TEST(Jpeg, TruncationAnywhereIsRefused) {
@@ -295,7 +295,7 @@ TEST(Jpeg, TruncationAnywhereIsRefused) {
     const Bytes whole = small_jpeg(flags);
     for (size_t keep = 0; keep < whole.size(); ++keep) {
       const std::string message = error_of(Bytes(whole.begin(), whole.begin() + keep));
-      EXPECT_TRUE(has(message, keep < 3 ? "no picture" : "damaged JPEG")) << keep << ": " << message;
+      EXPECT_TRUE(contains(message, keep < 3 ? "no picture" : "damaged JPEG")) << keep << ": " << message;
     }
   }
   EXPECT_EQ(testing::internal::GetCapturedStderr(), "");
@@ -324,11 +324,11 @@ TEST(Jpeg, ClaimedSidesMustBePlausible) {
     return error_of(jpeg);
   };
   const long before = peak_megabytes();
-  EXPECT_TRUE(has(sides(4000, 16000), "bytes cannot hold 4000 x 16000 pixels"));
+  EXPECT_TRUE(contains(sides(4000, 16000), "bytes cannot hold 4000 x 16000 pixels"));
   EXPECT_LT(peak_megabytes() - before, 40);
-  EXPECT_TRUE(has(sides(20000, 10), "at most 16384 a side"));
-  EXPECT_TRUE(has(sides(16384, 16384), "in all"));
-  EXPECT_TRUE(has(sides(40, 18), "damaged"));
+  EXPECT_TRUE(contains(sides(20000, 10), "at most 16384 a side"));
+  EXPECT_TRUE(contains(sides(16384, 16384), "in all"));
+  EXPECT_TRUE(contains(sides(40, 18), "damaged"));
   EXPECT_NE(sides(20, 0), "");
 }
 
@@ -368,9 +368,9 @@ TEST(PictureFiles, AreToldByTheirFirstBytes) {
   std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   expect_same(load_picture(path), expected(spec));
   std::ofstream(path, std::ios::binary) << "text";
-  EXPECT_TRUE(has(error_of([&] { load_picture(path); }), path.string() + " is no picture"));
+  EXPECT_TRUE(contains(error_of([&] { load_picture(path); }), path.string() + " is no picture"));
   std::filesystem::remove(path);
-  EXPECT_TRUE(has(error_of([&] { load_picture(path); }), path.string()));
+  EXPECT_TRUE(contains(error_of([&] { load_picture(path); }), path.string()));
 }
 
 TEST(WithChannels, GreysAsPilDoes) {

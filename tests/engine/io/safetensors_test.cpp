@@ -19,13 +19,13 @@ namespace {
 namespace fs = std::filesystem;
 
 template <class T>
-std::string le(T value) {
+std::string bytes_of(T value) {
   return std::string(reinterpret_cast<const char*>(&value), sizeof value);
 }
 
 // A file by hand: the header as given, not padded.
 std::string file_of(const std::string& header, const std::string& data) {
-  return le<uint64_t>(header.size()) + header + data;
+  return bytes_of<uint64_t>(header.size()) + header + data;
 }
 
 class SafetensorsTest : public ::testing::Test {
@@ -143,8 +143,8 @@ TEST_F(SafetensorsTest, AFileFromPythonReads) {
       R"("conv1.weight":{"dtype":"BF16","shape":[2,1,1,1],"data_offsets":[8,12]},)"
       R"("fc.weight":{"dtype":"F16","shape":[1,3],"data_offsets":[12,18]}})";
   header.resize((header.size() + 7) / 8 * 8, ' ');
-  const std::string data = le(0.5f) + le(-1.5f) + le<uint16_t>(0x3FC0) + le<uint16_t>(0xC000) + le<uint16_t>(0x3E00) +
-                           le<uint16_t>(0xFBFF) + le<uint16_t>(0x0001);
+  const std::string data = bytes_of(0.5f) + bytes_of(-1.5f) + bytes_of<uint16_t>(0x3FC0) + bytes_of<uint16_t>(0xC000) +
+                           bytes_of<uint16_t>(0x3E00) + bytes_of<uint16_t>(0xFBFF) + bytes_of<uint16_t>(0x0001);
   const TensorFile file = load(file_of(header, data));
   EXPECT_EQ(file.metadata.at("format"), "pt");
   EXPECT_EQ(file.at("conv1.bias").as<float>(), (std::vector<float>{0.5f, -1.5f}));
@@ -159,7 +159,7 @@ TEST_F(SafetensorsTest, AnyOrderAndAnyBlanksRead) {
       load(file_of("{ \"late\": {\"shape\": [1], \"data_offsets\": [3, 7], \"dtype\": \"F32\"},\n"
                    "  \"void\": {\"dtype\": \"F64\", \"shape\": [0], \"data_offsets\": [3, 3]},\n"
                    "  \"early\": {\"dtype\": \"U8\", \"shape\": [3], \"data_offsets\": [0, 3]} }",
-                   "\x01\x02\x03" + le(4.5f)));
+                   "\x01\x02\x03" + bytes_of(4.5f)));
   EXPECT_EQ(file.at("late").as<float>(), std::vector<float>{4.5f});
   EXPECT_EQ(file.at("early").as<uint8_t>(), (std::vector<uint8_t>{1, 2, 3}));
   EXPECT_EQ(file.at("void").size(), 0);
@@ -194,8 +194,8 @@ std::string entry(const std::string& dtype, const std::string& shape, const std:
 TEST_F(SafetensorsTest, BrokenFilesAreRefused) {
   expect_refused("", {"cut short"});
   expect_refused("abc", {"cut short"});
-  expect_refused(le<uint64_t>(100) + "{}", {"cut short", "100"});
-  expect_refused(le<uint64_t>(~0ull) + "{}", {"not a safetensors file"});
+  expect_refused(bytes_of<uint64_t>(100) + "{}", {"cut short", "100"});
+  expect_refused(bytes_of<uint64_t>(~0ull) + "{}", {"not a safetensors file"});
   expect_refused(std::string(100, 'x'), {"not a safetensors file"});
   expect_refused(file_of("", ""), {"not JSON"});
   expect_refused(file_of("{\"a\":", ""), {"not JSON"});

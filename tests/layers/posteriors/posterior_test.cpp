@@ -6,7 +6,7 @@
 namespace baton::test {
 namespace {
 
-ParameterLayout small_layout() {  // every tensor leaves a gap behind it
+ParameterLayout gapped_layout() {  // every tensor leaves a gap behind it
   ParameterLayout layout;
   layout.add("a.weight", {3, 50}, 50, false);
   layout.add("a.bias", {3}, 50, true);
@@ -25,8 +25,8 @@ std::vector<json> scales(const std::vector<float>& log_std, const std::vector<fl
 const std::vector<json> two_points(2, json::object());
 
 // A posterior with its step states.
-struct Bench {
-  Bench(const ParameterLayout& layout, const std::string& kind, const std::vector<json>& settings)
+struct StateBench {
+  StateBench(const ParameterLayout& layout, const std::string& kind, const std::vector<json>& settings)
       : owner(make_posterior(memory.device(), memory.arena(), layout, kind, settings)),
         posterior(*owner),
         states(memory, settings.size()) {
@@ -74,7 +74,7 @@ TEST(PosteriorState, InitialiseStatistics) {
   layout.add("w1", {100, 50}, 50, false);
   layout.add("b1", {100}, 50, true);
   layout.add("w2", {40, 200}, 200, false);
-  Bench bench(layout, "ffg", scales({-5, -3}, {1, 0.5f}));
+  StateBench bench(layout, "ffg", scales({-5, -3}, {1, 0.5f}));
   for (const char* array : {"mean", "mean.adam_m", "log_std.adam_v", "prior_mean"})
     bench.fill(array, std::vector<float>(bench.stride(), 7), 1);  // initialise() starts from whatever there was
   bench.posterior.initialise(bench.states);
@@ -99,19 +99,19 @@ TEST(PosteriorState, InitialiseStatistics) {
   EXPECT_FLOAT_EQ(float(mean_log_std[0]), -5);
   EXPECT_FLOAT_EQ(float(mean_log_std[1]), -3);
 
-  Bench point(layout, "ft", two_points);  // the same seeds, the same weights
+  StateBench point(layout, "ft", two_points);  // the same seeds, the same weights
   point.posterior.initialise(point.states);
   for (int r = 0; r < 2; r++) EXPECT_TRUE(exact(point.row("mean", r), bench.row("mean", r)));
 }
 
 TEST(PosteriorState, FamiliesAndViews) {
   BATON_NEEDS_DEVICE();
-  Bench point(small_layout(), "ft", two_points), gaussian(small_layout(), "ffg", scales({-5, -5}, {1, 1}));
+  StateBench point(gapped_layout(), "ft", two_points), gaussian(gapped_layout(), "ffg", scales({-5, -5}, {1, 1}));
   EXPECT_STREQ(point.posterior.kind().name, "ft");
   EXPECT_STREQ(gaussian.posterior.kind().name, "ffg");
   EXPECT_FALSE(point.posterior.uncertain());
   EXPECT_TRUE(gaussian.posterior.uncertain());
-  for (Bench* bench : {&point, &gaussian}) {
+  for (StateBench* bench : {&point, &gaussian}) {
     ParameterLayout layout;
     Dense layer(layout, "a", 50, 3, true, 0);
     const LayerContext context = bench->posterior.training_context(4);
@@ -135,7 +135,7 @@ TEST(PosteriorState, FamiliesAndViews) {
 
 TEST(PosteriorState, KlAgainstReference) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
+  StateBench bench(gapped_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
   bench.posterior.initialise(bench.states);
   bench.scatter("mean", 0, 1, 1), bench.scatter("log_std", -2, 0.5f, 50);
   bench.scatter("prior_mean", 0, 1, 100), bench.scatter("prior_log_std", -1, 0.3f, 150);
@@ -166,7 +166,7 @@ TEST(PosteriorState, KlAgainstReference) {
 TEST(PosteriorState, GapsWeighNothing) {
   BATON_NEEDS_DEVICE();
   for (const char* rule : {"adam", "natural"}) {
-    Bench bench(small_layout(), "ffg", scales({-5, -3}, {1, 0.5f}, rule));
+    StateBench bench(gapped_layout(), "ffg", scales({-5, -3}, {1, 0.5f}, rule));
     bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 1e-2f, 1e-2f, 0.1f, 10)});
     bench.posterior.initialise(bench.states);
     const ParameterLayout& layout = bench.posterior.store().layout();
@@ -215,7 +215,7 @@ TEST(PosteriorState, GapsWeighNothing) {
 TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
   BATON_NEEDS_DEVICE();
   for (const bool gaussian : {true, false}) {
-    Bench bench(small_layout(), gaussian ? "ffg" : "ft", gaussian ? scales({-2, -3}, {1, 0.5f}) : two_points);
+    StateBench bench(gapped_layout(), gaussian ? "ffg" : "ft", gaussian ? scales({-2, -3}, {1, 0.5f}) : two_points);
     bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 2e-2f, 1e-2f, 0.1f, 10)});
     bench.posterior.initialise(bench.states);
     bench.scatter("mean.grad", 0, 1, 5);
@@ -248,7 +248,7 @@ TEST(PosteriorState, HandOverCopiesAndForgetsTheOptimizer) {
 
 TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), "ffg", scales({-2}, {1}));
+  StateBench bench(gapped_layout(), "ffg", scales({-2}, {1}));
   bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10)});
   bench.posterior.initialise(bench.states);
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
@@ -264,7 +264,7 @@ TEST(PosteriorState, ResetOptimizerKeepsTheRest) {
 
 TEST(PosteriorState, RefreshDerivesTheVariances) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 1}));
+  StateBench bench(gapped_layout(), "ffg", scales({-2, -3}, {1, 1}));
   bench.posterior.initialise(bench.states);
   bench.scatter("log_std", -3, 1, 9);
   bench.posterior.refresh(true);
@@ -288,7 +288,7 @@ TEST(PosteriorState, GoldenTrajectory) {
   layout.add("b1", {hidden}, in, true);
   layout.add("W2", {out, hidden}, hidden, false);
   layout.add("b2", {out}, hidden, true);
-  Bench bench(layout, "ffg", scales({0}, {float(meta["prior_sigma"])}));
+  StateBench bench(layout, "ffg", scales({0}, {float(meta["prior_sigma"])}));
   const float lr = meta["lr"];
   StepState state = training_state(0, lr, lr, float(double(meta["beta"]) / double(meta["Ntot"])), 4);
   bench.states.set({state});
@@ -369,7 +369,7 @@ TEST(PosteriorState, GoldenTrajectory) {
 // What every step adds, by name, until it is taken.
 TEST(PosteriorState, BookedKlIsTheSumOverTheSteps) {
   BATON_NEEDS_DEVICE();
-  Bench bench(small_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
+  StateBench bench(gapped_layout(), "ffg", scales({-2, -3}, {1, 0.5f}));
   bench.states.set({training_state(0, 1e-2f, 1e-2f, 0.1f, 10), training_state(1, 2e-2f, 1e-2f, 0.1f, 10)});
   bench.posterior.initialise(bench.states);
   bench.scatter("mean.grad", 0, 1, 5), bench.scatter("variance.grad", 0, 1, 6);
@@ -400,8 +400,8 @@ TEST(PosteriorState, ReplicasStepAlone) {
         states.push_back(training_state(uint64_t(r), 1e-2f * float(r + 1), 2e-2f, 0.1f / float(r + 1), 10));
         log_std.push_back(-2.f - float(r)), prior_sd.push_back(1.f / float(r + 1));
       }
-      Bench bench(small_layout(), kind,
-                  gaussian ? scales(log_std, prior_sd, rule) : std::vector<json>(count, json::object()));
+      StateBench bench(gapped_layout(), kind,
+                       gaussian ? scales(log_std, prior_sd, rule) : std::vector<json>(count, json::object()));
       bench.states.set(states);
       bench.posterior.initialise(bench.states);
       for (int i = 0; i < 4; i++) {

@@ -17,7 +17,7 @@ namespace {
 namespace fs = std::filesystem;
 
 template <class F>
-void expect_error(F f, const std::string& words) {
+void expect_refusal(F f, const std::string& words) {
   try {
     f();
     ADD_FAILURE() << "no error, expected: " << words;
@@ -35,7 +35,7 @@ Images random_images(int count, int channels, int side, unsigned seed) {
 }
 const Normalisation normalisation = {{1.f / 64, 1.f / 80, 1.f / 128}, {-2, -1.5f, -1}};
 
-NamedWeights random_weights(const Network& network, unsigned seed) {
+NamedWeights random_network_weights(const Network& network, unsigned seed) {
   NamedWeights w;
   for (const TensorSpec& t : network.layout().tensors())
     w[t.name] = random_normal(t.size, 0, t.bias ? 0.2f : std::sqrt(2.f / float(t.fan_in)), seed++);
@@ -75,7 +75,7 @@ Doubles logits_of(const FeatureSet& set, const std::vector<float>& w, const std:
 
 // Whole batches of 128, one more image, less than one; in every place the image that belongs there.
 void expect_features(const NetworkFactory& make, const std::string& last, int dim, const std::string& source) {
-  const NamedWeights weights = random_weights(*make(), 3);
+  const NamedWeights weights = random_network_weights(*make(), 3);
   const Images images = random_images(260, 1, 28, 4);
   Memory memory;
   const FeatureSet all = extract_features(memory.device(), make, weights, images, normalisation);
@@ -108,7 +108,7 @@ TEST(Features, Mlp) {
   const NetworkFactory make = network_factory(network_spec("mlp", 10, {{"hidden", {30, 20}}}));
   expect_features(make, "fc3", 20, "mlp-784-30-20-10, fc2");
   // By the definition.
-  const NamedWeights weights = random_weights(*make(), 5);
+  const NamedWeights weights = random_network_weights(*make(), 5);
   const Images images = random_images(3, 1, 28, 6);
   Memory memory;
   const FeatureSet got = extract_features(memory.device(), make, weights, images, normalisation);
@@ -125,7 +125,7 @@ TEST(Features, Mlp) {
 TEST(Features, WhatNoNetworkTakes) {
   BATON_NEEDS_DEVICE();
   const NetworkFactory make = network_factory(network_spec("mlp", 10, {{"hidden", {6}}}));
-  const NamedWeights weights = random_weights(*make(), 5);
+  const NamedWeights weights = random_network_weights(*make(), 5);
   NamedWeights less = weights, shorter = weights;
   less.erase("fc2.bias");
   shorter["fc1.weight"].pop_back();
@@ -135,13 +135,13 @@ TEST(Features, WhatNoNetworkTakes) {
     return [&memory, make, w, i, head] { extract_features(memory.device(), make, w, i, normalisation, head); };
   };
   EXPECT_NO_THROW(extract(weights, images, 0)());
-  expect_error(extract(less, images, 0), "fc2.bias");
-  expect_error(extract(shorter, images, 0), "fc1.weight");
-  expect_error(extract(weights, images, 1), "no head 1");
-  expect_error(extract(weights, Images{0, 1, 28, 28, 10, {}, {}}, 0), "no images");
-  expect_error(extract(weights, random_images(3, 1, 27, 6), 0), "784 numbers, not 729");
-  expect_error(extract(weights, random_images(3, 3, 32, 6), 0), "784 numbers, not 3072");
-  expect_error([] { pixel_features(Images{0, 1, 28, 28, 10, {}, {}}, normalisation); }, "no images");
+  expect_refusal(extract(less, images, 0), "fc2.bias");
+  expect_refusal(extract(shorter, images, 0), "fc1.weight");
+  expect_refusal(extract(weights, images, 1), "no head 1");
+  expect_refusal(extract(weights, Images{0, 1, 28, 28, 10, {}, {}}, 0), "no images");
+  expect_refusal(extract(weights, random_images(3, 1, 27, 6), 0), "784 numbers, not 729");
+  expect_refusal(extract(weights, random_images(3, 3, 32, 6), 0), "784 numbers, not 3072");
+  expect_refusal([] { pixel_features(Images{0, 1, 28, 28, 10, {}, {}}, normalisation); }, "no images");
 }
 
 TEST(Features, Pixels) {
@@ -192,9 +192,9 @@ TEST(Features, FourierFeaturesMakeAKernel) {
   }
   FeatureSet one;
   one.count = one.dim = 1, one.x = {1};
-  for (int dim : {0, -1, 32769}) expect_error([&] { fourier_features(one, dim, 1, 1); }, "Fourier features, not");
+  for (int dim : {0, -1, 32769}) expect_refusal([&] { fourier_features(one, dim, 1, 1); }, "Fourier features, not");
   for (double length : {0., -1., double(NAN)})
-    expect_error([&] { fourier_features(one, 4, length, 1); }, "length scale");
+    expect_refusal([&] { fourier_features(one, 4, length, 1); }, "length scale");
 }
 
 // -------------------------------------------------------------------------------------------------------------- files
@@ -280,8 +280,8 @@ TEST_F(FeatureFiles, WhatIsRefused) {
   const auto refused = [](const std::string& features, const std::string& labels, const std::string& words) {
     SCOPED_TRACE(words);
     const std::string& culprit = labels.empty() ? features : labels;
-    expect_error([&] { load_features(features, labels); }, words);
-    expect_error([&] { load_features(features, labels); }, culprit.substr(0, culprit.find(".safetensors")));
+    expect_refusal([&] { load_features(features, labels); }, words);
+    expect_refusal([&] { load_features(features, labels); }, culprit.substr(0, culprit.find(".safetensors")));
   };
   const std::string x = npy("x.npy", values, {3, 2});
   refused(at("none.npy"), "", "");
@@ -334,7 +334,7 @@ TEST(Features, BiasAndRows) {
   EXPECT_EQ(some.labels, (std::vector<int32_t>{2, 4, 2}));
   EXPECT_EQ(rows_of(set, {}).count, 0);
   for (int row : {-1, 3})
-    expect_error([&] { rows_of(set, {0, row}); }, "row " + std::to_string(row) + " of 3 features");
+    expect_refusal([&] { rows_of(set, {0, row}); }, "row " + std::to_string(row) + " of 3 features");
   append_bias(set);
   EXPECT_EQ(set.dim, 3);
   EXPECT_EQ(set.count, 3);
