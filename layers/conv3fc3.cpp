@@ -22,8 +22,7 @@ class Conv3Fc3 : public Network {
         fc2_(add_dense("fc2", 1000)),
         fc3_(add_head("fc3")) {}
 
-  void forward(const Pass& pass) override {
-    BATON_RANGE("forward");
+  void forward_layers(const Pass& pass) override {
     conv1_.forward(input(), pass);
     conv2_.forward(conv1_.output(), pass);
     conv3_.forward(conv2_.output(), pass);
@@ -32,8 +31,7 @@ class Conv3Fc3 : public Network {
     fc3_.forward(fc2_.output(), pass);
   }
 
-  void backward(const Pass& pass) override {
-    BATON_RANGE("backward");
+  void backward_layers(const Pass& pass) override {
     fc3_.backward(fc2_.output(), pass);
     fc2_.backward(fc1_.output(), pass);
     fc1_.backward(conv3_.output(), pass);

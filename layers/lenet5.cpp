@@ -19,16 +19,14 @@ class LeNet5 : public Network {
         fc1_(add_dense("fc1", 500)),
         fc2_(add_head("fc2")) {}
 
-  void forward(const Pass& pass) override {
-    BATON_RANGE("forward");
+  void forward_layers(const Pass& pass) override {
     conv1_.forward(input(), pass);
     conv2_.forward(conv1_.output(), pass);
     fc1_.forward(conv2_.output(), pass);
     fc2_.forward(fc1_.output(), pass);
   }
 
-  void backward(const Pass& pass) override {
-    BATON_RANGE("backward");
+  void backward_layers(const Pass& pass) override {
     fc2_.backward(fc1_.output(), pass);
     fc1_.backward(conv2_.output(), pass);
     conv2_.backward(conv1_.output(), pass);

@@ -81,6 +81,16 @@ void Network::drop(const Link& link, float* x, const Pass& pass) const {
 void Network::forward(const Pass& pass) {
   BATON_RANGE("forward");
   jobs_.pack(output().device().stream());
+  forward_layers(pass);
+}
+
+void Network::backward(const Pass& pass) {
+  BATON_RANGE("backward");
+  backward_layers(pass);
+  jobs_.add_up(output().device().stream());
+}
+
+void Network::forward_layers(const Pass& pass) {
   const Activation* x = &x_;
   for (const Link& link : chain_) {
     link.layer->forward(*x, pass);
@@ -90,8 +100,7 @@ void Network::forward(const Pass& pass) {
   output().forward(*x, pass);
 }
 
-void Network::backward(const Pass& pass) {
-  BATON_RANGE("backward");
+void Network::backward_layers(const Pass& pass) {
   Linear* layer = &output();
   for (size_t i = chain_.size(); i-- > 0;) {
     const Activation& x = chain_[i].layer->output();
@@ -100,7 +109,6 @@ void Network::backward(const Pass& pass) {
     layer = chain_[i].layer.get();
   }
   layer->backward(x_, pass);
-  jobs_.add_up(output().device().stream());
 }
 
 std::vector<NamedActivation> Network::activations() const {

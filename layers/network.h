@@ -40,14 +40,17 @@ class Network {
   const Activation& input() const { return x_; }
   const float* logits() const { return output().output().signal.value; }    // [rows][batch][classes]
   float* logits_gradient() const { return output().output().signal.grad; }  // the same; where a backward pass starts
-  virtual void forward(const Pass&);
+  void forward(const Pass&);
   // From logits_gradient() to the gradient of every weight.
-  virtual void backward(const Pass&);
+  void backward(const Pass&);
   // Every layer's output in the order of the forward pass: where to look for what went wrong.
   std::vector<NamedActivation> activations() const;
 
  protected:
   Network(std::string name, ImageShape input, int classes);
+  // The passes through the layers.
+  virtual void forward_layers(const Pass&);
+  virtual void backward_layers(const Pass&);
   // Each appends a layer to the chain, with the next noise stream, and returns it. It reads what the one before it
   // writes; only convolutions can come before a convolution.
   Conv2d& add_convolution(const std::string& name, int out, int kernel, int pad, Pooling);

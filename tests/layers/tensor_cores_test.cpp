@@ -105,5 +105,11 @@ TEST(TensorCores, StepsOfReplicas) {
   expect_same_step({"ft"}, perceptron(20, {70, 30}, 5), 6, 2);
 }
 
+TEST(TensorCores, StepsOfNetworks) {  // which have layers of every form, and write their passes out
+  BATON_NEEDS_DEVICE();
+  expect_same_step({"ffg"}, network_factory({"lenet5", 10, {1, 28, 28}, json::object()}), 4);
+  expect_same_step({"ffg"}, network_factory({"3conv3fc", 10, {3, 32, 32}, json::object()}), 2);
+}
+
 }  // namespace
 }  // namespace baton::test

@@ -38,11 +38,11 @@ class LookedUp : public Network {
     add_dense("fc2", 7);
     add_head("fc3");
   }
-  void forward(const Pass& pass) override {
+  void forward_layers(const Pass& pass) override {
     std::vector<float> x = download(device_, input().signal.value, input().stride);
     for (size_t i = 0; i < x.size(); i++) x[i] = rows_[size_t(x[i]) * 6 + i % 6];
     upload(device_, input().signal.value, x);
-    Network::forward(pass);
+    Network::forward_layers(pass);
   }
 
  private:
@@ -57,7 +57,7 @@ class TanhNetwork : public Network {
   static constexpr float shift = 8;
   explicit TanhNetwork(Device& device)
       : Network("tanh", {1, 8, 8}, 5), device_(device), hidden_(add_dense("fc1", 16)), output_(add_head("fc2")) {}
-  void forward(const Pass& pass) override {
+  void forward_layers(const Pass& pass) override {
     hidden_.forward(input(), pass);
     const Activation& y = hidden_.output();
     tanh_ = download(device_, y.signal.value, y.stride);
@@ -68,7 +68,7 @@ class TanhNetwork : public Network {
     upload(device_, y.signal.value, tanh_);
     output_.forward(y, pass);
   }
-  void backward(const Pass& pass) override {
+  void backward_layers(const Pass& pass) override {
     const Activation& y = hidden_.output();
     output_.backward(y, pass);
     std::vector<float> gradient = download(device_, y.signal.grad, y.stride);

@@ -245,8 +245,8 @@ TEST(Predictor, StopsOnASignal) {
 // A network in whose pass number `at` (from 1) the signal comes; 0: never.
 struct Interrupted : SmallNetwork {
   Interrupted(int& passes, const int& at) : passes(passes), at(at) {}
-  void forward(const Pass& pass) override {
-    SmallNetwork::forward(pass);
+  void forward_layers(const Pass& pass) override {
+    SmallNetwork::forward_layers(pass);
     if (++passes == at) pretend_signal(SIGTERM);
   }
   int& passes;
