@@ -1,6 +1,7 @@
 // A trainer's checkpoints: what they hold, and how training goes on from one.
 #include <charconv>
 #include <cstring>
+#include <sstream>
 
 #include "trainers/trainer.h"
 
@@ -45,11 +46,21 @@ std::string Trainer::make_identity() const {
         {replica.seed, settings, replica.pretrained ? replica.pretrained->description : "", replica.pretrained_sd});
   }
   if (settings_.masked) j["masked"] = true;
-  j["stages"] = {stages_.sizes, stages_.heads, stages_.augment, stages_.pixel_order.size(),
-                 stages_.probabilities.size()};
+  json stages = json::array();
+  for (const Group& g : groups_)
+    stages.push_back(
+        {g.stages.sizes, g.stages.heads, g.stages.augment, g.stages.pixel_order.size(), g.stages.probabilities.size()});
+  j["stages"] = groups() == 1 ? stages[0] : stages;
   j["stages_before"] = settings_.stages_before;
   j["identity"] = settings_.identity;
   return j.dump();
+}
+
+// "3", or of several groups "3,0".
+std::string Trainer::list_groups(const std::function<int64_t(const Group&)>& number) const {
+  std::string list;
+  for (const Group& g : groups_) list += (list.empty() ? "" : ",") + std::to_string(number(g));
+  return list;
 }
 
 void Trainer::save(const std::filesystem::path& path, const std::string& extra) {
@@ -57,22 +68,20 @@ void Trainer::save(const std::filesystem::path& path, const std::string& extra) 
   for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string& name) {
     file.tensors[name] = Tensor::of<float>(a.store->read(device_, a.array, r, t), t.shape);
   });
-  const std::vector<StepState> states = download(device_, states_, size_t(rows()));
-  for (int r = 0; r < posterior_->replicas(); r++)
-    states_host_[size_t(r)] = states[size_t(r) * posterior_->draws_at_once()];
+  download_states();
   file.tensors["step_state"] = as_bytes(states_host_);
   file.tensors["totals"] = as_bytes(download(device_, totals_, size_t(rows())));
   const std::vector<double> kl = posterior_->accumulated_kl();
   file.tensors["accumulated_kl"] = Tensor::of<double>(kl, {int64_t(kl.size())});
   file.tensors["notes"] = as_bytes(posterior_->notes());
-  const int before = settings_.stages_before + stage_;
+  const int before = settings_.stages_before + stage();
   file.metadata = {{"format", checkpoint_format},
                    {"architecture", network_->architecture()},
                    {"kind", settings_.kind},
                    {"prior", before == 0 ? "the first prior" : "posterior of stage " + std::to_string(before)},
-                   {"stage", std::to_string(stage_)},
-                   {"stage_step", std::to_string(stage_step_)},
-                   {"step", std::to_string(steps_done_)},
+                   {"stage", list_groups([](const Group& g) { return g.stage; })},
+                   {"stage_step", list_groups([](const Group& g) { return g.stage_step; })},
+                   {"step", list_groups([](const Group& g) { return g.step; })},
                    {"training", make_identity()},
                    {"extra", extra}};
   save_safetensors(path, file);
@@ -91,18 +100,24 @@ std::string Trainer::restore(const std::filesystem::path& path) {
   if (meta("training") != make_identity())
     throw InputError(path.string() + ": a checkpoint of another run (its training is " + meta("training") + ")");
   // Everything is read and checked before anything is written, so a damaged file leaves the trainer as it was.
-  const auto whole_number = [&](const std::string& key, int64_t most) {
-    const std::string value_text = meta(key);
-    int64_t value = -1;
-    const auto end = std::from_chars(value_text.data(), value_text.data() + value_text.size(), value);
-    if (end.ec != std::errc() || end.ptr != value_text.data() + value_text.size() || value < 0 || value > most)
-      throw InputError(path.string() + ": \"" + key + "\" is '" + value_text + "', expected 0 to " +
-                       std::to_string(most));
-    return value;
-  };
-  const int stage = int(whole_number("stage", stages_.count() - 1)),
-            stage_step = int(whole_number("stage_step", count_steps(stage)));
-  const int64_t step = whole_number("step", INT32_MAX);
+  std::vector<Group> groups = groups_;
+  std::istringstream stages(meta("stage")), stage_steps(meta("stage_step")), steps(meta("step"));
+  for (size_t i = 0; i < groups.size(); i++) {
+    const auto next = [&](const std::string& key, std::istringstream& list, int64_t most) {
+      std::string word;
+      std::getline(list, word, i + 1 < groups.size() ? ',' : '\0');
+      int64_t value = -1;
+      const auto end = std::from_chars(word.data(), word.data() + word.size(), value);
+      if (end.ec != std::errc() || end.ptr != word.data() + word.size() || value < 0 || value > most)
+        throw InputError(path.string() + ": \"" + key + "\" is '" + word + "', expected 0 to " + std::to_string(most));
+      return value;
+    };
+    Group& g = groups[i];
+    g.stage = int(next("stage", stages, g.stages.count() - 1));
+    g.stage_step = int(next("stage_step", stage_steps, count_steps(g.stage, int(i))));
+    g.step = next("step", steps, INT32_MAX);
+    g.rests = false;
+  }
   std::vector<std::vector<float>> values;
   const int replicas = posterior_->replicas(), at_once = posterior_->draws_at_once();
   for_each_tensor(*posterior_, [&](const StateArray&, const TensorSpec& t, int, const std::string& name) {
@@ -121,7 +136,8 @@ std::string Trainer::restore(const std::filesystem::path& path) {
   for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string&) {
     a.store->write(device_, a.array, r, t, values[next++]);
   });
-  posterior_->restored(settings_.stages_before + stage == 0);
+  groups_ = groups;
+  posterior_->restored(settings_.stages_before + stage() == 0);
   posterior_->set_accumulated_kl(kl);
   if (!notes.empty()) posterior_->set_notes(notes);
   std::memcpy(states_host_.data(), states.data(), states.size());
@@ -139,9 +155,7 @@ std::string Trainer::restore(const std::filesystem::path& path) {
     totals.resize(size_t(at_once), Totals{});
   }
   upload(device_, totals_, totals);
-  take_stage(stage);
-  stage_step_ = stage_step;
-  steps_done_ = step;
+  take_stage();
   return extra;
 }
 
