@@ -1,6 +1,8 @@
 #include "trainers/checkpoints.h"
 
+#include <algorithm>
 #include <chrono>
+#include <climits>
 
 #include "engine/io/files.h"
 #include "engine/io/stop.h"
@@ -48,19 +50,40 @@ json left_by_earlier_run(const std::filesystem::path& path, const json& identity
   return j;
 }
 
-void finish_stage(Trainer& trainer, Checkpoints& checkpoints, const StageLoop& loop) {
-  const int steps = trainer.count_steps(trainer.stage()), an_epoch = trainer.count_epoch_steps(trainer.stage());
-  while (trainer.stage_step() < steps) {
-    const int at = trainer.stage_step();
-    const int to = loop.next_look ? loop.next_look(at) : std::min(steps, (at / an_epoch + 1) * an_epoch);
+void learn(Trainer& trainer, Checkpoints& checkpoints, const LearningLoop& loop) {
+  for (;;) {
+    std::vector<std::pair<int, int>> left;  // of the groups that learn: steps to its next look
+    int steps = INT_MAX, learning = 0;
+    for (int g = 0; g < trainer.groups(); g++) {
+      if (trainer.stage_ended(g)) {
+        if (trainer.stage(g) + 1 == trainer.stages(g).count()) {
+          trainer.rest(g);
+          continue;
+        }
+        trainer.begin_stage(trainer.stage(g) + 1, g);
+        if (loop.begin) loop.begin(g);
+      }
+      const int at = trainer.stage_step(g), an_epoch = trainer.count_epoch_steps(trainer.stage(g), g);
+      const int to = loop.next_look
+                         ? loop.next_look(g, at)
+                         : std::min(trainer.count_steps(trainer.stage(g), g), (at / an_epoch + 1) * an_epoch);
+      left.emplace_back(g, to - at);
+      steps = std::min(steps, to - at);
+      learning += int(trainer.stages(g).order.size());
+    }
+    if (left.empty()) return;
     const double start = seconds_now();
-    const bool stopped = trainer.advance(to - at) < to - at;
-    std::vector<EpochTotals> totals;
-    if (!stopped) totals = trainer.take_totals();  // waits for the device
-    if (loop.add_seconds) loop.add_seconds(seconds_now() - start);
+    const bool stopped = trainer.advance(steps) < steps;
+    std::vector<Look> looks;
+    for (const auto& [g, its_steps] : left)
+      if (!stopped && its_steps == steps) looks.push_back({g, trainer.take_totals(g)});  // waits for the device
+    const double share = (seconds_now() - start) / learning;
+    for (const auto& [g, its_steps] : left)
+      if (loop.add_seconds) loop.add_seconds(g, share * double(trainer.stages(g).order.size()));
     if (stopped) checkpoints.stop(trainer);
-    if (loop.look) loop.look(totals);
-    if (trainer.stage_step() < steps) checkpoints.save_when_due(trainer);
+    if (loop.look) loop.look(looks);
+    if (std::any_of(left.begin(), left.end(), [&](const auto& l) { return !trainer.stage_ended(l.first); }))
+      checkpoints.save_when_due(trainer);
   }
 }
 

@@ -1,4 +1,4 @@
-// The one loop in which every program trains a stage: it looks at the totals at the ends of epochs (or where the
+// The one loop in which every program trains: it looks at a group's totals at the ends of its epochs (or where the
 // program says), and leaves a checkpoint from which a killed or stopped run goes on to the very figures it would have
 // had.
 #pragma once
@@ -45,13 +45,21 @@ class Checkpoints {
 // no file. InputError when it is of a run with another identity.
 json left_by_earlier_run(const std::filesystem::path& path, const json& identity);
 
-struct StageLoop {
-  std::function<int(int step)> next_look;   // after `step`, at most the stage's last; empty: the end of the epoch
-  std::function<void(double)> add_seconds;  // of training; before anything is saved
-  std::function<void(const std::vector<EpochTotals>&)> look;
+// The totals of a group of replicas since its last look, one a replica.
+struct Look {
+  int group;
+  std::vector<EpochTotals> totals;
 };
-// Trains to the end of the stage under way. Throws what Trainer::take_totals() throws, and Stopped with the checkpoint
-// written where a signal asks the program to end.
-void finish_stage(Trainer&, Checkpoints&, const StageLoop& = {});
+struct LearningLoop {
+  std::function<void(int group)> begin;               // a stage of the group has begun
+  std::function<int(int group, int step)> next_look;  // after `step`, at most the stage's last; empty: the epoch's last
+  // The group's share of the time of training, which groups that learn side by side divide by their replicas; before
+  // anything is saved.
+  std::function<void(int group, double seconds)> add_seconds;
+  std::function<void(const std::vector<Look>&)> look;  // of the groups that come to theirs at the same step
+};
+// Trains every group from where it stands through all its stages. Throws what Trainer::take_totals() throws, and
+// Stopped with the checkpoint written where a signal asks the program to end.
+void learn(Trainer&, Checkpoints&, const LearningLoop& = {});
 
 }  // namespace baton

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <sstream>
 
 #include "engine/io/files.h"
 #include "engine/io/progress.h"
@@ -21,15 +22,31 @@ namespace fs = std::filesystem;
 // What is left to do at the step where a run stands, beside going on.
 enum class Due { nothing, measurement, end_of_stage };
 
-// Where the experiment stands: what a checkpoint must say besides the trainer's own state.
-struct Progression {
-  size_t run = 0;
-  json finished = json::array();                // of runs that have ended, one a replica
-  json current = json::array();                 // of the run under way, one a replica, with the stages so far
-  double stage_seconds = 0, epoch_seconds = 0;  // of training, in the stage and the epoch under way
+// A run under way: what a checkpoint must say besides the trainer's own state.
+struct Learner {
+  size_t number = 0;                            // of the run
+  json result;                                  // with the stages so far
+  double stage_seconds = 0, epoch_seconds = 0;  // its share of training, in the stage and the epoch under way
   Due due = Due::nothing;
   json figures = json::object();  // the posterior's, at the end of the newest epoch
 };
+
+void to_json(json& j, const Learner& l) {
+  j = {l.number, l.result, l.stage_seconds, l.epoch_seconds, int(l.due), l.figures};
+}
+void from_json(const json& j, Learner& l) { l = {j[0], j[1], j[2], j[3], Due(int(j[4])), j[5]}; }
+
+// What runs that train side by side have in common; a run that trains alone has its place there.
+json describe_steps(const ExperimentRun& run, size_t place) {
+  const Stages& s = run.stages;
+  const PosteriorKind& kind = find_posterior(run.training.kind);
+  const auto augmented = std::count(s.augment.begin(), s.augment.end(), true);
+  const bool alone = !kind.many_replicas || !run.pruned.empty() || !s.heads.empty() || !s.pixel_order.empty() ||
+                     (augmented > 0 && augmented < s.count());
+  return {run.network.description(),   kind.name,     run.training.batch,
+          run.training.epochs,         augmented > 0, common_settings(kind, run.training.replicas[0].settings),
+          alone ? json(place) : json()};
+}
 
 class Runner {
  public:
@@ -49,26 +66,31 @@ class Runner {
     // A line of an epoch that the checkpoint does not hold will be written again.
     log_.truncate_after([&](const json& line) {
       const size_t of = line.value("run", size_t(0));
-      return of < at_.run || (of == at_.run && line.value("step", int64_t(0)) <= resume_step_);
+      return of < next_ || (of < next_ + count_together(next_) && line.value("step", int64_t(0)) <= resume_step_);
     });
   }
 
   json run() {
     long total = 0;
     for (const ExperimentRun& r : runs_) total += count_images(r);
-    for (size_t i = 0; i < at_.run; i++) before_run_ += count_images(runs_[i]);
+    for (size_t i = 0; i < next_; i++) before_ += count_images(runs_[i]);
     ProgressOptions progress_options;
-    progress_options.images_before = before_run_;
-    if (resuming_) progress_options.images_before += resume_step_ * images_a_step(runs_[at_.run]);
+    progress_options.images_before = before_;
+    for (size_t i = next_; resuming_ && i < next_ + count_together(next_); i++)
+      progress_options.images_before += std::min(count_images(runs_[i]), long(resume_step_) * runs_[i].training.batch);
     Progress progress(options_.experiment, total, stderr, progress_options);
     progress_ = &progress;
-    for (; at_.run < runs_.size(); at_.run++) {
-      run_one(runs_[at_.run]);
-      for (const json& r : at_.current) at_.finished.push_back(r);
-      save_state(at_.run + 1);
+    while (next_ < runs_.size()) {
+      run_together(count_together(next_));
+      for (const Learner& l : learners_) {
+        finished_.push_back(l.result);
+        before_ += count_images(runs_[l.number]);
+      }
+      next_ += learners_.size();
+      const json state{{"identity", identity_}, {"run", next_}, {"finished", finished_}};
+      write_file_atomically(state_path(), state.dump());
       log_.result(result());
-      before_run_ += count_images(runs_[at_.run]);
-      if (at_.run + 1 < runs_.size() && stop_requested())
+      if (next_ < runs_.size() && stop_requested())
         throw_stopped("the checkpoint is written; --resume goes on from it");
     }
     progress.finish();
@@ -79,14 +101,20 @@ class Runner {
   }
 
  private:
-  static long images_a_step(const ExperimentRun& r) {
-    return long(r.training.batch) * long(r.training.replicas.size());
+  // How many of the runs from this one on train side by side.
+  size_t count_together(size_t first) const {
+    const size_t most = options_.save_models ? 1 : options_.at_once ? size_t(options_.at_once) : on_gpu ? SIZE_MAX : 1;
+    size_t last = first;
+    while (last < runs_.size() && last - first < most &&
+           describe_steps(runs_[last], last) == describe_steps(runs_[first], first))
+      last++;
+    return last - first;
   }
   static long count_images(const ExperimentRun& r) {
     long steps = long(r.stages.probabilities.size());
     if (!r.stages.continuous())
       for (int size : r.stages.sizes) steps += count_steps(r.training.epochs, size, r.training.batch);
-    return steps * images_a_step(r);
+    return steps * r.training.batch;
   }
 
   // ------------------------------------------------------------------------------------------------- checkpoints
@@ -96,110 +124,120 @@ class Runner {
     j["experiment"] = options_.experiment;
     j["dataset"] = {data_.set.name, data_.set.source, data_.set.train.count, data_.test[0].count};
     if (options_.precision != Precision::fp32) j["precision"] = name(options_.precision);
-    for (const ExperimentRun& r : runs_) {
-      json one{r.method,  r.label,         r.network.description(), r.stages.tasks(),
-               r.samples, r.stage_samples, count_images(r)};
-      for (size_t i = 0; i < r.training.replicas.size(); i++)
-        one.push_back({r.training.replicas[i].seed, describe_settings(r, i)});
-      j["runs"].push_back(one);
-    }
+    j["at_once"] = options_.at_once;
+    for (const ExperimentRun& r : runs_)
+      j["runs"].push_back({r.method, r.label, r.network.description(), r.stages.tasks(), r.samples, r.stage_samples,
+                           count_images(r), r.training.replicas[0].seed, describe_settings(r)});
     return j;
   }
-  void save_state(size_t next) {
-    const json j{{"identity", identity_}, {"run", next}, {"finished", at_.finished}};
-    write_file_atomically(state_path(), j.dump());
-  }
-  json describe_run() const {
-    return {{"identity", identity_},
-            {"run", at_.run},
-            {"current", at_.current},
-            {"stage_seconds", at_.stage_seconds},
-            {"epoch_seconds", at_.epoch_seconds},
-            {"due", int(at_.due)},
-            {"figures", at_.figures}};
-  }
+  json describe_run() const { return {{"identity", identity_}, {"run", next_}, {"learners", learners_}}; }
   void find_progress() {
     if (const json state = left_by_earlier_run(state_path(), identity_); !state.is_null()) {
-      at_.run = state["run"];
-      at_.finished = state["finished"];
+      next_ = state["run"];
+      finished_ = state["finished"];
     }
     const json run = left_by_earlier_run(checkpoints_.path(), identity_);
-    resuming_ = !run.is_null() && run["run"] == at_.run;  // else it is of a run that has ended since
-    if (resuming_) resume_step_ = std::stoll(load_safetensors(checkpoints_.path()).metadata.at("step"));
+    resuming_ = !run.is_null() && run["run"] == next_;  // else it is of runs that have ended since
+    if (!resuming_) return;
+    std::istringstream steps(load_safetensors(checkpoints_.path()).metadata.at("step"));
+    for (std::string step; std::getline(steps, step, ',');) resume_step_ = std::max<int64_t>(resume_step_, stoll(step));
   }
 
-  // -------------------------------------------------------------------------------------------------------- a run
-  void run_one(const ExperimentRun& run) {
+  // ----------------------------------------------------------------------------------------------------------- runs
+  void run_together(size_t count) {
     Arena arena;
-    const NetworkFactory make = network_factory(run.network);
+    const ExperimentRun& first = runs_[next_];
+    const NetworkFactory make = network_factory(first.network);
     const DeviceImages train = upload_images(device_, arena, data_.set.train, options_.normalisation);
-    Trainer trainer(device_, arena, make, train, run.stages, run.training);
+    TrainingSettings training = first.training;
+    training.replicas.clear();
+    std::vector<Stages> stages;
+    learners_.clear();
+    for (size_t i = next_; i < next_ + count; i++) {
+      training.replicas.push_back(runs_[i].training.replicas[0]);
+      stages.push_back(runs_[i].stages);
+      learners_.emplace_back().number = i;
+    }
+    Trainer trainer(device_, arena, make, train, stages, training);
     predictors_.clear();
     for (const Images& test : data_.test)
       predictors_.push_back(std::make_unique<Predictor>(device_, arena, make,
                                                         upload_images(device_, arena, test, options_.normalisation)));
     arena.freeze();
 
-    int stage = 0;
-    if (resuming_) {
-      resuming_ = false;
-      const json j = json::parse(trainer.restore(checkpoints_.path()));
-      at_.current = j["current"];
-      at_.stage_seconds = j["stage_seconds"];
-      at_.epoch_seconds = j["epoch_seconds"];
-      at_.due = Due(int(j["due"]));
-      at_.figures = j["figures"];
-      stage = trainer.stage();
+    if (std::exchange(resuming_, false)) {
+      learners_ = json::parse(trainer.restore(checkpoints_.path()))["learners"].get<std::vector<Learner>>();
+      name_progress(trainer, 0);
     } else {
-      at_.current = json::array();
-      at_.stage_seconds = at_.epoch_seconds = 0;
-      at_.due = Due::nothing;
-      for (size_t r = 0; r < run.training.replicas.size(); r++) at_.current.push_back(begin_result(run, trainer, r));
+      for (Learner& l : learners_) l.result = begin_result(runs_[l.number], trainer);
     }
-    for (; stage < run.stages.count(); stage++) {
-      if (trainer.stage() != stage) {
-        trainer.begin_stage(stage);
-        at_.stage_seconds = 0;
-      }
-      std::string name = run.label;
-      if (run.training.replicas.size() == 1) name += " seed " + std::to_string(run.training.replicas[0].seed);
-      if (run.stages.count() > 1)
-        name += ", stage " + std::to_string(stage + 1) + "/" + std::to_string(run.stages.count());
-      progress_->stage(name);
-      train_stage(run, trainer);
+    do_what_is_due(trainer);
+    LearningLoop loop;
+    loop.begin = [&](int g) {
+      learners_[size_t(g)].stage_seconds = 0;
+      name_progress(trainer, g);
+    };
+    loop.next_look = [&](int g, int at) {
+      const int steps = trainer.count_steps(trainer.stage(g), g),
+                an_epoch = trainer.count_epoch_steps(trainer.stage(g), g);
+      int last = at + 1;  // to the end of the epoch, or to a measurement
+      while (last < steps && last % an_epoch != 0 && !is_measured(trainer, g, last)) last++;
+      return last;
+    };
+    loop.add_seconds = [&](int g, double seconds) {
+      learners_[size_t(g)].stage_seconds += seconds, learners_[size_t(g)].epoch_seconds += seconds;
+    };
+    loop.look = [&](const std::vector<Look>& looks) {
+      log_epochs(trainer, looks);
+      for (const Look& l : looks)
+        if (is_measured(trainer, l.group, trainer.stage_step(l.group)))
+          learners_[size_t(l.group)].due = trainer.stage_ended(l.group) ? Due::end_of_stage : Due::measurement;
+      do_what_is_due(trainer);
+    };
+    learn(trainer, checkpoints_, loop);
+
+    const json sigma = trainer.posterior().describe_sigma(first.histogram);
+    for (Learner& l : learners_) {
+      l.result["final_test_accuracy"] = l.result["stages"].back()["test_accuracy"];
+      if (!sigma.is_null()) l.result["sigma"] = sigma;
     }
-    for (size_t r = 0; r < at_.current.size(); r++) {
-      json& result = at_.current[r];
-      result["final_test_accuracy"] = result["stages"].back()["test_accuracy"];
-      if (const json sigma = trainer.posterior().describe_sigma(run.histogram); !sigma.is_null())
-        result["sigma"] = sigma;
-    }
-    if (options_.save_models) save_model(make_model(run, trainer), run, "");
-    if (!run.pruned.empty()) prune(run, trainer);
+    if (options_.save_models) save_model(make_model(first, trainer), first, "");
+    if (!first.pruned.empty()) prune(first, trainer);
   }
 
-  static json name_run(const ExperimentRun& run, size_t replica) {
+  void name_progress(const Trainer& trainer, int group) {
+    const ExperimentRun& run = runs_[learners_[size_t(group)].number];
+    std::string name = run.label + " seed " + std::to_string(run.training.replicas[0].seed);
+    if (run.stages.count() > 1)
+      name += ", stage " + std::to_string(trainer.stage(group) + 1) + "/" + std::to_string(run.stages.count());
+    if (learners_.size() > 1) name += ", " + std::to_string(learners_.size()) + " side by side";
+    progress_->stage(name);
+  }
+
+  static json name_run(const ExperimentRun& run) {
     return {{"method", run.method},
             {"label", run.label},
             {"parts", run.stages.tasks()},
-            {"seed", run.training.replicas[replica].seed}};
+            {"seed", run.training.replicas[0].seed}};
   }
-  json begin_result(const ExperimentRun& run, Trainer& trainer, size_t replica) const {
-    json j = name_run(run, replica);
-    j["settings"] = describe_settings(run, replica);
+  static json begin_result(const ExperimentRun& run, Trainer& trainer) {
+    json j = name_run(run);
+    j["settings"] = describe_settings(run);
     j["parameters"] = trainer.network().layout().parameters();
-    j["split_hash"] = hash_text(index_hash(run.stages.order[replica]));
+    j["split_hash"] = hash_text(index_hash(run.stages.order[0]));
     if (run.inference) j["inference"] = name(*run.inference);
     j["stages"] = json::array();
     return j;
   }
 
   // Whether a stage is measured after this step.
-  static bool is_measured(const ExperimentRun& run, const Trainer& trainer, int step) {
-    const int steps = trainer.count_steps(trainer.stage());
+  bool is_measured(const Trainer& trainer, int group, int step) const {
+    const ExperimentRun& run = runs_[learners_[size_t(group)].number];
+    const int steps = trainer.count_steps(trainer.stage(group), group);
     if (step == steps) return true;
     if (run.measure_every > 0) {
-      const int every = std::max(1, int(std::lround(run.measure_every * trainer.count_epoch_steps(trainer.stage()))));
+      const int an_epoch = trainer.count_epoch_steps(trainer.stage(group), group);
+      const int every = std::max(1, int(std::lround(run.measure_every * an_epoch)));
       return step % every == 0 && steps - step >= every / 2;
     }
     for (int c = 1; c < run.checks; c++)
@@ -207,69 +245,68 @@ class Runner {
     return false;
   }
 
-  void train_stage(const ExperimentRun& run, Trainer& trainer) {
-    BATON_RANGE("stage");
-    const int steps = trainer.count_steps(trainer.stage()), an_epoch = trainer.count_epoch_steps(trainer.stage());
-    if (at_.due != Due::nothing) do_what_is_due(run, trainer);
-    StageLoop loop;
-    loop.next_look = [&](int at) {
-      int last = at + 1;  // to the end of the epoch, or to a measurement
-      while (last < steps && last % an_epoch != 0 && !is_measured(run, trainer, last)) last++;
-      return last;
-    };
-    loop.add_seconds = [&](double seconds) { at_.stage_seconds += seconds, at_.epoch_seconds += seconds; };
-    loop.look = [&](const std::vector<EpochTotals>& totals) {
-      log_epoch(run, trainer, totals);
-      const int at = trainer.stage_step();
-      at_.due = at == steps ? Due::end_of_stage : is_measured(run, trainer, at) ? Due::measurement : Due::nothing;
-      if (at_.due != Due::nothing) do_what_is_due(run, trainer);
-    };
-    finish_stage(trainer, checkpoints_, loop);
+  static double count_epochs(const Trainer& trainer, int group) {
+    return double(trainer.stage_step(group)) / trainer.count_epoch_steps(trainer.stage(group), group);
   }
 
-  void log_epoch(const ExperimentRun& run, Trainer& trainer, const std::vector<EpochTotals>& totals) {
-    at_.figures = json::object();
-    for (const auto& [name, value] : trainer.posterior().figures()) at_.figures[name] = value;
+  void log_epochs(Trainer& trainer, const std::vector<Look>& looks) {
+    const Figures figures = trainer.posterior().figures();
     const std::string warning = trainer.take_warning();
     double loss = 0, accuracy = 0;
-    for (size_t r = 0; r < totals.size(); r++) {
+    for (const Look& look : looks) {
+      Learner& learner = learners_[size_t(look.group)];
+      const ExperimentRun& run = runs_[learner.number];
+      const EpochTotals& totals = look.totals[0];
+      learner.figures = json::object();
+      for (const auto& [name, value] : figures) learner.figures[name] = value;
       json line;
-      line["run"] = at_.run;
-      line.update(name_run(run, r));
-      line["stage"] = trainer.stage() + 1;
-      line["epoch"] = double(trainer.stage_step()) / trainer.count_epoch_steps(trainer.stage());
-      line["step"] = trainer.step();
-      line["train_loss"] = totals[r].loss;
-      line["train_accuracy"] = totals[r].accuracy;
-      if (!totals[r].kl_by_name.empty()) {
-        line["kl"] = totals[r].kl;
-        line["kl_by_layer"] = sum_by_layer(trainer.posterior().kl_names(), totals[r].kl_by_name);
+      line["run"] = learner.number;
+      line.update(name_run(run));
+      line["stage"] = trainer.stage(look.group) + 1;
+      line["epoch"] = count_epochs(trainer, look.group);
+      line["step"] = trainer.step(look.group);
+      line["train_loss"] = totals.loss;
+      line["train_accuracy"] = totals.accuracy;
+      if (!totals.kl_by_name.empty()) {
+        line["kl"] = totals.kl;
+        line["kl_by_layer"] = sum_by_layer(trainer.posterior().kl_names(), totals.kl_by_name);
       }
-      line.update(at_.figures);
-      line["seconds"] = at_.epoch_seconds;
+      line.update(learner.figures);
+      line["seconds"] = learner.epoch_seconds;
+      learner.epoch_seconds = 0;
       if (!warning.empty()) {
         line["warning"] = warning;
-        at_.current[r]["warnings"].push_back(warning);
+        learner.result["warnings"].push_back(warning);
         fprintf(stderr, "\n%s: warning: %s, seed %s: %s\n", options_.experiment.c_str(), run.label.c_str(),
-                std::to_string(run.training.replicas[r].seed).c_str(), warning.c_str());
+                std::to_string(run.training.replicas[0].seed).c_str(), warning.c_str());
       }
       log_.epoch(line);
-      loss += totals[r].loss / double(totals.size());
-      accuracy += totals[r].accuracy / double(totals.size());
+      loss += totals.loss / double(looks.size());
+      accuracy += totals.accuracy / double(looks.size());
     }
-    at_.epoch_seconds = 0;
-    progress_->update(before_run_ + trainer.step() * images_a_step(run), loss, accuracy);
+    long done = before_;
+    for (int g = 0; g < trainer.groups(); g++) done += long(trainer.step(g)) * trainer.settings().batch;
+    progress_->update(done, loss, accuracy);
   }
 
   // Where a signal ends this, the checkpoint stands before what was not finished.
-  void do_what_is_due(const ExperimentRun& run, Trainer& trainer) {
+  void do_what_is_due(Trainer& trainer) {
+    const auto is_due = [](const Learner& l) { return l.due != Due::nothing; };
+    if (std::none_of(learners_.begin(), learners_.end(), is_due)) return;
     checkpoints_.keep_through(trainer, [&] {
-      if (at_.due == Due::end_of_stage) {
-        trainer.posterior().end_stage([&](int examples) { return find_fisher(run, trainer, examples); });
-        at_.due = Due::measurement;
+      Posterior& posterior = trainer.posterior();
+      for (Learner& l : learners_)
+        if (l.due == Due::end_of_stage) {
+          posterior.end_stage([&](int examples) { return find_fisher(runs_[l.number], trainer, examples); });
+          l.due = Due::measurement;
+        }
+      const std::vector<std::vector<double>> kl = posterior.kl_by_name();
+      const std::vector<double> log_std = posterior.mean_log_std();
+      for (size_t g = 0; g < learners_.size(); g++) {
+        if (!is_due(learners_[g])) continue;
+        measure(trainer, g, kl[g], log_std.empty() ? std::nullopt : std::optional(log_std[g]));
+        learners_[g].due = Due::nothing;
       }
-      measure(run, trainer);
-      at_.due = Due::nothing;
     });
     checkpoints_.save(trainer);
   }
@@ -292,55 +329,51 @@ class Runner {
     return data_.test.size() > 1 || !run.stages.pixel_order.empty() ? stage + 1 : 1;
   }
 
-  void measure(const ExperimentRun& run, Trainer& trainer) {
-    Posterior& posterior = trainer.posterior();
-    const int stage = trainer.stage(), tasks = count_measured(run, stage);
-    const std::vector<std::vector<double>> kl = posterior.kl_by_name();
-    const std::vector<double> log_std = posterior.mean_log_std();
-    std::vector<json> measured;
-    for (size_t r = 0; r < at_.current.size(); r++) {
-      const double start = seconds_now();
-      json s;
-      s["stage"] = stage + 1;
-      s["epoch"] = double(trainer.stage_step()) / trainer.count_epoch_steps(stage);
-      s["train_examples"] = run.stages.sizes[size_t(stage)];
-      add_measurements(s, run, trainer, int(r), tasks);
-      if (!kl[r].empty()) {
-        s["kl"] = std::accumulate(kl[r].begin(), kl[r].end(), 0.0);
-        s["kl_by_layer"] = sum_by_layer(posterior.kl_names(), kl[r]);
-      }
-      if (!log_std.empty()) s["mean_log_std"] = log_std[r];
-      s.update(at_.figures);
-      s["seconds"] = at_.stage_seconds;
-      s["examples_per_second"] = double(trainer.stage_step()) * run.training.batch * double(at_.current.size()) /
-                                 std::max(at_.stage_seconds, 1e-9);
-      s["test_seconds"] = seconds_now() - start;
-      measured.push_back(s);
+  void measure(Trainer& trainer, size_t group, const std::vector<double>& kl, std::optional<double> log_std) {
+    Learner& learner = learners_[group];
+    const ExperimentRun& run = runs_[learner.number];
+    const int g = int(group), stage = trainer.stage(g);
+    const double start = seconds_now();
+    json s;
+    s["stage"] = stage + 1;
+    s["epoch"] = count_epochs(trainer, g);
+    s["train_examples"] = run.stages.sizes[size_t(stage)];
+    add_measurements(s, run, trainer, g, count_measured(run, stage));
+    if (!kl.empty()) {
+      s["kl"] = std::accumulate(kl.begin(), kl.end(), 0.0);
+      s["kl_by_layer"] = sum_by_layer(trainer.posterior().kl_names(), kl);
     }
-    for (size_t r = 0; r < measured.size(); r++) at_.current[r]["stages"].push_back(measured[r]);  // all or none
+    if (log_std) s["mean_log_std"] = *log_std;
+    s.update(learner.figures);
+    s["seconds"] = learner.stage_seconds;
+    s["examples_per_second"] =
+        double(trainer.stage_step(g)) * run.training.batch / std::max(learner.stage_seconds, 1e-9);
+    s["test_seconds"] = seconds_now() - start;
+    learner.result["stages"].push_back(s);
   }
 
   // all_ways: by every inference; else by those that come with the run's own.
-  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int replica, int task, bool all_ways) {
+  Measurement measure_task(const ExperimentRun& run, Trainer& trainer, int group, int task, bool all_ways) {
     const size_t set = predictors_.size() == 1 ? 0 : size_t(task);
     predictors_[set]->look_as(trainer.stages().heads[size_t(run.stages.continuous() ? 0 : task)],
                               trainer.pixel_order(task));
-    const uint64_t seed = run.training.replicas[size_t(replica)].seed;
-    const int stage = trainer.stage();
+    const uint64_t seed = run.training.replicas[0].seed;
+    const int stage = trainer.stage(group);
     const int samples = stage + 1 == run.stages.count() ? run.samples : run.stage_samples;
     // The draws are numbered as they always were, so that results repeat.
-    const uint64_t draws = run.inference ? seed * 1000003 + uint64_t(trainer.step()) : seed * 1000 + uint64_t(stage);
-    return baton::measure(*predictors_[set], trainer.posterior(), replica, data_.test[set].labels,
+    const uint64_t draws =
+        run.inference ? seed * 1000003 + uint64_t(trainer.step(group)) : seed * 1000 + uint64_t(stage);
+    return baton::measure(*predictors_[set], trainer.posterior(), group, data_.test[set].labels,
                           trainer.network().classes(), run.inference, all_ways, samples, draws);
   }
 
-  void add_measurements(json& s, const ExperimentRun& run, Trainer& trainer, int replica, int tasks) {
-    const bool all_ways = run.inference && (tasks == 1 || trainer.stage() + 1 == run.stages.count());
+  void add_measurements(json& s, const ExperimentRun& run, Trainer& trainer, int group, int tasks) {
+    const bool all_ways = run.inference && (tasks == 1 || trainer.stage(group) + 1 == run.stages.count());
     const Inference own = run.inference.value_or(Inference::softmax);
     json by_task = json::array(), by_inference = json::object();
     Measurement mean;
     for (int t = 0; t < tasks; t++) {
-      const Measurement m = measure_task(run, trainer, replica, t, all_ways);
+      const Measurement m = measure_task(run, trainer, group, t, all_ways);
       by_task.push_back(m.accuracies.of(own));
       mean.add(m, tasks);
     }
@@ -397,7 +430,7 @@ class Runner {
       save_model(m, run, suffix);
     };
     try {
-      at_.current[0]["pruning"] = prune_and_judge(device_, trainer.posterior(), run.pruned, error, keep_pruned);
+      learners_[0].result["pruning"] = prune_and_judge(device_, trainer.posterior(), run.pruned, error, keep_pruned);
     } catch (const Stopped&) {
       throw_stopped("the checkpoint is written; --resume goes on from it");
     }
@@ -418,7 +451,7 @@ class Runner {
     j["precision"] = name(options_.precision);
     j["peak_device_bytes"] = device_.peak_bytes();
     j["settings"] = options_.extra;
-    j["runs"] = at_.finished;
+    j["runs"] = finished_;
     return j;
   }
 
@@ -432,26 +465,15 @@ class Runner {
   Device device_;
   std::vector<std::unique_ptr<Predictor>> predictors_;
   Progress* progress_ = nullptr;
-  Progression at_;
+  size_t next_ = 0;                // the first of the runs under way
+  std::vector<Learner> learners_;  // those: each is a group of the trainer
+  json finished_ = json::array();  // results of the runs before
   bool resuming_ = false;
   int64_t resume_step_ = 0;
-  long before_run_ = 0;  // images
+  long before_ = 0;  // images of the runs before
 };
 
 }  // namespace
-
-json describe_settings(const ExperimentRun& run, size_t replica) {
-  const Replica& r = run.training.replicas.at(replica);
-  json j{{"epochs", run.training.epochs}, {"batch", run.training.batch}};
-  j.update(complete_options(find_posterior(run.training.kind).options, r.settings, run.training.kind));
-  if (j["schedule"] != "steps") j.erase("decay"), j.erase("decay_epochs");
-  if (std::count(run.stages.augment.begin(), run.stages.augment.end(), true)) j["augment"] = true;
-  if (r.pretrained) j["pretrained"] = r.pretrained->description;
-  if (r.pretrained && r.pretrained->prior_log_std.empty()) j["pretrained_sd"] = r.pretrained_sd;
-  j["samples"] = run.samples;
-  j.update(run.more);
-  return j;
-}
 
 json run_experiment(const ExperimentOptions& options, const ExperimentData& data,
                     const std::vector<ExperimentRun>& runs) {
@@ -468,8 +490,8 @@ json run_experiment(const ExperimentOptions& options, const ExperimentData& data
     if (data.test.size() != 1 && data.test.size() != size_t(r.stages.tasks()))
       throw InputError("there are " + std::to_string(data.test.size()) + " test sets for " +
                        std::to_string(r.stages.tasks()) + " tasks");
-    if (r.training.replicas.size() > 1 && (options.save_models || !r.pruned.empty()))
-      throw InputError("models are saved and pruned of one replica at a time");
+    if (r.training.replicas.size() != 1 || r.stages.order.size() != 1)
+      throw InputError("a run has one replica; runs train side by side");
   }
   return Runner(options, data, runs).run();
 }

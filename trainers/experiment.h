@@ -1,6 +1,7 @@
-// A whole experiment: a list of runs (method, stages, seeds), each trained stage by stage and measured on test images,
+// A whole experiment: a list of runs (method, stages, seed), each trained stage by stage and measured on test images,
 // with a run log, a progress line, and checkpoints from which a killed run goes on to the very figures it would have
-// had.
+// had. Runs that follow one another can train side by side, as replicas of one pass, with the figures that each would
+// have alone.
 #pragma once
 #include <filesystem>
 #include <optional>
@@ -15,7 +16,7 @@ struct ExperimentRun {
   std::string method, label;  // "ffg_laplace"; "BGD 2x400"; the label is what tables and results tell runs apart by
   NetworkSpec network;
   Stages stages;
-  TrainingSettings training;   // its replicas train side by side
+  TrainingSettings training;   // of one replica
   json more = json::object();  // further settings, as result.json shows them
   int samples = 100;           // draws of the weights in a prediction after the last stage
   int stage_samples = 100;     // and after the stages before it
@@ -32,7 +33,11 @@ struct ExperimentOptions {
   std::string preset;
   std::filesystem::path out;
   bool resume = false;
-  bool save_models = false;        // every trained model (and its pruned forms), as `baton` reads them
+  bool save_models = false;  // every trained model (and its pruned forms), as `baton` reads them
+  // How many runs train side by side, where they follow one another and have the network, the batch, the epochs, the
+  // augmentation and the settings in common that are not a replica's own; 0: one on the CPU, all on the GPU. One where
+  // models are saved.
+  int at_once = 0;
   double checkpoint_seconds = 20;  // a checkpoint at the end of the first epoch after so long, and after measurements
   Normalisation normalisation = unit_range;
   Precision precision = Precision::fp32;
@@ -46,14 +51,15 @@ struct ExperimentData {
   std::vector<Images> test;
 };
 
-// Runs all in turn and returns the object that result.json holds (it is written after every run). Files in options.out:
-// log.jsonl, result.json, checkpoint/ while it runs, models where save_models is set. Throws InputError for runs that
-// make no sense, or when --resume finds the checkpoint of another experiment; RunError when a file cannot be written, a
-// loss is not finite, or sigma diverged; Stopped when a signal asks to end, with the checkpoint written.
+// Runs all and returns the object that result.json holds (it is written after every run, or after those that trained
+// side by side). Files in options.out: log.jsonl, result.json, checkpoint/ while it runs, models where save_models is
+// set. Throws InputError for runs that make no sense, or when --resume finds the checkpoint of another experiment;
+// RunError when a file cannot be written, a loss is not finite, or sigma diverged; Stopped when a signal asks to end,
+// with the checkpoint written.
 json run_experiment(const ExperimentOptions&, const ExperimentData&, const std::vector<ExperimentRun>&);
 
-// The settings of one of a run's replicas as result.json shows them.
-json describe_settings(const ExperimentRun&, size_t replica);
+// A run's settings as result.json shows them.
+json describe_settings(const ExperimentRun&);
 
 // The results by label and number of parts, means over seeds: final accuracy, NLL, calibration error, time; or the test
 // error by every way of inference where the runs have them.

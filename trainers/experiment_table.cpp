@@ -42,6 +42,19 @@ std::vector<Row> collect_rows(const json& runs) {
 
 }  // namespace
 
+json describe_settings(const ExperimentRun& run) {
+  const Replica& r = run.training.replicas.at(0);
+  json j{{"epochs", run.training.epochs}, {"batch", run.training.batch}};
+  j.update(complete_options(find_posterior(run.training.kind).options, r.settings, run.training.kind));
+  if (j["schedule"] != "steps") j.erase("decay"), j.erase("decay_epochs");
+  if (std::count(run.stages.augment.begin(), run.stages.augment.end(), true)) j["augment"] = true;
+  if (r.pretrained) j["pretrained"] = r.pretrained->description;
+  if (r.pretrained && r.pretrained->prior_log_std.empty()) j["pretrained_sd"] = r.pretrained_sd;
+  j["samples"] = run.samples;
+  j.update(run.more);
+  return j;
+}
+
 std::string format_table(const json& result) {
   const std::vector<Row> rows = collect_rows(result["runs"]);
   const bool by_inference = !rows.empty() && rows[0].figures.count("map");

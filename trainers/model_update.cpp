@@ -197,12 +197,12 @@ class Update {
     const int batch = std::min(model_.batch, int(order_.size()));
     const auto epoch_end = [&](int at) { return std::min(steps, (at / an_epoch + 1) * an_epoch); };
     const double start = seconds_now();
-    StageLoop loop;
-    loop.next_look = [&](int at) {
+    LearningLoop loop;
+    loop.next_look = [&](int, int at) {
       return std::min(epoch_end(at), at / an_epoch * an_epoch + (at % an_epoch / chunk + 1) * chunk);
     };
-    loop.look = [&](const std::vector<EpochTotals>& totals) {
-      sums_.add(totals[0]);
+    loop.look = [&](const std::vector<Look>& looks) {
+      sums_.add(looks[0].totals[0]);
       if (const std::string warning = trainer.take_warning(); !warning.empty() && options_.warn) options_.warn(warning);
       const int at = trainer.stage_step();
       const bool ends = at == epoch_end(at - 1);
@@ -212,7 +212,7 @@ class Update {
                            ends});
       if (ends) last_ = sums_, sums_ = {};
     };
-    finish_stage(trainer, checkpoints, loop);
+    learn(trainer, checkpoints, loop);
     const double seconds = seconds_now() - start;
     if (predictor) held_out["accuracy_after"] = checkpoints.keep_through(trainer, accuracy);
     checkpoints.keep_through(trainer, [&] {

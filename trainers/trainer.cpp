@@ -1,9 +1,7 @@
 #include "trainers/trainer.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
-#include <cstring>
 
 #include "engine/io/stop.h"
 
@@ -55,29 +53,42 @@ void adopt(Posterior& posterior, const Network& network, int replica, const Pret
 }
 
 Trainer::Trainer(Device& device, Arena& arena, const NetworkFactory& make, const DeviceImages& train,
-                 const Stages& stages, const TrainingSettings& settings)
+                 const std::vector<Stages>& groups, const TrainingSettings& settings)
     : device_(device),
       settings_(settings),
-      stages_(stages),
       train_(train),
       network_(make()),
       posterior_(
           make_posterior(device, arena, network_->layout(), settings.kind, list_settings(settings), settings.masked)) {
-  if (stages_.heads.empty()) stages_.heads.assign(stages_.sizes.size(), 0);
-  if (stages_.augment.empty()) stages_.augment.assign(stages_.sizes.size(), false);
-  check();
   const int replicas = posterior_->replicas();
+  int in_groups = 0;
+  for (const Stages& given : groups) {
+    Group& g = groups_.emplace_back(Group{given, {in_groups, int(given.order.size())}});
+    Stages& s = g.stages;
+    if (s.heads.empty()) s.heads.assign(s.sizes.size(), 0);
+    if (s.augment.empty()) s.augment.assign(s.sizes.size(), false);
+    check(s);
+    order_stride_ = std::max(order_stride_, size_t(s.first(s.count())));
+    in_groups += g.replicas.count;
+  }
+  if (in_groups != replicas)
+    throw InputError("training needs an order of the examples for each of its " + text(replicas) + " replicas, not " +
+                     text(in_groups));
   network_->prepare(posterior_->training_context(settings.batch));
   states_ = arena.take<StepState>(size_t(rows()));
   totals_ = arena.take<Totals>(size_t(rows()));
   std::vector<int32_t> all;
-  for (const auto& order : stages_.order) all.insert(all.end(), order.begin(), order.end());
+  for (const Group& g : groups_)
+    for (const auto& order : g.stages.order) {
+      all.insert(all.end(), order.begin(), order.end());
+      all.resize(all.size() + order_stride_ - order.size());
+    }
   order_ = arena.take<int32_t>(all.size());
   upload(device, order_, all);
   labels_ = arena.take<int32_t>(size_t(settings.batch) * replicas);
   loss_ = arena.take<float>(size_t(settings.batch) * rows());
   hit_ = arena.take<float>(size_t(settings.batch) * rows());
-  if (!stages_.pixel_order.empty()) upload_tasks(arena);
+  if (!stages().pixel_order.empty()) upload_tasks(arena);
   for (const Replica& replica : settings_.replicas) {
     StepState s{};
     s.noise = key_of(replica.seed, 1);
@@ -92,77 +103,96 @@ Trainer::Trainer(Device& device, Arena& arena, const NetworkFactory& make, const
   posterior_->settle();
 }
 
-void Trainer::check() const {
+void Trainer::check(const Stages& stages) const {
   const TrainingSettings& s = settings_;
   if (s.batch < 1) throw InputError("the batch must be at least 1, not " + text(s.batch));
   if (!(s.epochs > 0)) throw InputError("the number of epochs must be positive");
-  if (stages_.sizes.empty()) throw InputError("there must be at least one stage");
-  if (stages_.order.size() != s.replicas.size())
-    throw InputError("training needs an order of the examples for each of its " + text(s.replicas.size()) +
-                     " replicas, not " + text(stages_.order.size()));
-  const size_t count = stages_.sizes.size(), pixels = size_t(train_.channels) * train_.plane;
-  for (int size : stages_.sizes)
+  if (stages.sizes.empty()) throw InputError("there must be at least one stage");
+  const size_t count = stages.sizes.size(), pixels = size_t(train_.channels) * train_.plane;
+  for (int size : stages.sizes)
     if (size < 1) throw InputError("a stage has no examples");
-  for (const auto& order : stages_.order) {
-    if (order.size() != size_t(stages_.first(stages_.count())))
+  for (const auto& order : stages.order) {
+    if (order.size() != size_t(stages.first(stages.count())))
       throw InputError("an order's length is not the sum of its stages'");
     for (int32_t i : order)
       if (i < 0 || i >= train_.count) throw InputError("a stage names image " + text(i) + " of " + text(train_.count));
   }
-  if (stages_.heads.size() != count || stages_.augment.size() != count)
+  if (stages.heads.size() != count || stages.augment.size() != count)
     throw InputError("stages need a head and an augmentation for each of the " + text(count));
-  for (int head : stages_.heads)
+  for (int head : stages.heads)
     if (head < 0 || head >= network_->heads())
       throw InputError("a stage names head " + text(head) + " of " + text(network_->heads()));
-  if (stages_.continuous() && (count != 1 || stages_.pixel_order.empty()))
+  const Stages& first = groups_[0].stages;
+  if (groups_.size() > 1 &&
+      (std::count(stages.heads.begin(), stages.heads.end(), 0) != int64_t(count) || !first.pixel_order.empty() ||
+       !stages.pixel_order.empty() ||
+       std::count(stages.augment.begin(), stages.augment.end(), first.augment[0]) != int64_t(count)))
+    throw InputError("groups that train side by side have one head, one augmentation and pixels as they are");
+  if (stages.continuous() && (count != 1 || stages.pixel_order.empty()))
     throw InputError("continuous tasks are orders of the pixels of one set of examples");
-  if (stages_.pixel_order.empty()) return;
-  if (std::find(stages_.augment.begin(), stages_.augment.end(), true) != stages_.augment.end())
+  if (stages.pixel_order.empty()) return;
+  if (std::find(stages.augment.begin(), stages.augment.end(), true) != stages.augment.end())
     throw InputError("images whose pixels are in another order cannot be augmented");
-  if (!stages_.continuous() && stages_.pixel_order.size() != count)
-    throw InputError("there are " + text(count) + " tasks and " + text(stages_.pixel_order.size()) +
+  if (!stages.continuous() && stages.pixel_order.size() != count)
+    throw InputError("there are " + text(count) + " tasks and " + text(stages.pixel_order.size()) +
                      " orders of the pixels");
-  for (const auto& order : stages_.pixel_order) {
+  for (const auto& order : stages.pixel_order) {
     std::vector<bool> seen(pixels);
     for (int32_t i : order)
       if (i >= 0 && size_t(i) < pixels) seen[size_t(i)] = true;
     if (order.size() != pixels || std::count(seen.begin(), seen.end(), true) != int64_t(pixels))
       throw InputError("an order of the pixels is no permutation of " + text(pixels));
   }
-  for (const auto& row : stages_.probabilities)
-    if (row.size() != stages_.pixel_order.size())
+  for (const auto& row : stages.probabilities)
+    if (row.size() != stages.pixel_order.size())
       throw InputError("a step of the schedule has " + text(row.size()) + " probabilities for " +
-                       text(stages_.pixel_order.size()) + " tasks");
+                       text(stages.pixel_order.size()) + " tasks");
 }
 
 void Trainer::upload_tasks(Arena& arena) {
+  const Stages& stages = groups_[0].stages;
   std::vector<int32_t> orders;
-  for (const auto& order : stages_.pixel_order) orders.insert(orders.end(), order.begin(), order.end());
+  for (const auto& order : stages.pixel_order) orders.insert(orders.end(), order.begin(), order.end());
   pixel_orders_ = arena.take<int32_t>(orders.size());
   upload(device_, pixel_orders_, orders);
-  tasks_ = {pixel_orders_, int(stages_.pixel_order.size())};
-  if (!stages_.continuous()) return;
+  tasks_ = {pixel_orders_, int(stages.pixel_order.size())};
+  if (!stages.continuous()) return;
   std::vector<float> cumulative;
-  for (const auto& row : stages_.probabilities) {
+  for (const auto& row : stages.probabilities) {
     double sum = 0;
     for (double p : row) cumulative.push_back(float(sum += p));
   }
   float* sums = arena.take<float>(cumulative.size());
   upload(device_, sums, cumulative);
   tasks_.cumulative = sums;
-  tasks_.steps = int(stages_.probabilities.size());
+  tasks_.steps = int(stages.probabilities.size());
 }
 
 const int32_t* Trainer::pixel_order(int task) const {
   return pixel_orders_ ? pixel_orders_ + size_t(task) * train_.channels * train_.plane : nullptr;
 }
 
-int Trainer::count_steps(int stage) const {
-  if (stages_.continuous()) return int(stages_.probabilities.size());
-  return baton::count_steps(settings_.epochs, stages_.sizes[size_t(stage)], settings_.batch);
+int Trainer::count_steps(int stage, int group) const {
+  const Stages& s = stages(group);
+  if (s.continuous()) return int(s.probabilities.size());
+  return baton::count_steps(settings_.epochs, s.sizes[size_t(stage)], settings_.batch);
 }
-int Trainer::count_epoch_steps(int stage) const {
-  return std::max(1, int(std::lround(double(stages_.sizes[size_t(stage)]) / settings_.batch)));
+int Trainer::count_epoch_steps(int stage, int group) const {
+  return std::max(1, int(std::lround(double(stages(group).sizes[size_t(stage)]) / settings_.batch)));
+}
+bool Trainer::stage_ended(int group) const {
+  return stage(group) < 0 || stage_step(group) >= count_steps(stage(group), group);
+}
+
+const Trainer::Group& Trainer::group_of(int replica) const {
+  return *std::find_if(groups_.begin(), groups_.end(),
+                       [&](const Group& g) { return replica < g.replicas.first + g.replicas.count; });
+}
+
+void Trainer::download_states() {
+  const std::vector<StepState> rows_of_all = download(device_, states_, size_t(rows()));
+  for (size_t r = 0; r < states_host_.size(); r++)
+    states_host_[r] = rows_of_all[r * size_t(posterior_->draws_at_once())];
 }
 
 void Trainer::upload_states() {
@@ -172,7 +202,7 @@ void Trainer::upload_states() {
 }
 
 void Trainer::start_from(const TensorFile& file, uint32_t step) {
-  if (stage_ >= 0) throw InputError("start_from() comes before the first begin_stage()");
+  if (stage() >= 0) throw InputError("start_from() comes before the first begin_stage()");
   if (posterior_->replicas() != 1) throw InputError("start_from() is for one replica");
   posterior_->load(file, settings_.stages_before == 0);
   states_host_[0].step = step;
@@ -181,11 +211,13 @@ void Trainer::start_from(const TensorFile& file, uint32_t step) {
 
 uint32_t Trainer::count_history() { return download(device_, states_, 1)[0].step; }
 
-// The head, its buffers and the augmentation are recorded in the graph: another of them needs another graph.
-void Trainer::take_stage(int stage) {
-  stage_ = stage;
-  const int head = stages_.heads[size_t(stage)];
-  const bool augments = stages_.augment[size_t(stage)];
+// The head, its buffers and the augmentation are recorded in the graph: another of them needs another graph. Several
+// groups have these in common.
+void Trainer::take_stage() {
+  const Group& g = groups_[0];
+  const size_t stage = size_t(std::max(g.stage, 0));
+  const int head = g.stages.heads[stage];
+  const bool augments = g.stages.augment[stage];
   if (graph_ && graph_head_ == head && graph_augments_ == augments) return;
   network_->use_head(head);
   if (graph_ && graph_head_ != head) posterior_->clear_gradients();
@@ -194,32 +226,43 @@ void Trainer::take_stage(int stage) {
   graph_.emplace();
 }
 
-void Trainer::begin_stage(int stage) {
-  if (stage < 0 || stage >= stages_.count()) throw InputError("there is no stage " + text(stage + 1));
+void Trainer::begin_stage(int stage, int group) {
+  Group& g = groups_[size_t(group)];
+  if (stage < 0 || stage >= g.stages.count()) throw InputError("there is no stage " + text(stage + 1));
   const int of_all = settings_.stages_before + stage;
-  const bool anew = posterior_->begin_stage(of_all == 0);
-  const std::vector<StepState> states = download(device_, states_, size_t(rows()));
-  for (int r = 0; r < posterior_->replicas(); r++) {
+  const bool anew = posterior_->begin_stage(of_all == 0, g.replicas);
+  download_states();
+  for (int r = g.replicas.first; r < g.replicas.first + g.replicas.count; r++) {
     const json& from = posterior_->settings(r);
     StepState& s = states_host_[size_t(r)];
-    s = states[size_t(r) * posterior_->draws_at_once()];
     s.steps_before = anew ? 0 : s.steps_before + s.stage_step;
     s.stage = of_all;
     s.stage_step = 0;
-    s.stage_steps = count_steps(stage);
-    s.part_offset = stages_.first(stage);
-    s.part_size = stages_.sizes[size_t(stage)];
+    s.stage_steps = count_steps(stage, group);
+    s.part_offset = g.stages.first(stage);
+    s.part_size = g.stages.sizes[size_t(stage)];
     s.schedule = parse_schedule(from["schedule"]);
     s.base_lr_mean = float(posterior_->step_size(r));
     s.base_lr_scale = float(from.value("lr_scale", 0.0));
     s.decay = float(double(from["decay"]));
-    s.decay_steps = std::max(1, int(std::lround(double(from["decay_epochs"]) * count_epoch_steps(stage))));
+    s.decay_steps = std::max(1, int(std::lround(double(from["decay_epochs"]) * count_epoch_steps(stage, group))));
     s.kl_weight = float(posterior_->kl_weight(r, s.part_size, settings_.batch));
-    s.warmup_steps = int(from.value("warmup_epochs", 0.0) * count_epoch_steps(stage));
+    s.warmup_steps = int(from.value("warmup_epochs", 0.0) * count_epoch_steps(stage, group));
   }
-  stage_step_ = 0;
+  g.stage = stage;
+  g.stage_step = 0;
   upload_states();
-  take_stage(stage);
+  take_stage();
+}
+
+void Trainer::rest(int group) {
+  Group& g = groups_[size_t(group)];
+  if (g.rests) return;
+  g.rests = true;
+  if (groups_.size() == 1) return;  // nobody goes on
+  download_states();
+  for (int r = g.replicas.first; r < g.replicas.first + g.replicas.count; r++) states_host_[size_t(r)].halted = -1;
+  upload_states();
 }
 
 // One step, every shape fixed and every changing number in device memory: what the graph captures.
@@ -229,8 +272,8 @@ void Trainer::run_step() {
   const Stream stream = device_.stream();
   advance_step(states_, rows(), stream);
   const Signal& x = network_->input().signal;
-  gather_training_batch(x.value, x.square, labels_, train_, order_, size_t(stages_.first(stages_.count())), states_,
-                        replicas, batch, stream, stages_.augment[size_t(stage_)], pixel_orders_ ? &tasks_ : nullptr);
+  gather_training_batch(x.value, x.square, labels_, train_, order_, order_stride_, states_, replicas, batch, stream,
+                        graph_augments_, pixel_orders_ ? &tasks_ : nullptr);
   for (int first = 0; first < posterior_->draws(); first += at_once) {
     const Pass pass{states_, first};
     posterior_->draw(first, states_);
@@ -244,7 +287,8 @@ void Trainer::run_step() {
 }
 
 int Trainer::advance(int count) {
-  if (stage_ < 0) throw InputError("begin_stage() comes before run()");
+  for (const Group& g : groups_)
+    if (g.stage < 0) throw InputError("begin_stage() comes before run()");
   int done = 0;
   if (!graph_->captured() && count > 0) {  // the first step runs as it is, so that libraries load what they load lazily
     run_step();
@@ -255,8 +299,8 @@ int Trainer::advance(int count) {
     BATON_RANGE("step");
     graph_->replay(device_);
   }
-  stage_step_ += done;
-  steps_done_ += done;
+  for (Group& g : groups_)
+    if (!g.rests) g.stage_step += done, g.step += done;
   return done;
 }
 
@@ -266,46 +310,50 @@ std::vector<EpochTotals> Trainer::run(int count) {
 }
 
 std::string Trainer::describe_place(int replica) const {
-  return "stage " + text(settings_.stages_before + stage_ + 1) + " (seed " +
+  return "stage " + text(settings_.stages_before + group_of(replica).stage + 1) + " (seed " +
          text(settings_.replicas[size_t(replica)].seed) + ")";
 }
 
 std::string Trainer::take_warning() { return posterior_->warning(settings_.batch, posterior_->step_size()); }
 
-std::vector<EpochTotals> Trainer::take_totals() {
+std::vector<EpochTotals> Trainer::take_totals(int group) {
   const std::string failure = posterior_->failure(settings_.batch, posterior_->step_size());
   if (!failure.empty()) throw RunError(describe_place(0) + ": " + failure);
   const int at_once = posterior_->draws_at_once();
   const std::vector<Totals> totals = download(device_, totals_, size_t(rows()));
-  const auto kl = posterior_->take_accumulated_kl();
-  std::vector<EpochTotals> result(size_t(posterior_->replicas()));
-  for (int row = 0; row < rows(); row++) {
-    const Totals& t = totals[size_t(row)];
-    if (t.nonfinite_step) {
+  for (int row = 0; row < rows(); row++)
+    if (totals[size_t(row)].nonfinite_step && !group_of(row / at_once).rests) {
       const std::string warning = take_warning();
       throw RunError("the loss is not finite: " + find_not_finite(row) + ", " + describe_place(row / at_once) +
-                     ", step " + text(t.nonfinite_step) + " of the run" + (warning.empty() ? "" : "; " + warning));
+                     ", step " + text(totals[size_t(row)].nonfinite_step) + " of the run" +
+                     (warning.empty() ? "" : "; " + warning));
     }
-    EpochTotals& e = result[size_t(row / at_once)];
-    e.loss += t.loss;
-    e.accuracy += t.hits;
-    e.examples += t.examples;
-    e.steps += t.steps;
-  }
-  for (size_t r = 0; r < result.size(); r++) {
-    EpochTotals& e = result[r];
+  const Replicas of = groups_[size_t(group)].replicas;
+  const auto kl = posterior_->take_accumulated_kl(of);
+  std::vector<EpochTotals> result(size_t(of.count));
+  for (int r = 0; r < of.count; r++) {
+    EpochTotals& e = result[size_t(r)];
+    const int first_row = (of.first + r) * at_once;
+    for (int row = first_row; row < first_row + at_once; row++) {
+      const Totals& t = totals[size_t(row)];
+      e.loss += t.loss;
+      e.accuracy += t.hits;
+      e.examples += t.examples;
+      e.steps += t.steps;
+    }
     if (e.examples) e.loss /= double(e.examples), e.accuracy /= double(e.examples);
     e.steps /= posterior_->draws();  // the device counts every draw's
     e.examples = e.steps * settings_.batch;
-    for (double sum : kl[r]) {
+    for (double sum : kl[size_t(r)]) {
       e.kl_by_name.push_back(e.steps ? sum / double(e.steps) : 0);
       e.kl += e.kl_by_name.back();
     }
     if (!std::isfinite(e.kl))
-      throw RunError("the KL is not finite: " + find_not_finite(int(r) * at_once) + ", " + describe_place(int(r)) +
-                     ", by step " + text(download(device_, states_, size_t(rows()))[r * at_once].step) + " of the run");
+      throw RunError("the KL is not finite: " + find_not_finite(first_row) + ", " + describe_place(of.first + r) +
+                     ", by step " + text(download(device_, states_, size_t(rows()))[size_t(first_row)].step) +
+                     " of the run");
   }
-  fill_zero(device_, totals_, sizeof(Totals) * rows());
+  fill_zero(device_, totals_ + of.first * at_once, sizeof(Totals) * of.count * at_once);
   return result;
 }
 
@@ -325,146 +373,6 @@ std::string Trainer::find_not_finite(int row) {
     if (broken(download(device_, a.activation.signal.value + a.activation.stride * row, a.activation.stride)))
       return "layer " + a.layer + " (its output)";
   return "the cross-entropy of finite logits";
-}
-
-// ------------------------------------------------------------------------------------------------------ checkpoints
-namespace {
-
-constexpr const char* checkpoint_format = "baton-training-3";
-
-// Every tensor that a posterior has to keep, with its name in a checkpoint.
-void for_each_tensor(
-    const Posterior& posterior,
-    const std::function<void(const StateArray&, const TensorSpec&, int replica, const std::string& name)>& visit) {
-  for (int r = 0; r < posterior.replicas(); r++)
-    for (const StateArray& a : posterior.state())
-      for (const TensorSpec& t : a.store->layout().tensors()) {
-        const std::string name = t.name + "." + a.array;
-        visit(a, t, r, posterior.replicas() == 1 ? name : "replica" + text(r) + "/" + name);
-      }
-}
-
-template <class T>
-Tensor as_bytes(const std::vector<T>& values) {
-  const auto* raw = reinterpret_cast<const uint8_t*>(values.data());
-  const size_t bytes = values.size() * sizeof(T);
-  return Tensor::of<uint8_t>(std::span<const uint8_t>(raw, bytes), {int64_t(bytes)});
-}
-
-}  // namespace
-
-std::string Trainer::make_identity() const {
-  json j;
-  j["architecture"] = network_->architecture();
-  j["kind"] = settings_.kind;
-  j["batch"] = settings_.batch;
-  j["epochs"] = settings_.epochs;
-  for (int r = 0; r < posterior_->replicas(); r++) {
-    const Replica& replica = settings_.replicas[size_t(r)];
-    json settings = posterior_->settings(r);
-    settings.erase("draws_at_once");  // changes no figure
-    j["replicas"].push_back(
-        {replica.seed, settings, replica.pretrained ? replica.pretrained->description : "", replica.pretrained_sd});
-  }
-  if (settings_.masked) j["masked"] = true;
-  if (device_.precision() != Precision::fp32) j["precision"] = name(device_.precision());
-  j["stages"] = {stages_.sizes, stages_.heads, stages_.augment, stages_.pixel_order.size(),
-                 stages_.probabilities.size()};
-  j["stages_before"] = settings_.stages_before;
-  j["identity"] = settings_.identity;
-  return j.dump();
-}
-
-void Trainer::save(const std::filesystem::path& path, const std::string& extra) {
-  TensorFile file;
-  for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string& name) {
-    file.tensors[name] = Tensor::of<float>(a.store->read(device_, a.array, r, t), t.shape);
-  });
-  const std::vector<StepState> states = download(device_, states_, size_t(rows()));
-  for (int r = 0; r < posterior_->replicas(); r++)
-    states_host_[size_t(r)] = states[size_t(r) * posterior_->draws_at_once()];
-  file.tensors["step_state"] = as_bytes(states_host_);
-  file.tensors["totals"] = as_bytes(download(device_, totals_, size_t(rows())));
-  const std::vector<double> kl = posterior_->accumulated_kl();
-  file.tensors["accumulated_kl"] = Tensor::of<double>(kl, {int64_t(kl.size())});
-  file.tensors["notes"] = as_bytes(posterior_->notes());
-  const int before = settings_.stages_before + stage_;
-  file.metadata = {{"format", checkpoint_format},
-                   {"architecture", network_->architecture()},
-                   {"kind", settings_.kind},
-                   {"prior", before == 0 ? "the first prior" : "posterior of stage " + text(before)},
-                   {"stage", text(stage_)},
-                   {"stage_step", text(stage_step_)},
-                   {"step", text(steps_done_)},
-                   {"training", make_identity()},
-                   {"extra", extra}};
-  save_safetensors(path, file);
-}
-
-std::string Trainer::restore(const std::filesystem::path& path) {
-  const TensorFile file = load_safetensors(path);
-  const auto meta = [&](const std::string& key) {
-    const auto found = file.metadata.find(key);
-    if (found == file.metadata.end()) throw InputError(path.string() + ": no \"" + key + "\" in the metadata");
-    return found->second;
-  };
-  if (meta("format") != checkpoint_format)
-    throw InputError(path.string() + ": its format is '" + meta("format") + "'; this version reads '" +
-                     checkpoint_format + "'");
-  if (meta("training") != make_identity())
-    throw InputError(path.string() + ": a checkpoint of another run (its training is " + meta("training") + ")");
-  // Everything is read and checked before anything is written, so a damaged file leaves the trainer as it was.
-  const auto whole_number = [&](const std::string& key, int64_t most) {
-    const std::string value_text = meta(key);
-    int64_t value = -1;
-    const auto end = std::from_chars(value_text.data(), value_text.data() + value_text.size(), value);
-    if (end.ec != std::errc() || end.ptr != value_text.data() + value_text.size() || value < 0 || value > most)
-      throw InputError(path.string() + ": \"" + key + "\" is '" + value_text + "', expected 0 to " + text(most));
-    return value;
-  };
-  const int stage = int(whole_number("stage", stages_.count() - 1)),
-            stage_step = int(whole_number("stage_step", count_steps(stage)));
-  const int64_t step = whole_number("step", INT32_MAX);
-  std::vector<std::vector<float>> values;
-  const int replicas = posterior_->replicas(), at_once = posterior_->draws_at_once();
-  for_each_tensor(*posterior_, [&](const StateArray&, const TensorSpec& t, int, const std::string& name) {
-    values.push_back(file.at(name, t.shape).as<float>());
-  });
-  const std::vector<uint8_t> states =
-      file.at("step_state", {int64_t(states_host_.size() * sizeof(StepState))}).as<uint8_t>();
-  const std::vector<uint8_t> total_bytes = file.at("totals").as<uint8_t>();
-  if (total_bytes.empty() || total_bytes.size() % (sizeof(Totals) * size_t(replicas)) != 0)
-    throw InputError(path.string() + ": tensor 'totals' has " + text(total_bytes.size()) + " bytes");
-  const std::vector<double> kl = file.at("accumulated_kl", {int64_t(posterior_->accumulated_kl().size())}).as<double>();
-  const std::vector<uint8_t> notes = file.at("notes", {int64_t(posterior_->notes().size())}).as<uint8_t>();
-  const std::string extra = meta("extra");
-
-  size_t next = 0;
-  for_each_tensor(*posterior_, [&](const StateArray& a, const TensorSpec& t, int r, const std::string&) {
-    a.store->write(device_, a.array, r, t, values[next++]);
-  });
-  posterior_->restored(settings_.stages_before + stage == 0);
-  posterior_->set_accumulated_kl(kl);
-  if (!notes.empty()) posterior_->set_notes(notes);
-  std::memcpy(states_host_.data(), states.data(), states.size());
-  upload_states();
-  std::vector<Totals> totals(total_bytes.size() / sizeof(Totals));
-  std::memcpy(totals.data(), total_bytes.data(), total_bytes.size());
-  if (int(totals.size()) != rows()) {  // one network that ran with another number of draws at once
-    for (size_t r = 1; r < totals.size(); r++) {
-      totals[0].loss += totals[r].loss;
-      totals[0].hits += totals[r].hits;
-      totals[0].examples += totals[r].examples;
-      totals[0].steps += totals[r].steps;
-    }
-    totals.resize(1);
-    totals.resize(size_t(at_once), Totals{});
-  }
-  upload(device_, totals_, totals);
-  take_stage(stage);
-  stage_step_ = stage_step;
-  steps_done_ = step;
-  return extra;
 }
 
 }  // namespace baton

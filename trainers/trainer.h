@@ -1,8 +1,10 @@
 // Learning stage after stage without the data of earlier stages. Every step is
 //   a batch; for each pass over some draws of the weights: draw, forward, loss, backward; then the posterior's step.
 // What tells fine-tuning, Bayesian incremental learning (Kochurov et al. 2018, Algorithm 1: the posterior of a stage is
-// the prior of the next) and Bayesian gradient descent (Zeno et al. 2018) apart is the posterior. Replicas (seeds of a
-// table, points of a search) train side by side, each on its own order of the examples and with its own settings.
+// the prior of the next) and Bayesian gradient descent (Zeno et al. 2018) apart is the posterior. Replicas (runs of a
+// table, points of a search) train side by side, each on its own order of the examples and with its own settings. They
+// form groups: the replicas of a group go through the same stages together, and a group's stages end where they end,
+// whatever the others do. Bits do not depend on the company.
 #pragma once
 #include <filesystem>
 #include <map>
@@ -60,19 +62,27 @@ int count_steps(double epochs, int examples, int batch);
 
 class Trainer {
  public:
-  // Throws InputError for settings or stages that make no sense.
-  Trainer(Device&, Arena&, const NetworkFactory&, const DeviceImages& train, const Stages&, const TrainingSettings&);
+  // groups: the stages of each group, which has the next stages.order.size() of the replicas. Where there are several,
+  // all are of the first head, with pixels as they are, and augment all stages or none. Throws InputError for settings
+  // or stages that make no sense.
+  Trainer(Device&, Arena&, const NetworkFactory&, const DeviceImages& train, const std::vector<Stages>& groups,
+          const TrainingSettings&);
+  Trainer(Device& device, Arena& arena, const NetworkFactory& make, const DeviceImages& train, const Stages& stages,
+          const TrainingSettings& settings)
+      : Trainer(device, arena, make, train, std::vector{stages}, settings) {}
 
-  const Stages& stages() const { return stages_; }
   const TrainingSettings& settings() const { return settings_; }
   Posterior& posterior() { return *posterior_; }
   Network& network() { return *network_; }
-  int stage() const { return stage_; }            // 0-based; -1 before the first
-  int stage_step() const { return stage_step_; }  // steps of this stage done
-  int64_t step() const { return steps_done_; }    // of this training
-  int count_steps(int stage) const;
-  int count_epoch_steps(int stage) const;      // examples / batch, rounded
-  const int32_t* pixel_order(int task) const;  // in device memory; null: pixels as they are
+  int groups() const { return int(groups_.size()); }
+  const Stages& stages(int group = 0) const { return groups_[size_t(group)].stages; }
+  int stage(int group = 0) const { return groups_[size_t(group)].stage; }            // 0-based; -1 before the first
+  int stage_step(int group = 0) const { return groups_[size_t(group)].stage_step; }  // steps of this stage done
+  int64_t step(int group = 0) const { return groups_[size_t(group)].step; }          // of this training
+  bool stage_ended(int group = 0) const;                                             // or none has begun
+  int count_steps(int stage, int group = 0) const;
+  int count_epoch_steps(int stage, int group = 0) const;  // examples / batch, rounded
+  const int32_t* pixel_order(int task) const;             // in device memory; null: pixels as they are
 
   // The posterior of settings().stages_before stages, as Posterior::save() wrote it, before the first begin_stage();
   // `step`: of the whole history so far, so that no noise is used twice. One replica. InputError for a tensor that is
@@ -80,14 +90,18 @@ class Trainer {
   void start_from(const TensorFile&, uint32_t step);
   uint32_t count_history();  // steps of the whole history, those of start_from() included
 
-  // Hands the posterior on (but for the very first stage of all) and restarts the stage's step count.
-  void begin_stage(int stage);
-  // Runs `count` steps: a captured graph, replayed; fewer where a signal asks the program to end (engine/io/stop.h).
-  // Returns how many.
+  // Hands the group's posteriors on (but for the very first stage of all) and restarts the stage's step count.
+  void begin_stage(int stage, int group = 0);
+  // The group has learned all that it will: it stands still while others go on.
+  void rest(int group);
+  bool rests(int group) const { return groups_[size_t(group)].rests; }
+  // Runs `count` steps of all groups: a captured graph, replayed; fewer where a signal asks the program to end
+  // (engine/io/stop.h). Returns how many.
   int advance(int count);
-  // What the steps since the last time add up to, of every replica. Throws RunError when a loss was not finite, naming
-  // the layer where it began, the stage and the step (the replica stands still at that step), or when sigma diverged.
-  std::vector<EpochTotals> take_totals();
+  // What the group's steps since the last time add up to, of every replica. Throws RunError when a loss was not finite
+  // (of any group), naming the layer where it began, the stage and the step (the replica stands still at that step), or
+  // when sigma diverged.
+  std::vector<EpochTotals> take_totals(int group = 0);
   // Both, where no checkpoint is kept: throws Stopped when a signal asks the program to end.
   std::vector<EpochTotals> run(int count);
   // What may go wrong, once, in a sentence; empty: nothing.
@@ -99,10 +113,20 @@ class Trainer {
   std::string restore(const std::filesystem::path&);  // returns `extra`; InputError when the file is of another run
 
  private:
-  void check() const;
+  struct Group {
+    Stages stages;
+    Replicas replicas;
+    int stage = -1, stage_step = 0;
+    int64_t step = 0;
+    bool rests = false;
+  };
+  void check(const Stages&) const;
   void run_step();
+  void download_states();
   void upload_states();
-  void take_stage(int stage);
+  void take_stage();
+  const Group& group_of(int replica) const;
+  std::string list_groups(const std::function<int64_t(const Group&)>&) const;
   void upload_tasks(Arena&);
   std::string find_not_finite(int row);
   std::string describe_place(int replica) const;
@@ -110,7 +134,7 @@ class Trainer {
   int rows() const { return posterior_->replicas() * posterior_->draws_at_once(); }
   Device& device_;
   TrainingSettings settings_;
-  Stages stages_;
+  std::vector<Group> groups_;
   DeviceImages train_;
   std::unique_ptr<Network> network_;
   std::unique_ptr<Posterior> posterior_;
@@ -118,13 +142,12 @@ class Trainer {
   StepState* states_;                   // one a row of a pass: draws have their replica's
   Totals* totals_;
   int32_t *order_, *labels_, *pixel_orders_ = nullptr;
+  size_t order_stride_ = 0;
   float *loss_, *hit_;
   TaskInputs tasks_{};
   std::optional<Graph> graph_;  // of the head and augmentation below
   int graph_head_ = -1;
   bool graph_augments_ = false;
-  int stage_ = -1, stage_step_ = 0;
-  int64_t steps_done_ = 0;
 };
 
 }  // namespace baton

@@ -73,9 +73,9 @@ int run_bil(PaperProgram& program, BilProgram bil, const std::string& preset_hel
     for (int t : parts) {
       const bool converged = method.name == "ft_converged";
       if (converged && add_converged && t == 1) continue;
-      for (const std::vector<uint64_t>& seeds : program.seed_groups()) {
-        ExperimentRun& run = runs.emplace_back(program.make_run(method, method.name, network_spec(bil.network), seeds));
-        run.stages = split_into_parts(data.set.train.count, t, seeds, program.preset.augment);
+      for (uint64_t seed : program.seed_numbers()) {
+        ExperimentRun& run = runs.emplace_back(program.make_run(method, method.name, network_spec(bil.network), seed));
+        run.stages = split_into_parts(data.set.train.count, t, {seed}, program.preset.augment);
         if (converged && bil.ft_converged_epochs > 0) run.training.epochs = bil.ft_converged_epochs;
       }
     }

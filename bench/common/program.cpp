@@ -133,7 +133,8 @@ void PaperProgram::add_options(const std::string& preset_help) {
   rest->add_option("--prune", p.pruned, "fractions of the weights to prune at the end, as 0.5,0.95");
   if (std::all_of(p.methods.begin(), p.methods.end(),
                   [](const Method& m) { return find_posterior(m.kind).many_replicas; }))
-    rest->add_option("--at-once", at_once, "seeds that train side by side [1 on the CPU, all on the GPU]")
+    rest->add_option("--at-once", at_once,
+                     "runs of a kind (parts and seeds) that train side by side [1 on the CPU, all on the GPU]")
         ->check(not_negative_number)
         ->default_str("");
   rest->add_option("--checkpoint-seconds", checkpoint_seconds, "between checkpoints, at the ends of epochs")
@@ -242,24 +243,14 @@ ExperimentData PaperProgram::find_data(Dataset (*find)(const std::optional<std::
   return {set, {set.test}};
 }
 
-std::vector<std::vector<uint64_t>> PaperProgram::seed_groups() const {
-  const std::vector<uint64_t> all = seed_numbers();
-  const size_t size = at_once ? size_t(at_once) : on_gpu ? all.size() : 1;
-  std::vector<std::vector<uint64_t>> groups;
-  for (size_t first = 0; first < all.size(); first += size)
-    groups.emplace_back(all.begin() + long(first), all.begin() + long(std::min(all.size(), first + size)));
-  return groups;
-}
-
 ExperimentRun PaperProgram::make_run(const Method& method, const std::string& label, const NetworkSpec& network,
-                                     const std::vector<uint64_t>& run_seeds) const {
+                                     uint64_t seed) const {
   ExperimentRun run;
   run.method = method.name;
   run.label = label;
   run.network = network;
   run.training.kind = method.kind;
-  run.training.replicas.clear();
-  for (uint64_t seed : run_seeds) run.training.replicas.push_back({seed, method.settings});
+  run.training.replicas = {{seed, method.settings}};
   run.training.batch = method.batch ? method.batch : preset.batch;
   run.training.epochs = preset.epochs;
   run.samples = preset.samples;
@@ -277,6 +268,7 @@ ExperimentOptions PaperProgram::experiment() const {
   o.out = out_folder();
   o.resume = resume;
   o.save_models = save_models;
+  o.at_once = at_once;
   o.checkpoint_seconds = checkpoint_seconds;
   o.precision = parse_precision(precision);
   return o;

@@ -46,7 +46,7 @@ class PaperProgram {
   std::string methods, seeds = "0", parts, out, out_prefix;  // parts: "" where the program has none
   std::string precision = "fp32";
   std::optional<std::string> data;
-  int at_once = 0;  // seeds that train side by side; 0: what suits the device
+  int at_once = 0;  // runs that train side by side; 0: what suits the device
   bool resume = false, save_models = false;
   double checkpoint_seconds = 20;
 
@@ -64,11 +64,8 @@ class PaperProgram {
   bool paper() const { return preset_name == "paper"; }
   std::filesystem::path out_folder() const { return out.empty() ? out_prefix + preset_name : out; }
   bool given(const std::string& option) const { return app.get_option(option)->count() > 0; }
-  // The seeds in groups that train side by side.
-  std::vector<std::vector<uint64_t>> seed_groups() const;
   // A run of one method: the preset's settings, the stages still to be filled in.
-  ExperimentRun make_run(const Method&, const std::string& label, const NetworkSpec&,
-                         const std::vector<uint64_t>& seeds) const;
+  ExperimentRun make_run(const Method&, const std::string& label, const NetworkSpec&, uint64_t seed) const;
   ExperimentOptions experiment() const;
 
  private:

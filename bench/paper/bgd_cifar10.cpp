@@ -68,7 +68,7 @@ int run(int argc, char** argv) {
   std::vector<ExperimentRun> runs;
   for (const Method& method : program.chosen_methods())
     for (uint64_t seed : program.seed_numbers()) {
-      ExperimentRun& r = runs.emplace_back(program.make_run(method, upper(method.name), network_spec("vgg11"), {seed}));
+      ExperimentRun& r = runs.emplace_back(program.make_run(method, upper(method.name), network_spec("vgg11"), seed));
       r.stages = whole_set(data.set.train.count, program.preset.augment);
       r.more["augment"] = program.preset.augment;
       r.histogram = true;

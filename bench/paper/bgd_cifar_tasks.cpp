@@ -124,7 +124,7 @@ int run(int argc, char** argv) {
   std::vector<ExperimentRun> runs;
   for (const Method& method : program.chosen_methods())
     for (uint64_t seed : program.seed_numbers()) {
-      ExperimentRun& r = runs.emplace_back(program.make_run(method, upper(method.name), network, {seed}));
+      ExperimentRun& r = runs.emplace_back(program.make_run(method, upper(method.name), network, seed));
       r.stages = stages;
       r.more["dropout"] = !no_dropout;
       r.more["tasks"] = tasks.names;

@@ -110,7 +110,7 @@ int run(int argc, char** argv) {
       if ((method.kind == "bgd" || method.kind == "bbb") && !quick && !program.given("--sigma"))
         method.settings["sigma"] = choose_sigma(int(width));
       for (uint64_t seed : program.seed_numbers()) {
-        ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method, width), network, {seed}));
+        ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method, width), network, seed));
         r.stages = whole_set(data.set.train.count);
         r.more["width"] = width;
         r.histogram = true;

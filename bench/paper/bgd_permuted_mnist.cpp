@@ -76,7 +76,7 @@ int run(int argc, char** argv) {
   std::vector<ExperimentRun> runs;
   for (const Method& method : program.chosen_methods())
     for (uint64_t seed : program.seed_numbers()) {
-      ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method.name), network, {seed}));
+      ExperimentRun& r = runs.emplace_back(program.make_run(method, make_label(method.name), network, seed));
       const bool continuous = method.name.ends_with("_continuous");
       const std::vector<int32_t> everything = whole_set(images).order[0];
       r.stages = tasks_in_turn(std::vector<std::vector<int32_t>>(continuous ? 1 : size_t(tasks), everything));

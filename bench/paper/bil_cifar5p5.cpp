@@ -81,26 +81,29 @@ json describe_pretraining(const PaperProgram& program, const Prelude& prelude, u
 fs::path checkpoint_folder(const PaperProgram& program) { return program.out_folder() / "checkpoint"; }
 
 // Trains one stage, from the checkpoint at `path` if an earlier run left it for the same `extra`, and judges every
-// replica on other images by so many samples. `network`, if not null, becomes the network of the posterior's means.
+// replica on its images of `judged` by so many samples. `network`, if not null, becomes the network of the posterior's
+// means.
 std::vector<Metrics> train_and_judge(const PaperProgram& program, const Prelude& prelude, const Images& images,
-                                     const Images& judged, const Stages& stages, TrainingSettings training, int samples,
-                                     const fs::path& path, const json& extra, TensorFile* network) {
+                                     const std::vector<Images>& judged, const Stages& stages, TrainingSettings training,
+                                     int samples, const fs::path& path, const json& extra, TensorFile* network) {
   Device device;
   device.set_precision(parse_precision(program.precision));
   Arena arena;
   training.batch = program.preset.batch;
   Trainer trainer(device, arena, prelude.make, upload_images(device, arena, images, prelude.normalisation), stages,
                   training);
-  Predictor predictor(device, arena, prelude.make, upload_images(device, arena, judged, prelude.normalisation));
   Checkpoints checkpoints(path, program.checkpoint_seconds, [&] { return extra; });
+  // Otherwise there is none, or it is of a stage that has ended since.
   if (left_by_earlier_run(path, extra["identity"]) == extra) trainer.restore(path);
-  else trainer.begin_stage(0);  // there is none, or it is of a stage that has ended since
-  finish_stage(trainer, checkpoints);
+  learn(trainer, checkpoints);
   return checkpoints.keep_through(trainer, [&] {
     std::vector<Metrics> metrics;
     for (size_t r = 0; r < training.replicas.size(); r++) {
+      Arena memory;
+      Predictor predictor(device, memory, prelude.make,
+                          upload_images(device, memory, judged[r], prelude.normalisation));
       const Predictions made = predictor.predict(trainer.posterior(), int(r), samples, training.replicas[r].seed);
-      metrics.push_back(evaluate(made.probability, judged.labels, 5, made.entropy, made.mutual_information));
+      metrics.push_back(evaluate(made.probability, judged[r].labels, 5, made.entropy, made.mutual_information));
     }
     if (network) *network = mean_network(device, trainer.posterior());
     return metrics;
@@ -122,7 +125,7 @@ NamedWeights pretrain(const PaperProgram& program, const Prelude& prelude, uint6
     TrainingSettings training;
     training.kind = "ft", training.epochs = prelude.epochs;
     training.replicas = {{seed, p.methods[0].settings}};
-    const double accuracy = train_and_judge(program, prelude, prelude.old_set.train, prelude.old_set.test,
+    const double accuracy = train_and_judge(program, prelude, prelude.old_set.train, {prelude.old_set.test},
                                             split_into_parts(prelude.old_set.train.count, 1, {seed}, p.augment),
                                             training, 0, checkpoint, {{"identity", identity}}, &file)[0]
                                 .accuracy;
@@ -153,41 +156,54 @@ std::set<std::string> choose_transferred(const std::string& what, const Paramete
   return names;
 }
 
-// The search for sigma: on nine tenths of the first part, a replica for each value of the grid trains, `at_once` of
-// them side by side, and is judged on the rest of that part. `kept` is what checkpoint/sd_search.json holds, so that a
-// resumed run does not search again: {"identity": of the search, "points": {which: [[sd, accuracy, NLL], ...]}}.
-// Returns the points.
-json find_points(const PaperProgram& program, const Prelude& prelude, const Method& method, int parts, uint64_t seed,
-                 const FromOldClasses& pretrained, size_t at_once, json& kept) {
-  const std::string which = method.name + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);
-  const std::vector<double> grid = parse_numbers("--sigma-grid", prelude.grid, positive);
+std::string name_search(const Method& method, int parts, uint64_t seed) {
+  return method.name + " T=" + std::to_string(parts) + " seed " + std::to_string(seed);
+}
+
+// The search for sigma: on nine tenths of the first part, a replica for each seed and value of the grid trains,
+// `at_once` of them side by side, and is judged on the rest of that part. `kept` is what checkpoint/sd_search.json
+// holds, so that a resumed run does not search again: {"identity": of the search, "points": {name_search(): [[sd,
+// accuracy, NLL], ...]}}. pretrained: by seed.
+void find_points(const PaperProgram& program, const Prelude& prelude, const Method& method, int parts,
+                 const std::map<uint64_t, FromOldClasses>& pretrained, size_t at_once, json& kept) {
   const Images& images = prelude.new_set.train;
   const fs::path running = checkpoint_folder(program) / "sd_search.safetensors";
-  std::vector<int32_t> rest = split_parts(images.count, parts, seed)[0], hold_out;
-  const size_t held = std::max<size_t>(1, rest.size() / 10);
-  hold_out.assign(rest.end() - long(held), rest.end());
-  rest.resize(rest.size() - held);
-  json& found = kept["points"][which];
-  if (found.is_null()) found = json::array();
-  while (found.size() < grid.size()) {
-    const size_t first = found.size();
-    const std::vector<double> sds(grid.begin() + long(first),
-                                  grid.begin() + long(std::min(grid.size(), first + at_once)));
+  std::vector<std::pair<uint64_t, double>> missing;  // seed and sd
+  for (uint64_t seed : program.seed_numbers()) {
+    const std::vector<double> grid = parse_numbers("--sigma-grid", prelude.grid, positive);
+    json& found = kept["points"][name_search(method, parts, seed)];
+    if (found.is_null()) found = json::array();
+    for (size_t i = found.size(); i < grid.size(); i++) missing.emplace_back(seed, grid[i]);
+  }
+  while (!missing.empty()) {
+    const auto end = missing.begin() + long(std::min(missing.size(), at_once));
+    const std::vector<std::pair<uint64_t, double>> points(missing.begin(), end);
+    missing.erase(missing.begin(), end);
     TrainingSettings training;
     training.kind = method.kind, training.epochs = prelude.grid_epochs;
     training.replicas.clear();
-    for (double sd : sds) training.replicas.push_back({seed, method.settings, pretrained, sd});
-    Stages stages = tasks_in_turn({rest});
-    stages.order.assign(sds.size(), rest);
+    Stages stages;
+    std::vector<Images> hold_outs;
+    json extra{{"identity", kept["identity"]}, {"search", json::array()}};
+    for (const auto& [seed, sd] : points) {
+      std::vector<int32_t> rest = split_parts(images.count, parts, seed)[0];
+      const size_t learned = rest.size() - std::max<size_t>(1, rest.size() / 10);
+      hold_outs.push_back(subset(images, std::span(rest).subspan(learned)));
+      rest.resize(learned);
+      stages.sizes = {int(learned)};
+      stages.order.push_back(rest);
+      training.replicas.push_back({seed, method.settings, pretrained.at(seed), sd});
+      extra["search"].push_back({name_search(method, parts, seed), sd});
+    }
     stages.augment = {program.preset.augment};
-    const json extra{{"identity", kept["identity"]}, {"search", which}, {"sds", sds}};
-    const std::vector<Metrics> metrics = train_and_judge(program, prelude, images, subset(images, hold_out), stages,
-                                                         training, program.preset.samples, running, extra, nullptr);
-    for (size_t r = 0; r < sds.size(); r++) found.push_back({sds[r], metrics[r].accuracy, metrics[r].nll});
+    const std::vector<Metrics> metrics = train_and_judge(program, prelude, images, hold_outs, stages, training,
+                                                         program.preset.samples, running, extra, nullptr);
+    for (size_t r = 0; r < points.size(); r++)
+      kept["points"][name_search(method, parts, points[r].first)].push_back(
+          {points[r].second, metrics[r].accuracy, metrics[r].nll});
     write_file_atomically(checkpoint_folder(program) / "sd_search.json", kept.dump());
     fs::remove(running);
   }
-  return found;
 }
 
 std::string sentence_about(const json& result, const std::vector<Method>& methods, int parts) {
@@ -250,7 +266,7 @@ int run(int argc, char** argv) {
   if (!program.parse()) return 0;
   const Preset& p = program.preset;
   if (program.given("--epochs")) prelude.grid_epochs = p.epochs;  // of every stage, the grid's too
-  const size_t grid_size = parse_numbers("--sigma-grid", prelude.grid, positive).size();
+  parse_numbers("--sigma-grid", prelude.grid, positive);
   const Curvature kind = parse_curvature(prelude.curvature);
   const std::set<std::string> names = choose_transferred(prelude.transfer, prelude.make()->layout());
   const std::vector<Method> methods = program.chosen_methods();
@@ -327,7 +343,7 @@ int run(int argc, char** argv) {
     fflush(stdout);
   }
 
-  const size_t at_once = program.at_once ? program.at_once : on_gpu ? seeds.size() + grid_size : 1;
+  const size_t at_once = program.at_once ? program.at_once : on_gpu ? SIZE_MAX : 1;
   json of_search{{"pretraining", describe_pretraining(program, prelude, 0)},
                  {"set", {prelude.new_set.source, prelude.new_set.train.count}},
                  {"transfer", prelude.transfer},
@@ -340,31 +356,32 @@ int run(int argc, char** argv) {
   json searches = json::array();
   std::vector<ExperimentRun> runs;
   for (const Method& m : methods)
-    for (int t : parts)
-      for (const std::vector<uint64_t>& group : program.seed_groups()) {
-        ExperimentRun& run = runs.emplace_back(program.make_run(m, m.name, prelude.network, group));
-        run.stages = split_into_parts(prelude.new_set.train.count, t, group, p.augment);
-        for (Replica& replica : run.training.replicas) {
-          const std::string from = prior_name(m);
-          if (from == "pretrained" || from == "grid") replica.pretrained = flat.at(replica.seed);
-          if (from == "laplace") replica.pretrained = curved.at(replica.seed);
-          if (from != "grid") continue;
-          const json points = find_points(program, prelude, m, t, replica.seed, replica.pretrained, at_once, kept);
-          const auto nll = [](const json& point) { return point[2].is_null() ? NAN : double(point[2]); };
-          replica.pretrained_sd = (*std::min_element(points.begin(), points.end(),
-                                                     [&](const json& a, const json& b) { return nll(a) < nll(b); }))[0];
-          json said{{"method", m.name}, {"parts", t}, {"seed", replica.seed}, {"chosen_sd", replica.pretrained_sd}};
-          printf("%s T=%d seed %llu, sigma on the hold-out of the first part:", m.name.c_str(), t,
-                 static_cast<unsigned long long>(replica.seed));
-          for (const json& g : points) {
-            said["points"].push_back({{"sd", g[0]}, {"holdout_accuracy", g[1]}, {"holdout_nll", nll(g)}});
-            printf(" %g: NLL %.3f (%.3f)", double(g[0]), nll(g), double(g[1]));
-          }
-          printf("; chosen %g\n", replica.pretrained_sd);
-          fflush(stdout);
-          searches.push_back(said);
+    for (int t : parts) {
+      const std::string from = prior_name(m);
+      if (from == "grid") find_points(program, prelude, m, t, flat, at_once, kept);
+      for (uint64_t seed : seeds) {
+        ExperimentRun& run = runs.emplace_back(program.make_run(m, m.name, prelude.network, seed));
+        run.stages = split_into_parts(prelude.new_set.train.count, t, {seed}, p.augment);
+        Replica& replica = run.training.replicas[0];
+        if (from == "pretrained" || from == "grid") replica.pretrained = flat.at(seed);
+        if (from == "laplace") replica.pretrained = curved.at(seed);
+        if (from != "grid") continue;
+        const json& points = kept["points"][name_search(m, t, seed)];
+        const auto nll = [](const json& point) { return point[2].is_null() ? NAN : double(point[2]); };
+        replica.pretrained_sd = (*std::min_element(points.begin(), points.end(),
+                                                   [&](const json& a, const json& b) { return nll(a) < nll(b); }))[0];
+        json said{{"method", m.name}, {"parts", t}, {"seed", seed}, {"chosen_sd", replica.pretrained_sd}};
+        printf("%s T=%d seed %llu, sigma on the hold-out of the first part:", m.name.c_str(), t,
+               static_cast<unsigned long long>(seed));
+        for (const json& g : points) {
+          said["points"].push_back({{"sd", g[0]}, {"holdout_accuracy", g[1]}, {"holdout_nll", nll(g)}});
+          printf(" %g: NLL %.3f (%.3f)", double(g[0]), nll(g), double(g[1]));
         }
+        printf("; chosen %g\n", replica.pretrained_sd);
+        fflush(stdout);
+        searches.push_back(said);
       }
+    }
 
   ExperimentOptions experiment = program.experiment();
   experiment.normalisation = prelude.normalisation;

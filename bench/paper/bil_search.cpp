@@ -1,5 +1,5 @@
 // Finds the settings that the paper leaves out. Each candidate is a replica: candidates that share shapes (family,
-// scale rule, batch, epochs, parts) train side by side, on the first --train-limit training images in parts, and are
+// scale rule, batch, epochs) train side by side, on the first --train-limit training images in parts, and are
 // judged on the last --hold-out training images, which no candidate trains on. The test set is not looked at.
 // Candidates come from a JSON file; the table of all that was tried goes to --out as table.csv, a row a candidate,
 // appended as it is found. --resume goes on with the candidates under way.
@@ -29,10 +29,8 @@ struct Candidate {
 
   // What candidates that train side by side share.
   json group() const {
-    json shared{kind, training};
-    for (const Option& option : find_posterior(kind).options)
-      if (!option.by_replica) shared.push_back(settings[option.name]);
-    return shared;
+    return {kind, training["batch"], training["epochs"], training["augment"],
+            common_settings(find_posterior(kind), settings)};
   }
 };
 
@@ -79,8 +77,6 @@ struct Progression {
 void train_group(const Progression& at, const Images& images, const Normalisation& normalisation,
                  const NetworkFactory& make, int train_count, int hold_out_count, const std::vector<Candidate>& group,
                  int samples, std::ofstream& table) {
-  const json& shared = group[0].training;
-  const uint64_t seed = shared["seed"];
   Device device;
   device.set_precision(parse_precision(at.precision));
   Arena arena;
@@ -90,56 +86,67 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
   const Images hold_out = subset(images, held);
   TrainingSettings training;
   training.kind = group[0].kind;
-  training.batch = shared["batch"];
-  training.epochs = shared["epochs"];
+  training.batch = group[0].training["batch"];
+  training.epochs = group[0].training["epochs"];
   training.replicas.clear();
-  for (const Candidate& c : group) training.replicas.push_back({seed, c.settings});
-  const Stages stages =
-      split_into_parts(train_count, shared["parts"], std::vector<uint64_t>(group.size(), seed), shared["augment"]);
+  std::vector<Stages> stages;
+  for (const Candidate& c : group) {
+    const uint64_t seed = c.training["seed"];
+    training.replicas.push_back({seed, c.settings});
+    stages.push_back(split_into_parts(train_count, c.training["parts"], {seed}, c.training["augment"]));
+  }
   Trainer trainer(device, arena, make, train, stages, training);
   Predictor predictor(device, arena, make, upload_images(device, arena, hold_out, normalisation));
+  std::vector<int> judged(group.size(), -1);  // the newest stage of each that was
   std::vector<std::string> curve(group.size());
-  std::vector<Metrics> last(group.size());
-  double before = 0;  // seconds, when it was stopped
-  int stage = 0;
+  std::vector<std::vector<double>> last(group.size());  // accuracy, NLL, calibration error
+  double before = 0;                                    // seconds, when it was stopped
   const json left = left_by_earlier_run(at.of_group(), at.identity);
-  if (!left.is_null() && left["group"] == at.groups) {
+  if (left.contains("judged") && left["group"] == at.groups) {
     trainer.restore(at.of_group());
-    stage = trainer.stage();
-    curve = left["curve"].get<std::vector<std::string>>();
+    left["judged"].get_to(judged);
+    left["curve"].get_to(curve);
+    left["last"].get_to(last);
     before = left["seconds"];
   }
   const double start = seconds_now();
   const auto seconds_so_far = [&] { return before + seconds_now() - start; };
   Checkpoints checkpoints(at.of_group(), at.checkpoint_seconds, [&] {
-    return json{{"identity", at.identity}, {"group", at.groups}, {"curve", curve}, {"seconds", seconds_so_far()}};
+    return json{{"identity", at.identity}, {"group", at.groups}, {"judged", judged},
+                {"curve", curve},          {"last", last},       {"seconds", seconds_so_far()}};
   });
-  for (; stage < stages.count(); stage++) {
-    if (trainer.stage() != stage) trainer.begin_stage(stage);
-    finish_stage(trainer, checkpoints);
-    const bool final_stage = stage + 1 == stages.count();
-    if (!final_stage && stage != 0 && stage != 1 && stage != 4) continue;
-    checkpoints.keep_through(trainer, [&] {
-      for (size_t r = 0; r < group.size(); r++) {
-        const Predictions p = predictor.predict(trainer.posterior(), int(r), final_stage ? samples : samples / 4, 99);
-        last[r] = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
+  const auto judge = [&] {
+    for (size_t r = 0; r < group.size(); r++) {
+      const int stage = trainer.stage(int(r));
+      if (!trainer.stage_ended(int(r)) || judged[r] == stage) continue;
+      const bool final_stage = stage + 1 == stages[r].count();
+      if (final_stage || stage == 0 || stage == 1 || stage == 4) {
+        const Predictions p = checkpoints.keep_through(trainer, [&] {
+          return predictor.predict(trainer.posterior(), int(r), final_stage ? samples : samples / 4, 99);
+        });
+        const Metrics m = evaluate(p.probability, hold_out.labels, 10, p.entropy, p.mutual_information);
+        last[r] = {m.accuracy, m.nll, m.ece};
+        curve[r] += format_text("%s%.4f", curve[r].empty() ? "" : " ", m.accuracy);
       }
-    });
-    for (size_t r = 0; r < group.size(); r++)
-      curve[r] += format_text("%s%.4f", curve[r].empty() ? "" : " ", last[r].accuracy);
-  }
+      judged[r] = stage;
+    }
+  };
+  judge();
+  LearningLoop loop;
+  loop.look = [&](const std::vector<Look>&) { judge(); };
+  learn(trainer, checkpoints, loop);
   const double seconds = seconds_so_far();
   const std::vector<double> log_std = trainer.posterior().mean_log_std();
   for (size_t r = 0; r < group.size(); r++) {
     const Candidate& c = group[r];
     const auto of = [&](const char* name) { return c.settings.value(name, 0.0); };
-    const std::string row =
-        format_text("%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
-                    describe_rest(c, device.precision()).c_str(), int(shared["parts"]), int(shared["batch"]),
-                    double(shared["epochs"]), c.settings["schedule"].get<std::string>().c_str(),
-                    c.settings.value("scale_rule", "").c_str(), of("lr"), of("lr_scale"), of("prior_sd"),
-                    of("init_log_std"), of("beta"), of("warmup_epochs"), int(seed), last[r].accuracy, last[r].nll,
-                    last[r].ece, log_std.empty() ? 0. : log_std[r], curve[r].c_str(), seconds / double(group.size()));
+    const std::string row = format_text(
+        "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
+        describe_rest(c, device.precision()).c_str(), int(c.training["parts"]), int(c.training["batch"]), double(c.training["epochs"]),
+        c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(), of("lr"),
+        of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"), int(c.training["seed"]),
+        last[r][0], last[r][1], last[r][2], log_std.empty() ? 0. : log_std[r], curve[r].c_str(),
+        seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row.c_str());
     fflush(stdout);

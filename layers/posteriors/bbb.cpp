@@ -35,7 +35,7 @@ class BbbPosterior : public DrawnPosterior {
     fill_sigma(float(double(settings()["sigma"])), true);
     rho_of_sd(arrays_.rho, sd_, stride(), device_.stream());
   }
-  bool begin_stage(bool) override { return false; }
+  bool begin_stage(bool, Replicas) override { return false; }
   void step(StepState* states) override { bbb_update(arrays_, stride(), rule_, states, device_.stream()); }
   void refresh(bool first_stage) override {
     rho_of_sd(arrays_.rho, sd_, stride(), device_.stream());

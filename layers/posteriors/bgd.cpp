@@ -38,7 +38,7 @@ class BgdPosterior : public DrawnPosterior {
     initialise_glorot(mean_, true, states);
     fill_sigma(float(sigma_), false);
   }
-  bool begin_stage(bool) override { return false; }
+  bool begin_stage(bool, Replicas) override { return false; }
   void step(StepState* states) override {
     bgd_update(mean_, sd_, moments_, stride(), rule_, statistics_, wire_, states, draws_at_once_, partial_,
                device_.stream());

@@ -80,9 +80,9 @@ class CfgPosterior : public GaussianPosterior {
     GaussianPosterior::restored(first_stage);
     invert_prior();
   }
-  void hand_over() override {
-    GaussianPosterior::hand_over();
-    copy_on_device(device_, factors_.at("prior_scale_tril"), factors_.at("scale_tril"), factors_.bytes());
+  void hand_over(Replicas of) override {
+    GaussianPosterior::hand_over(of);
+    copy_rows(factors_, "prior_scale_tril", "scale_tril", of);
     invert_prior();
   }
 

@@ -122,15 +122,15 @@ void GaussianPosterior::clear_gradients() {
   for (const char* name : {"mean.grad", "variance.grad"}) fill_zero(device_, store_.at(name), store_.bytes());
 }
 
-bool GaussianPosterior::begin_stage(bool first) {
-  if (!first) hand_over();
+bool GaussianPosterior::begin_stage(bool first, Replicas of) {
+  if (!first) hand_over(of);
   return true;
 }
 
-void GaussianPosterior::hand_over() {
-  reset_optimizer();
-  copy_on_device(device_, store_.at("prior_mean"), store_.at("mean"), store_.bytes());
-  copy_on_device(device_, store_.at("prior_log_std"), store_.at("log_std"), store_.bytes());
+void GaussianPosterior::hand_over(Replicas of) {
+  reset_optimizer(of);
+  copy_rows(store_, "prior_mean", "mean", of);
+  copy_rows(store_, "prior_log_std", "log_std", of);
 }
 
 void GaussianPosterior::step(StepState* states) {
@@ -162,9 +162,10 @@ std::vector<std::vector<double>> GaussianPosterior::kl_by_name() {
   return split_by_replica(download(device_, kl_.sums, count));
 }
 
-std::vector<std::vector<double>> GaussianPosterior::take_accumulated_kl() {
-  const std::vector<double> sums = accumulated_kl();
-  fill_zero(device_, accumulated_.sums, sums.size() * sizeof(double));
+std::vector<std::vector<double>> GaussianPosterior::take_accumulated_kl(Replicas of) {
+  double* first = accumulated_.sums + kl_names_.size() * of.first;
+  const std::vector<double> sums = download(device_, first, kl_names_.size() * of.count);
+  fill_zero(device_, first, sums.size() * sizeof(double));
   return split_by_replica(sums);
 }
 

@@ -13,12 +13,12 @@ class GaussianPosterior : public Posterior {
   double kl_weight(int replica, int examples, int batch) const override;
   void initialise(const StepState*) override;
   void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std) override;
-  bool begin_stage(bool first) override;
+  bool begin_stage(bool first, Replicas) override;
   void clear_gradients() override;
   void step(StepState*) override;
   std::vector<std::string> kl_names() const override { return kl_names_; }
   std::vector<std::vector<double>> kl_by_name() override;
-  std::vector<std::vector<double>> take_accumulated_kl() override;
+  std::vector<std::vector<double>> take_accumulated_kl(Replicas) override;
   std::vector<double> accumulated_kl() override;
   void set_accumulated_kl(const std::vector<double>&) override;
   std::vector<double> mean_log_std() override;
@@ -28,7 +28,7 @@ class GaussianPosterior : public Posterior {
   std::unique_ptr<Estimator> make_estimator(Linear&, const LayerContext&) override;
 
   // The posterior becomes the prior, and the optimizer's moments start anew (Algorithm 1 of Kochurov et al.).
-  virtual void hand_over();
+  virtual void hand_over(Replicas);
 
  protected:
   // Tensors whose weights are not held as independent Gaussians are left out of the step and of the KL.

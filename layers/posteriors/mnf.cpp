@@ -53,10 +53,17 @@ class MnfPosterior : public GaussianPosterior {
     GaussianPosterior::clear_gradients();
     fill_zero(device_, draw_gradients_, store_.bytes() * size_t(groups_));
   }
-  void hand_over() override {
-    GaussianPosterior::hand_over();
-    copy_on_device(device_, flows_->at("prior"), flows_->at("value"), flows_->bytes());
-    upload(device_, plain_prior_, std::vector<int32_t>(size_t(replicas()), 0));
+  void hand_over(Replicas of) override {
+    GaussianPosterior::hand_over(of);
+    copy_rows(*flows_, "prior", "value", of);
+    upload(device_, plain_prior_ + of.first, std::vector<int32_t>(size_t(of.count), 0));
+  }
+  std::vector<uint8_t> notes() override {  // which replicas are in their first stage
+    const std::vector<int32_t> plain = download(device_, plain_prior_, size_t(replicas()));
+    return {plain.begin(), plain.end()};
+  }
+  void set_notes(const std::vector<uint8_t>& plain) override {
+    upload(device_, plain_prior_, std::vector<int32_t>(plain.begin(), plain.end()));
   }
 
   // z, its densities, and the weights z mu into the draws.

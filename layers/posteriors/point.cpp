@@ -45,8 +45,8 @@ class FineTuning : public PointEstimate {
     reset_optimizer();
     refresh(true);
   }
-  bool begin_stage(bool first) override {
-    if (!first) reset_optimizer();
+  bool begin_stage(bool first, Replicas of) override {
+    if (!first) reset_optimizer(of);
     return true;
   }
   void step(StepState* states) override {
@@ -79,9 +79,9 @@ class PointPosterior : public PointEstimate {
     initialise_glorot(weights_, false, states);
     if (centre_) copy_on_device(device_, centre_, weights_, store_.bytes());
   }
-  bool begin_stage(bool first) override {
+  bool begin_stage(bool first, Replicas of) override {
     const bool anew = !first && bool(settings()["restart_optimizer"]);
-    if (anew) reset_optimizer();
+    if (anew) reset_optimizer(of);
     return anew;
   }
   void end_stage(const FisherInformation& fisher) override {

@@ -29,9 +29,15 @@ void Posterior::add_mask() {
   if (masked_) upload(device_, add_state("mask"), std::vector<float>(size_t(stride()) * replicas(), 1.f));
 }
 
-void Posterior::reset_optimizer() {
+void Posterior::reset_optimizer(Replicas of) {
   for (const StateArray& a : state_)
-    if (a.role == Role::optimizer) fill_zero(device_, a.store->at(a.array), a.store->bytes());
+    if (a.role == Role::optimizer)
+      fill_zero(device_, a.store->at(a.array) + a.store->layout().stride() * of.first, a.store->row_bytes() * of.count);
+}
+
+void Posterior::copy_rows(const ParameterStore& store, const char* to, const char* from, Replicas of) {
+  const size_t first = store.layout().stride() * of.first;
+  copy_on_device(device_, store.at(to) + first, store.at(from) + first, store.row_bytes() * of.count);
 }
 
 LayerContext Posterior::training_context(int batch) {
@@ -169,6 +175,13 @@ std::unique_ptr<Posterior> make_posterior(Device& device, Arena& arena, const Pa
         throw InputError("networks that train side by side must have the same '" + option.name + "'");
   }
   return kind.make(setup);
+}
+
+json common_settings(const PosteriorKind& kind, const json& settings) {
+  json common = complete_options(kind.options, settings, kind.name);
+  for (const Option& option : kind.options)
+    if (option.by_replica) common.erase(option.name);
+  return common;
 }
 
 Schema with_schedule(double step_size, std::string help, Schema options, std::string name) {

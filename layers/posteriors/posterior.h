@@ -32,6 +32,11 @@ using Figures = std::vector<std::pair<std::string, double>>;  // named numbers f
 // The mean diagonal Fisher information of the first `examples` of the stage that ends, in the layout of the store.
 using FisherInformation = std::function<std::vector<float>(int examples)>;
 
+// Some of the networks that train side by side: `count` from `first` on.
+struct Replicas {
+  int first, count;
+};
+
 // What a posterior is built with.
 struct PosteriorSetup {
   Device& device;
@@ -67,14 +72,16 @@ class Posterior : public WeightSource {
   virtual void adopt(int replica, const TensorSpec&, std::span<const float> w, std::span<const float> prior_log_std);
   virtual void settle() { refresh(true); }
 
-  // A stage begins: the posterior is handed on as the prior, unless it is the first stage of all. Returns whether the
-  // optimizer starts anew.
-  virtual bool begin_stage(bool first) = 0;
+  // A stage of these replicas begins: their posterior is handed on as the prior, unless it is the first stage of all.
+  // Returns whether the optimizer starts anew.
+  virtual bool begin_stage(bool first, Replicas) = 0;
+  bool begin_stage(bool first) { return begin_stage(first, all()); }
   // A stage has ended; its examples are still there.
   virtual void end_stage(const FisherInformation&) {}
   // Gradients that the network will no longer write are 0 from here on: it has taken another head.
   virtual void clear_gradients() {}
-  void reset_optimizer();
+  void reset_optimizer(Replicas);
+  void reset_optimizer() { reset_optimizer(all()); }
 
   // The weights of a pass: draws first_draw, first_draw + 1, ... of the step. states: [rows of a pass].
   virtual void draw(int /*first_draw*/, const StepState*) {}
@@ -85,8 +92,11 @@ class Posterior : public WeightSource {
   // KL of every replica to its prior by kl_names(), nats.
   virtual std::vector<std::vector<double>> kl_by_name() { return std::vector<std::vector<double>>(replicas()); }
   std::vector<double> kl();  // summed over the names
-  // The sums of the KL over the steps since the last call, by replica and name.
-  virtual std::vector<std::vector<double>> take_accumulated_kl() { return kl_by_name(); }
+  // The sums of the KL over these replicas' steps since the last call, by replica and name.
+  virtual std::vector<std::vector<double>> take_accumulated_kl(Replicas of) {
+    return std::vector<std::vector<double>>(size_t(of.count));
+  }
+  std::vector<std::vector<double>> take_accumulated_kl() { return take_accumulated_kl(all()); }
   // The sums themselves, [replicas][names], for a checkpoint; and put back where it is restored.
   virtual std::vector<double> accumulated_kl() { return {}; }
   virtual void set_accumulated_kl(const std::vector<double>&) {}
@@ -98,7 +108,8 @@ class Posterior : public WeightSource {
   virtual std::string warning(int /*batch*/, double /*lr*/) { return {}; }
   virtual std::string failure(int /*batch*/, double /*lr*/) { return {}; }
   virtual Figures figures() { return {}; }  // of the newest step
-  // What warning() and failure() have to remember, for a checkpoint; empty: nothing.
+  // What warning() and failure() have to remember, and what else state() does not tell, for a checkpoint; empty:
+  // nothing.
   virtual std::vector<uint8_t> notes() { return {}; }
   virtual void set_notes(const std::vector<uint8_t>&) {}
   // How sigma is distributed at the end, for results; null: not of interest. histogram: with bins.
@@ -138,6 +149,8 @@ class Posterior : public WeightSource {
   static std::vector<float> read_mask(const TensorFile&, const TensorSpec&);  // 1 where a weight is kept, 0 elsewhere
   virtual void apply_mask() {}
   int stride() const { return int(store_.layout().stride()); }
+  Replicas all() const { return {0, replicas()}; }
+  void copy_rows(const ParameterStore&, const char* to, const char* from, Replicas);
   // Weights N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010). Biases: 0; or, drawn, as the authors of Bayesian
   // gradient descent draw them: N(0, 2 / (1 + k k out)), kernels of k x k (1 for dense).
   void initialise_glorot(float* mean, bool draw_biases, const StepState*);
@@ -173,6 +186,8 @@ const PosteriorKind& find_posterior(const std::string& name);
 // settings: one a replica, options that differ from the standard; they may differ where the option is by_replica.
 std::unique_ptr<Posterior> make_posterior(Device&, Arena&, const ParameterLayout&, const std::string& kind,
                                           const std::vector<json>& settings = {json::object()}, bool masked = false);
+// Of settings, complete or not, what networks must have in common to train side by side.
+json common_settings(const PosteriorKind&, const json& settings);
 // What every kind has: a step size and its schedule over a stage, before its own options.
 Schema with_schedule(double step_size, std::string help, Schema options, std::string name = "lr");
 

@@ -4,6 +4,7 @@ within a tolerance, two runs have the same bits, and a run that was killed and r
 
 Usage: ptx_test.py BUILD_FOLDER HOST_BUILD_FOLDER     (LD_LIBRARY_PATH names the folder of the interpreter)
 """
+import json
 import math
 import pathlib
 import signal
@@ -69,6 +70,19 @@ class OnPtx(ProgramTest):
         self.check_three_runs("bench/bil_mnist", arguments, lines=[2, 5])
         self.finish(*arguments, out="host", program=self.host("bench/bil_mnist"))
         self.check_near(self.result("whole")["runs"], self.result("host")["runs"], 40)
+
+    def test_a_table_in_one_pass(self):
+        """Parts and seeds side by side have the figures that they have one after the other."""
+        arguments = ["--methods", "ft,ffg", "--parts", "1,10", "--seeds", "0,1", "--batch", "5", "--train-limit", "25",
+                     "--test-limit", "20", "--epochs", "1", "--samples", "2", "--stage-samples", "1"]
+        results, logs = [], []
+        for out, at_once in (("together", []), ("alone", ["--at-once", "1"])):
+            self.finish(*arguments, *at_once, out=out, program=BUILD / "bench/bil_mnist")
+            results.append(figures(self.result(out))["runs"])
+            logs.append(sorted(map(json.dumps, figures(self.log(out)))))
+        self.assertEqual(len(results[0]), 8)
+        self.assertEqual(*results)
+        self.assertEqual(*logs)
 
     def test_bgd_mnist(self):
         arguments = ["--widths", "20", "--train-limit", "200", "--test-limit", "100", "--epochs", "2"]

@@ -243,9 +243,9 @@ class ProgramTest(unittest.TestCase):
         self.expect_refusal(2, ["--resume", "another experiment"], *changed, "--out", out, "--resume")
 
     def where(self, checkpoint):
-        """(stage, steps in it) of a trainer's checkpoint."""
+        """(stage, steps in it) of the first run in a trainer's checkpoint."""
         metadata = read_header(self.folder / checkpoint)[0]["__metadata__"]
-        return int(metadata["stage"]), int(metadata["stage_step"])
+        return tuple(int(metadata[key].split(",")[0]) for key in ("stage", "stage_step"))
 
     def check_same_runs(self, one, other):
         """Two folders hold the same figures, bit for bit."""

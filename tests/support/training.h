@@ -151,8 +151,11 @@ struct Training {
       : Training(settings, split_into_parts(count, parts, list_seeds(settings)), digits(count), network) {}
   Training(const TrainingSettings& settings, const Stages& stages, const Images& images,
            const NetworkFactory& network = small_network())
+      : Training(settings, std::vector{stages}, images, network) {}
+  Training(const TrainingSettings& settings, const std::vector<Stages>& groups, const Images& images,
+           const NetworkFactory& network = small_network())
       : trainer(memory.device(), memory.arena(), network,
-                upload_images(memory.device(), memory.arena(), images, unit_range), stages, settings) {}
+                upload_images(memory.device(), memory.arena(), images, unit_range), groups, settings) {}
   static std::vector<uint64_t> list_seeds(const TrainingSettings& settings) {
     std::vector<uint64_t> seeds;
     for (const Replica& replica : settings.replicas) seeds.push_back(replica.seed);

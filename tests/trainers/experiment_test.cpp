@@ -64,21 +64,24 @@ std::vector<ExperimentRun> task_runs(double warn_ratio = 10) {
   runs[0].pruned = {0.5};
   return runs;
 }
-// Two parts of the images, by two networks side by side.
-std::vector<ExperimentRun> part_runs() {
+// A table: each method with each number of parts, for two seeds.
+std::vector<ExperimentRun> part_runs(const std::vector<int>& parts = {2},
+                                     const std::vector<std::string>& methods = {"ft", "ffg"}) {
   std::vector<ExperimentRun> runs;
-  for (const char* method : {"ft", "ffg"}) {
-    ExperimentRun r;
-    r.method = r.label = method;
-    r.network = network_spec("mlp", 10, {{"hidden", {16}}});
-    r.stages = split_into_parts(72, 2, {0, 5});
-    r.training.kind = method;
-    r.training.batch = 10;  // 4 of 3.6 steps an epoch
-    r.training.epochs = 2.5;
-    r.training.replicas = {{0}, {5}};
-    r.samples = r.stage_samples = 3;
-    runs.push_back(r);
-  }
+  for (const std::string& method : methods)
+    for (int t : parts)
+      for (uint64_t seed : {0, 5}) {
+        ExperimentRun r;
+        r.method = r.label = method;
+        r.network = network_spec("mlp", 10, {{"hidden", {16}}});
+        r.stages = split_into_parts(72, t, {seed});
+        r.training.kind = method;
+        r.training.batch = 10;  // 4 of 3.6 steps an epoch of two parts
+        r.training.epochs = 2.5;
+        r.training.replicas = {{seed}};
+        r.samples = r.stage_samples = 3;
+        runs.push_back(r);
+      }
   return runs;
 }
 
@@ -124,6 +127,7 @@ class Experiment : public testing::Test {
     o.experiment = "test", o.preset = "tiny";
     o.out = folder_ / name;
     o.resume = resume;
+    o.at_once = at_once_;
     o.extra["note"] = 7;
     return o;
   }
@@ -200,6 +204,7 @@ class Experiment : public testing::Test {
     EXPECT_GT(stops, 3);
     expect_whole("often");
   }
+  int at_once_ = 2;
   fs::path folder_ = fs::temp_directory_path() / ("baton_experiment_" + std::to_string(::getpid()));
 };
 class TaskExperiment : public Experiment {};
@@ -222,12 +227,13 @@ TEST_F(Experiment, TimeGoesOn) {
     EXPECT_THROW(run_experiment(options("a"), data, part_runs()), Stopped);
   }
   TensorFile file = load_safetensors(checkpoint("a"));
-  EXPECT_EQ(file.metadata.at("stage_step"), "6");
+  EXPECT_EQ(file.metadata.at("stage_step"), "6,6");
   json extra = json::parse(file.metadata.at("extra"));
-  EXPECT_GT(double(extra["epoch_seconds"]), 0);
-  EXPECT_GT(double(extra["stage_seconds"]), double(extra["epoch_seconds"]));
-  extra["stage_seconds"] = 2000;
-  extra["epoch_seconds"] = 1000;
+  const double in_stage = extra["learners"][0][2], in_epoch = extra["learners"][0][3];
+  EXPECT_GT(in_epoch, 0);
+  EXPECT_GT(in_stage, in_epoch);
+  extra["learners"][0][2] = 2000;
+  extra["learners"][0][3] = 1000;
   file.metadata["extra"] = extra.dump();
   save_safetensors(checkpoint("a"), file);
   const json stage = run_experiment(options("a", true), data, part_runs())["runs"][0]["stages"][0];
@@ -235,6 +241,37 @@ TEST_F(Experiment, TimeGoesOn) {
   const json log = lines("a");
   EXPECT_TRUE(double(log[2]["seconds"]) > 1000 && double(log[2]["seconds"]) < 1500) << log[2]["seconds"];
   EXPECT_LT(double(log[4]["seconds"]), 500);
+}
+
+// Whole tables in one pass: stages end at different steps, and one number of parts takes more steps than another. Each
+// run has the figures that it has alone, on however many others it waits.
+TEST_F(Experiment, ATableInOnePass) {
+  BATON_NEEDS_DEVICE();
+  const ExperimentData data = experiment_digits(72, 30);
+  const std::vector<ExperimentRun> runs = part_runs({1, 10}, {"ft", "ffg", "mnf"});
+  const auto by_run = [](const json& lines) {
+    std::map<int, json> log;
+    for (const json& line : lines) log[line["run"]].push_back(line);
+    return log;
+  };
+  at_once_ = 1;
+  const json alone = timeless(run_experiment(options("alone"), data, runs));
+  ASSERT_EQ(alone["runs"].size(), 12u);
+  ASSERT_EQ(alone["runs"][2]["stages"].size(), 10u);
+  for (int at_once : {0, 3, 4}) {
+    at_once_ = at_once;
+    const std::string name = "together" + std::to_string(at_once);
+    EXPECT_EQ(timeless(run_experiment(options(name), data, runs)), alone);
+    EXPECT_EQ(by_run(timeless(lines(name))), by_run(timeless(lines("alone"))));
+  }
+}
+
+// A pass is stopped where some of its runs have ended, and others are in the middle of an epoch.
+TEST_F(Experiment, ASignalledTableGoesOn) {
+  BATON_NEEDS_DEVICE();
+  at_once_ = 4;
+  expect_signals_leave_no_trace(experiment_digits(72, 30), part_runs({1, 5}, {"mnf", "ft"}), SIGTERM, 11, 15, 11);
+  ASSERT_EQ(result("whole")["runs"].size(), 8u);
 }
 
 TEST_F(Experiment, ResultsOfParts) {
@@ -248,7 +285,7 @@ TEST_F(Experiment, ResultsOfParts) {
     EXPECT_EQ(one["seed"], i % 2 ? 5 : 0);
     EXPECT_EQ(one["parts"], 2);
     EXPECT_FALSE(one.contains("inference"));
-    EXPECT_EQ(one["settings"], describe_settings(part_runs()[i / 2], i % 2));
+    EXPECT_EQ(one["settings"], describe_settings(part_runs()[i]));
     ASSERT_EQ(one["stages"].size(), 2u);
     for (const json& stage : one["stages"]) {
       EXPECT_EQ(stage["train_examples"], 36);
@@ -297,7 +334,7 @@ TEST_F(TaskExperiment, ResultAndFiles) {
     EXPECT_EQ(one["method"], runs[i].method);
     EXPECT_EQ(one["label"], runs[i].label);
     EXPECT_EQ(one["seed"], runs[i].training.replicas[0].seed);
-    EXPECT_EQ(one["settings"], describe_settings(runs[i], 0));
+    EXPECT_EQ(one["settings"], describe_settings(runs[i]));
     for (const auto& [name, value] : runs[i].training.replicas[0].settings.items())
       EXPECT_EQ(one["settings"][name], value) << name;
     EXPECT_EQ(one["parts"], 3);
@@ -767,11 +804,11 @@ TEST_F(TaskExperiment, WhatMakesNoSenseIsRefused) {
   runs[1].training.kind = "bgc";
   refuses("an unknown kind", data, runs);
   runs = part_runs();
-  refuses("models of replicas", data, runs, true);
-  runs[1].pruned = {0.5};
-  refuses("pruned replicas", data, runs);
-  runs[1].training.replicas.resize(1);
-  ASSERT_EQ(runs[1].training.kind, "ffg");
+  runs[1].training.replicas.push_back({7});
+  refuses("two replicas", data, runs);
+  runs = part_runs();
+  runs[2].pruned = {0.5};
+  ASSERT_EQ(runs[2].training.kind, "ffg");
   refuses("a kind that is pruned by baton prune", data, runs);
 }
 

@@ -258,7 +258,7 @@ struct CountedDraws : Posterior {
   CountedDraws(Memory& memory, const ParameterLayout& layout)
       : Posterior({memory.device(), memory.arena(), layout, counted_kind, {json::object()}}) {}
   void initialise(const StepState*) override {}
-  bool begin_stage(bool) override { return false; }
+  bool begin_stage(bool, Replicas) override { return false; }
   void step(StepState*) override {}
   void sample(float* w, int, int, int count, Key) override {
     fill_zero(device_, w, store_.row_bytes() * size_t(count));

@@ -1,6 +1,8 @@
 // Training in stages, under every kind of posterior: replicas, totals, what is not finite, and what is refused.
 #include "trainers/trainer.h"
 
+#include <unistd.h>
+
 #include <csignal>
 
 #include "engine/io/stop.h"
@@ -56,6 +58,85 @@ TEST(Incremental, ReplicasAreRunsOfTheirOwn) {
         }
       }
     }
+}
+
+// Groups whose stages end at different steps, and of which one has more steps than the others: each replica has the
+// bits and the totals of a run of its own. At step `cut` all goes over into another trainer by a checkpoint.
+struct Table {
+  struct Member {
+    uint64_t seed;
+    std::vector<std::vector<float>> state;
+    std::vector<EpochTotals> totals;  // one a stage
+  };
+  Table(const TestedKind& kind, const std::vector<std::pair<int, std::vector<uint64_t>>>& groups, int cut) {
+    std::vector<uint64_t> all;
+    std::vector<Stages> stages;
+    for (const auto& [parts, seeds] : groups) {
+      stages.push_back(split_into_parts(45, parts, seeds));
+      all.insert(all.end(), seeds.begin(), seeds.end());
+    }
+    for (uint64_t seed : all) members.push_back({seed, {}, {}});
+    const TrainingSettings settings = varied_settings(kind, all);
+    auto run = std::make_unique<Training>(settings, stages, digits(45));
+    const auto path = std::filesystem::temp_directory_path() / ("baton_table_" + std::to_string(::getpid()));
+    for (int step = 0;; step++) {
+      if (step == cut) {
+        run->trainer.save(path, "");
+        run = std::make_unique<Training>(settings, stages, digits(45));
+        run->trainer.restore(path);
+        std::filesystem::remove(path);
+      }
+      Trainer& t = run->trainer;
+      bool learning = false;
+      for (int g = 0, first = 0; g < t.groups(); first += int(t.stages(g++).order.size())) {
+        if (t.stage_ended(g) && t.stage(g) + 1 == t.stages(g).count()) t.rest(g);
+        else if (t.stage_ended(g)) t.begin_stage(t.stage(g) + 1, g);
+        learning |= !t.rests(g);
+      }
+      if (!learning) break;
+      t.advance(1);
+      for (int g = 0, first = 0; g < t.groups(); first += int(t.stages(g++).order.size())) {
+        if (t.rests(g) || !t.stage_ended(g)) continue;
+        const std::vector<EpochTotals> totals = t.take_totals(g);
+        for (size_t r = 0; r < totals.size(); r++) members[size_t(first) + r].totals.push_back(totals[r]);
+      }
+      steps = step + 1;
+    }
+    for (size_t r = 0; r < members.size(); r++) members[r].state = run->state(int(r));
+  }
+  std::vector<Member> members;
+  int steps = 0;
+};
+TEST(Incremental, GroupsGoThroughTheirStagesAsAlone) {
+  BATON_NEEDS_DEVICE();
+  const std::vector<std::pair<int, std::vector<uint64_t>>> groups{{1, {1, 5}}, {7, {1}}, {2, {2}}};
+  for (const TestedKind& kind : stage_kinds) {
+    SCOPED_TRACE(kind.name);
+    const Table whole(kind, groups, -1);
+    ASSERT_EQ(whole.steps, 7);  // of seven parts; of one and of two, six
+    for (int cut : {3, 6}) {
+      const Table resumed(kind, groups, cut);
+      for (size_t r = 0; r < whole.members.size(); r++) {
+        EXPECT_TRUE(resumed.members[r].state == whole.members[r].state) << "cut at " << cut << ", replica " << r;
+        expect_same(resumed.members[r].totals, whole.members[r].totals);
+      }
+    }
+    size_t at = 0;
+    for (const auto& [parts, seeds] : groups)
+      for (uint64_t seed : seeds) {
+        const Table::Member alone = Table(kind, {{parts, {seed}}}, -1).members[0];
+        const Table::Member& together = whole.members[at++];
+        ASSERT_EQ(together.totals.size(), size_t(parts));
+        EXPECT_TRUE(together.state == alone.state) << parts << " parts, seed " << seed;
+        expect_same(together.totals, alone.totals);
+      }
+  }
+  // What groups must have in common.
+  const TrainingSettings two = varied_settings(ffg, {0, 1});
+  std::vector<Stages> stages{split_into_parts(20, 1, {0}), split_into_parts(20, 2, {1}, true)};
+  EXPECT_THROW(Training(two, stages, digits(20)), InputError) << "one of them is augmented";
+  stages[1] = split_into_parts(20, 2, {1, 2});
+  EXPECT_THROW(Training(two, stages, digits(20)), InputError) << "three orders for two replicas";
 }
 
 TEST(Incremental, StepsAndTotals) {
