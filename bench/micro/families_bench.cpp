@@ -157,14 +157,10 @@ void multipliers(const NetworkSizes& network, int groups) {
       [=, &network](Buffers& b) -> std::function<void()> {
         const TakenMultipliers of = take_multipliers(b, network, groups);
         const StepState* states = b.states(1);
-        std::vector<Run> runs;
-        int partials = 1;
-        for (const Run& run : network.runs(true))
-          if (run.z_first >= 0) runs.push_back(run), partials = std::max(partials, multiplier_partials(run));
-        float *dz = b.room<float>(of.z.z_stride * groups), *partial = b.room<float>(size_t(partials) * groups);
-        return [=, stream = b.stream()] {
-          for (const Run& run : runs) multiplier_gradient(dz, of.arrays, run, of.z, states, partial, stream);
-        };
+        const std::vector<ZPart> parts = z_parts_of(network.runs(true));
+        const ZParts table{b.put(parts), int(parts.size())};
+        float* dz = b.room<float>(of.z.z_stride * groups);
+        return [=, stream = b.stream()] { multiplier_gradient(dz, of.arrays, table, of.z, states, stream); };
       });
 }
 

@@ -190,10 +190,10 @@ class MnfPosterior : public GaussianPosterior {
     };
     take("prior", plain_prior_, -share);
     if (path_gradient_) take("value", nullptr, share);
-    int partials = 1;
-    for (const Run& run : runs_)
-      if (run.z_first >= 0) partials = std::max(partials, multiplier_partials(run));
-    z_partial_ = arena_.take<float>(size_t(partials) * rows);
+    const std::vector<ZPart> parts = z_parts_of(runs_);
+    ZPart* table = arena_.take<ZPart>(parts.size());
+    upload(device_, table, parts);
+    z_parts_ = {table, int(parts.size())};
     sample_z0_ = take_z(draws_together), sample_z_ = take_z(draws_together);
     sample_log_q_ = take_density(draws_together), sample_log_prior_ = take_density(draws_together);
     sample_trace_ = take_trace(draws_together), sample_prior_trace_ = take_trace(draws_together);
@@ -203,9 +203,7 @@ class MnfPosterior : public GaussianPosterior {
 
   void backward_through_flows(const StepState* states) {
     const Stream stream = device_.stream();
-    const Multipliers z = multipliers(draw_gradients_);
-    for (const Run& run : runs_)
-      if (run.z_first >= 0) multiplier_gradient(dz_, arrays(), run, z, states, z_partial_, stream);
+    multiplier_gradient(dz_, arrays(), z_parts_, multipliers(draw_gradients_), states, stream);
     flow_log_density(densities_, shape_, z_, states, groups_, stream, &trace_);
     flow_kl(accumulated_.sums + first_z_name(), accumulated_.stride, log_q_, densities_[0].log_q, shape_.tensors,
             groups_, replicas(), stream);
@@ -238,7 +236,8 @@ class MnfPosterior : public GaussianPosterior {
   std::unique_ptr<ParameterStore> flows_;
   FlowShape shape_{};
   float *draws_, *draw_gradients_;  // the weights z mu of every row, and their gradients: [replicas * groups][stride]
-  float *z0_, *z_, *dz_, *z_partial_;
+  float *z0_, *z_, *dz_;
+  ZParts z_parts_{};
   double* log_q_;
   int32_t* plain_prior_;  // [replicas], 1 until the first hand-over: the prior of z is its base alone
   FlowTrace trace_{};
