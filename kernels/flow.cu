@@ -163,9 +163,9 @@ __global__ void __launch_bounds__(threads, 1)
 __device__ __forceinline__ void put(float& to, double v, bool add) { to = float(add ? double(to) + v : v); }
 
 // The gradients of one step and tile of 64 elements from the slopes, summed over the groups; with step 0 the base's.
-__global__ void flow_gradient_kernel(FlowShape s, FlowParameters p, Trace trace, float* __restrict__ all_gradients,
-                                     const float* __restrict__ z0, const StepState* states, float scale, bool density,
-                                     int groups) {
+__global__ void __launch_bounds__(threads, 1)
+    flow_gradient_kernel(FlowShape s, FlowParameters p, Trace trace, float* __restrict__ all_gradients,
+                         const float* __restrict__ z0, const StepState* states, float scale, bool density, int groups) {
   const int tiles = s.z_size / tile, of_row = int(blockIdx.x) % tiles * tile, k = blockIdx.x / tiles, r = simt::row();
   const int warp = threadIdx.x / simt::warp_size, warps = blockDim.x / simt::warp_size, lane = simt::lane_id();
   int t = 0;
@@ -380,8 +380,8 @@ void flow_backward(float* gradients, float* dz, const std::vector<FlowDensity>& 
   const auto of = [&](size_t i) -> const float* { return i < densities.size() ? densities[i].dz : nullptr; };
   simt::launch<flow_backward_kernel>(simt::blocks(s.tensors, threads, 0, trace.rows), stream, s, p, view, dz, of(0),
                                      of(1), states, scale, density, groups);
-  simt::launch<flow_gradient_kernel>(simt::blocks(s.z_size / tile * max(s.steps, 1), 256, 0, replicas), stream, s, p,
-                                     view, gradients, z0, states, scale, density, groups);
+  simt::launch<flow_gradient_kernel>(simt::blocks(s.z_size / tile * max(s.steps, 1), threads, 0, replicas), stream, s,
+                                     p, view, gradients, z0, states, scale, density, groups);
 }
 
 void flow_kl(double* accumulator, size_t accumulator_stride, const double* log_q, const double* log_prior, int tensors,

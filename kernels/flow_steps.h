@@ -37,7 +37,7 @@ struct Trace {
 
 // One tensor of one row: what a block works on.
 struct Chain {
-  const FlowShape& shape;
+  FlowShape shape;
   const FlowTensor& tensor;
   const float* values;  // the parameters of the row's replica
   Trace trace;
@@ -91,6 +91,36 @@ __device__ __forceinline__ Bend compute_bend(double wu, double ww) {
 // ------------------------------------------------------------------------------------------------------ RealNVP, forth
 constexpr int lanes = simt::warp_size == 1 ? 1 : 8;  // neighbours of a warp that share an element
 
+// Two sums of the terms f(i), i = first, first + step, ... below n. On a GPU the loads of `together` terms are under
+// way at once; without that a block would wait for memory all the time.
+struct Two {
+  double a, b;
+};
+constexpr int together = 8;
+template <class F>
+__device__ __forceinline__ Two sum_terms(int first, int step, int n, F f) {
+  double a = 0, b = 0;
+  if constexpr (simt::warp_size == 1) {
+    SIMT_SIMD(reduction(+ : a, b))
+    for (int i = first; i < n; i += step) {
+      const Two term = f(i);
+      a += term.a, b += term.b;
+    }
+  } else {
+    for (int i = first; i < n; i += together * step) {
+      Two terms[together];
+      SIMT_UNROLL
+      for (int j = 0; j < together; j++) terms[j] = f(min(i + j * step, n - 1));
+      SIMT_UNROLL
+      for (int j = 0; j < together; j++) {
+        const bool is_term = i + j * step < n;
+        a += is_term ? terms[j].a : 0, b += is_term ? terms[j].b : 0;
+      }
+    }
+  }
+  return {a, b};
+}
+
 // The sum of v over the lanes of an element, for all of them.
 __device__ __forceinline__ double sum_over_lanes(double v) {
   SIMT_UNROLL
@@ -113,10 +143,10 @@ __device__ __forceinline__ double couple(const Chain& c, int k, bool inverse) {
   double* h = c.hidden(k);
   for (int unit = warp; unit < units; unit += warps) {
     const float* __restrict__ w = c.values + at.w0 + size_t(unit) * size;
-    double sum = 0;
-    SIMT_SIMD(reduction(+ : sum))
-    for (int i = simt::lane_id(); i < size; i += simt::warp_size) sum += double(w[i]) * input[i];
-    sum = simt::warp_sum(sum);
+    const double own = sum_terms(simt::lane_id(), simt::warp_size, size, [&](int i) {
+                         return Two{double(w[i]) * input[i], 0};
+                       }).a;
+    const double sum = simt::warp_sum(own);
     if (simt::lane_id() == 0) h[unit] = tanh(sum + c.values[at.b0 + unit]);
   }
   __syncthreads();
@@ -128,13 +158,10 @@ __device__ __forceinline__ double couple(const Chain& c, int k, bool inverse) {
     const int e = first + simt::lane_id() / lanes, n = e >= size || mask[e] != 0 ? 0 : units;
     const float* __restrict__ w1 = c.values + at.w1 + size_t(e) * units;
     const float* __restrict__ w2 = c.values + at.w2 + size_t(e) * units;
-    double t_sum = 0, k_sum = 0;
-    SIMT_SIMD(reduction(+ : t_sum, k_sum))
-    for (int j = simt::lane_id() % lanes; j < n; j += lanes) {
-      t_sum += double(w1[j]) * h[j];
-      k_sum += double(w2[j]) * h[j];
-    }
-    t_sum = sum_over_lanes(t_sum), k_sum = sum_over_lanes(k_sum);
+    const Two own = sum_terms(simt::lane_id() % lanes, lanes, n, [&](int j) {
+      return Two{double(w1[j]) * h[j], double(w2[j]) * h[j]};
+    });
+    const double t_sum = sum_over_lanes(own.a), k_sum = sum_over_lanes(own.b);
     if (n > 0 && simt::lane_id() % lanes == 0) value[e] = t_sum, gate[e] = k_sum;
   }
   __syncthreads();
@@ -163,41 +190,41 @@ __device__ __forceinline__ double couple(const Chain& c, int k, bool inverse) {
 constexpr int mine = simt::warp_size == 1 ? tile : 1;             // neighbouring columns that one thread takes
 constexpr int teams = simt::warp_size == 1 ? 1 : threads / tile;  // threads that share a hidden unit
 
-// f(i) for the columns i of a thread that exist.
-template <class F>
-__device__ __forceinline__ void each_column(int count, F f) {
-  if constexpr (mine == 1) {
-    if (count > 0) f(0);
-  } else {
-    SIMT_SIMD()
-    for (int i = 0; i < count; i++) f(i);
-  }
-}
-
 // The slopes d of step k's hidden units, from those of its outputs.
 __device__ __forceinline__ void couple_back_to_hidden(const Chain& c, int k) {
   __shared__ double sums[teams * tile];
   const FlowStep& at = c.tensor.steps[k];
   const int size = c.tensor.size, units = c.shape.hidden;
   const int thread = threadIdx.x, team = thread * mine / tile, column = thread % (tile / mine) * mine;
-  const float* __restrict__ mask = c.values + at.mask;
+  [[maybe_unused]] const float* __restrict__ mask = c.values + at.mask;
   const double* shift_slope = c.kept(Kept::shift_slope, k);
   const double* gate_slope = c.kept(Kept::gate_slope, k);
   for (int unit0 = 0; unit0 < units; unit0 += tile) {
     const int unit = unit0 + column, width = max(0, min(mine, units - unit));
+    const float* __restrict__ w1 = c.values + at.w1 + unit;
+    const float* __restrict__ w2 = c.values + at.w2 + unit;
     double sum[mine] = {};
-    for (int first = 0; first < size; first += tile) {
-      double part[mine] = {};
-      for (int i = 0; i < tile / teams; i++) {
-        const int e = first + i * teams + team, n = e >= size || mask[e] != 0 ? 0 : width;
-        const double dt = n > 0 ? shift_slope[e] : 0, dk = n > 0 ? gate_slope[e] : 0;
-        const float* __restrict__ w1 = c.values + at.w1 + size_t(e) * units + unit;
-        const float* __restrict__ w2 = c.values + at.w2 + size_t(e) * units + unit;
-        each_column(n, [&](int j) { part[j] += double(w1[j]) * dt + double(w2[j]) * dk; });
+    if constexpr (mine == 1) {  // the slopes of elements that the step keeps are 0
+      sum[0] = sum_terms(team, teams, width > 0 ? size : 0, [&](int e) {
+                 const size_t row = size_t(e) * units;
+                 return Two{double(w1[row]) * shift_slope[e] + double(w2[row]) * gate_slope[e], 0};
+               }).a;
+    } else {
+      for (int first = 0; first < size; first += tile) {
+        double part[mine] = {};
+        for (int e = first; e < min(size, first + tile); e++) {
+          const double dt = shift_slope[e], dk = gate_slope[e];
+          const size_t row = size_t(e) * units;
+          const int changed = mask[e] != 0 ? 0 : width;
+          SIMT_SIMD()
+          for (int j = 0; j < changed; j++) part[j] += double(w1[row + j]) * dt + double(w2[row + j]) * dk;
+        }
+        SIMT_SIMD()
+        for (int j = 0; j < mine; j++) sum[j] += part[j];
       }
-      each_column(mine, [&](int j) { sum[j] += part[j]; });
     }
-    each_column(mine, [&](int j) { sums[team * tile + column + j] = sum[j]; });
+    SIMT_UNROLL
+    for (int j = 0; j < mine; j++) sums[team * tile + column + j] = sum[j];
     __syncthreads();
     for (int i = thread; i < min(tile, units - unit0); i += blockDim.x) {
       double total = 0;
@@ -223,9 +250,16 @@ __device__ __forceinline__ void couple_back(const Chain& c, bool inverse, double
       if (n > 0) {
         const double* slope = c.slope(done);
         const float* __restrict__ w = c.values + c.tensor.steps[done].w0 + first;
-        for (int unit = 0; unit < c.shape.hidden; unit++) {
-          const double d = slope[unit];
-          each_column(count, [&](int i) { sum[i] += double(w[size_t(unit) * size + i]) * d; });
+        if constexpr (mine == 1) {
+          sum[0] = sum_terms(0, 1, c.shape.hidden, [&](int unit) {
+                     return Two{double(w[size_t(unit) * size]) * slope[unit], 0};
+                   }).a;
+        } else {
+          for (int unit = 0; unit < c.shape.hidden; unit++) {
+            const double d = slope[unit];
+            SIMT_SIMD()
+            for (int i = 0; i < count; i++) sum[i] += double(w[size_t(unit) * size + i]) * d;
+          }
         }
       }
       for (int i = 0; i < count; i++) {
