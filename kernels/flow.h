@@ -16,9 +16,11 @@
 // a gated step changes an element. There a round trip through many steps is not the identity to 1e-5, in any
 // arithmetic. Without steps the flow is its base.
 //
-// Each stage of the computation is one launch for all the z of a network, with rows = replicas * groups: row q uses the
-// parameters of replica q / groups. The parameters of all flows are in one flat store (engine/store.h).
+// A pass goes through all the steps of all the z of a network in one launch, with rows = replicas * groups: row q uses
+// the parameters of replica q / groups. The parameters of all flows are in one flat store (engine/store.h).
 #pragma once
+#include <vector>
+
 #include "engine/simt.h"
 #include "kernels/step_state.h"
 
@@ -56,44 +58,54 @@ struct FlowParameters {
 };
 
 // What a pass keeps for its way back, for the `rows` rows of the call. The memory has flow_trace_floats() floats,
-// aligned to 64. flow_forward and flow_log_density need a trace each, which their ways back read.
+// aligned to 64. flow_forward and every density need a trace each.
 struct FlowTrace {
   float* memory;
   int rows;
 };
 size_t flow_trace_floats(const FlowShape&, int rows);
 
-// z0 [rows][z_size] = m0 + s0 e. For row q = r * groups + g, e_i of a tensor is lane i mod 4 of
-// normal4(states[r].noise, g * ceil(D / 4) + i / 4, stream_id, states[r].step).
-void flow_draw_base(float* z0, const FlowShape&, FlowParameters, int groups, int replicas, const StepState*, Stream);
-// For predictions: `samples` rows of replica 0 of the parameters, with the draw's number first_sample + s in place of
-// the step. noise false: z0 = m0.
-void flow_draw_base_draws(float* z0, const FlowShape&, FlowParameters, bool noise, int first_sample, int samples, Key,
-                          Stream);
+// Where z0 = m0 + s0 e has its noise e from. In training, e_i of a tensor in row q = r * groups + g is lane i mod 4 of
+// normal4(states[r].noise, g * ceil(D / 4) + i / 4, stream_id, states[r].step). In predictions, whose rows are draws of
+// one replica, it is that of normal4(key, i / 4, stream_id, first + q), so a draw does not depend on how many are made
+// at once.
+struct FlowNoise {
+  enum Kind : int { none, training, prediction } kind;  // none: z0 = m0
+  const StepState* states = nullptr;                    // of training
+  Key key{};                                            // of predictions
+  int first = 0;
+};
 
-// z = flow(z0), log_q[rows][tensors] = ln q(z) (log_q may be null). z may not be z0.
-void flow_forward(float* z, double* log_q, const FlowShape&, FlowParameters, const float* z0, FlowTrace, int groups,
-                  Stream);
+// z = flow(z0), log_q[rows][tensors] = ln q(z) (log_q may be null). z may not be z0. Without noise z0 [rows][z_size] is
+// given, else it is drawn from the base distribution and written.
+void flow_forward(float* z, double* log_q, const FlowShape&, FlowParameters, float* z0, FlowTrace, int groups, Stream,
+                  const FlowNoise* = nullptr);
 
-// log_q[rows][tensors] = ln q(z) at any z, through the inverse; z0 [rows][z_size] = the inverse image. identity (device
-// memory, [replicas], may be null): where identity[r] is not 0, the flow is its base without the steps. made_by: if a
-// flow_forward (of any flow of this shape) made z, its trace; then z is taken as it was before its rounding to float,
-// which nearly shut gates and stiff bends would multiply.
-void flow_log_density(double* log_q, float* z0, const FlowShape&, FlowParameters, const float* z,
-                      const int32_t* identity, FlowTrace, int groups, Stream, const FlowTrace* made_by = nullptr);
-
-// To be called after flow_log_density with the same arguments: dz [rows][z_size] += states[r].kl_now * scale *
-// d ln q(z) / dz, with the flow's parameters as constants.
-void flow_log_density_backward(float* dz, const FlowShape&, FlowParameters, const float* z0, const int32_t* identity,
-                               FlowTrace, const StepState* states, float scale, int groups, Stream);
+// A density at any z, through the inverse.
+struct FlowDensity {
+  FlowParameters parameters;
+  const int32_t* identity;  // [replicas], device memory, may be null: where it is not 0, the flow is its base alone
+  FlowTrace trace;
+  double* log_q;        // [rows][tensors] = ln q(z)
+  float* z0 = nullptr;  // [rows][z_size] = the inverse image; may be null, may not be z
+  float* dz = nullptr;  // [rows][z_size] = states[r].kl_now * scale * d ln q(z) / dz, the flow held; may be null
+  float scale = 0;
+};
+// One density or two of the same z. states may be null where there is no dz. made_by: if a flow_forward (of any flow of
+// this shape) made z, its trace; then z is taken as it was before its rounding to float, which nearly shut gates and
+// stiff bends would multiply.
+void flow_log_density(const std::vector<FlowDensity>&, const FlowShape&, const float* z, const StepState* states,
+                      int groups, Stream, const FlowTrace* made_by = nullptr);
 
 // To be called after flow_forward: writes (=) the gradient of
 //   sum_q sum_i dz[q][i] z[q][i] + states[r].kl_now * scale * sum_q sum_t ln q(z)
-// by every parameter to gradients [replicas][stride], summed over the groups; 0 for masks, and for a fixed base. dz is
-// overwritten with the gradient by z0, without the base's own density. density false leaves the second term out, for
-// "sticking the landing": the caller adds the path gradient of ln q by flow_log_density_backward with a scale of +1.
-void flow_backward(float* gradients, float* dz, const FlowShape&, FlowParameters, const float* z0, FlowTrace,
-                   const StepState* states, float scale, bool density, int groups, int replicas, Stream);
+// by every parameter to gradients [replicas][stride], summed over the groups; 0 for masks, and for a fixed base. dz
+// here is the array dz plus those of the `densities`. The array is overwritten with the gradient by z0, without the
+// base's own density. density false leaves the second term out, for "sticking the landing": the path gradient of ln q
+// is then among the densities, with a scale of +1.
+void flow_backward(float* gradients, float* dz, const std::vector<FlowDensity>& densities, const FlowShape&,
+                   FlowParameters, const float* z0, FlowTrace, const StepState* states, float scale, bool density,
+                   int groups, int replicas, Stream);
 
 // The KL of z: accumulator[accumulator_stride * r + t] += mean over the groups of log_q - log_prior, which are both
 // [rows][tensors].

@@ -208,70 +208,61 @@ __global__ void multiply_kernel(float* __restrict__ w, size_t w_stride, const fl
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = zs[index(i)] * from[i];
 }
 
-// The gradient of a z that belongs to `width` neighbouring weights: a warp adds them up.
-__global__ void block_multiplier_kernel(float* __restrict__ dz, GaussianArrays a, Run run, Multipliers z,
-                                        const StepState* states) {
-  const int k = simt::warp_item(), q = simt::row(), r = q / z.groups, n = run.count / run.width;
-  if (k >= n) return;
-  const size_t at = a.stride * r + run.first + size_t(k) * run.width;
+// The gradient of z. A warp adds up the neighbouring weights of a z. Of a strip of columns each team of threads takes a
+// segment of rows, and the sums of the segments are added in their order.
+constexpr int strip = 64, segment = 64, teams = simt::warp_size == 1 ? 1 : 8;
+constexpr int own = simt::warp_size == 1 ? strip : 1;  // columns of a thread
+
+__global__ void __launch_bounds__(strip* teams)
+    multiplier_gradient_kernel(float* __restrict__ dz, GaussianArrays a, const ZPart* __restrict__ parts, Multipliers z,
+                               const StepState* states) {
+  __shared__ float sums[teams * strip];
+  const Run run = parts[blockIdx.x].run;
+  const int columns = parts[blockIdx.x].columns;  // 0 outside of strips
+  const int q = simt::row(), r = q / z.groups, width = run.width, thread = threadIdx.x;
+  const size_t at = a.stride * r + run.first;
   const float* __restrict__ mean = a.mean + at;
   const float* __restrict__ prior_mean = a.prior_mean + at;
   const float* __restrict__ prior_log_std = a.prior_log_std + at;
-  const float* __restrict__ grad = z.grad + z.grad_stride * q + run.first + size_t(k) * run.width;
-  float data = 0, away2 = 0;
-  SIMT_SIMD(reduction(+ : data, away2))
-  for (int i = simt::lane_id(); i < run.width; i += simt::warp_size) {
-    const float mu = mean[i], e = mu - prior_mean[i];
-    data += mu * grad[i];
-    away2 += e * e * expf(-2.f * prior_log_std[i]);
-  }
-  data = simt::warp_sum(data), away2 = simt::warp_sum(away2);
-  if (simt::lane_id() == 0) {
-    const size_t to = z.z_stride * q + run.z_first + k;
-    dz[to] = data + states[r].kl_now / float(z.groups) * z.z[to] * away2;
-  }
-}
-
-// The gradient of a z that belongs to a column: a block takes a strip of columns over a segment of rows, and a second
-// kernel adds the segments up in their order.
-constexpr int strip = 64, segment = 64;
-constexpr int strip_threads = simt::threads_per_block == 1 ? 1 : strip, own = strip / strip_threads;
-
-__global__ void column_multiplier_kernel(float* __restrict__ partial, GaussianArrays a, Run run, Multipliers z,
-                                         const StepState* states) {
-  const int q = simt::row(), r = q / z.groups, width = run.width, rows = run.count / width;
-  const int strips = (width + strip - 1) / strip, of_strip = blockIdx.x % strips, of_segment = blockIdx.x / strips;
-  const int first = of_strip * strip, last_row = min(rows, (of_segment + 1) * segment);
-  const size_t at = a.stride * r + run.first, grad_at = z.grad_stride * q + run.first;
-  float data[own], away2[own];
-  SIMT_UNROLL
-  for (int k = 0; k < own; k++) data[k] = away2[k] = 0;
-  for (int row = of_segment * segment; row < last_row; row++) {
-    SIMT_SIMD()
-    for (int k = 0; k < own; k++) {
-      const int column = first + int(threadIdx.x) + k * strip_threads;
-      const bool mine = column < width;
-      const size_t i = size_t(row) * width + (mine ? column : 0);
-      const float mu = a.mean[at + i], e = mu - a.prior_mean[at + i];
-      data[k] += mine ? mu * z.grad[grad_at + i] : 0.f;
-      away2[k] += mine ? e * e * expf(-2.f * a.prior_log_std[at + i]) : 0.f;
-    }
-  }
-  const int segments = (rows + segment - 1) / segment;
-  float* __restrict__ to = partial + (size_t(q) * segments + of_segment) * width;
+  const float* __restrict__ grad = z.grad + z.grad_stride * q + run.first;
+  const float* __restrict__ zs = z.z + z.z_stride * q + run.z_first;
+  float* __restrict__ to = dz + z.z_stride * q + run.z_first;
   const float kl_weight = states[r].kl_now / float(z.groups);
-  for (int k = 0; k < own; k++) {
-    const int column = first + int(threadIdx.x) + k * strip_threads;
-    if (column < width) to[column] = data[k] + kl_weight * z.z[z.z_stride * q + run.z_first + column] * away2[k];
+  const int of_block = columns > 0 ? 0 : run.count / width;
+  for (int k = thread / simt::warp_size; k < of_block; k += blockDim.x / simt::warp_size) {
+    const size_t first = size_t(k) * width;
+    float data = 0, away2 = 0;
+    SIMT_SIMD(reduction(+ : data, away2))
+    for (int i = simt::lane_id(); i < width; i += simt::warp_size) {
+      const float mu = mean[first + i], e = mu - prior_mean[first + i];
+      data += mu * grad[first + i];
+      away2 += e * e * expf(-2.f * prior_log_std[first + i]);
+    }
+    data = simt::warp_sum(data), away2 = simt::warp_sum(away2);
+    if (simt::lane_id() == 0) to[k] = data + kl_weight * zs[k] * away2;
   }
-}
-__global__ void add_segments_kernel(float* __restrict__ dz, size_t z_stride, const float* __restrict__ partial,
-                                    int z_first, int width, int segments) {
-  const int k = simt::thread_item(), q = simt::row();
-  if (k >= width) return;
-  float sum = 0;
-  for (int s = 0; s < segments; s++) sum += partial[(size_t(q) * segments + s) * width + k];
-  dz[z_stride * q + z_first + k] = sum;
+  const int rows = columns > 0 ? run.count / columns : 0, team = thread * own / strip, column0 = thread * own % strip;
+  const int count = max(0, min(own, columns - column0));
+  float total[own] = {};
+  for (int round = 0; round < rows; round += teams * segment) {
+    const int first_row = round + team * segment, last_row = min(rows, first_row + segment);
+    float data[own] = {}, away2[own] = {};
+    for (int row = first_row; row < last_row; row++) {
+      SIMT_SIMD()
+      for (int k = 0; k < count; k++) {
+        const size_t i = size_t(row) * width + column0 + k;
+        const float mu = mean[i], e = mu - prior_mean[i];
+        data[k] += mu * grad[i];
+        away2[k] += e * e * expf(-2.f * prior_log_std[i]);
+      }
+    }
+    for (int k = 0; k < count; k++) sums[team * strip + column0 + k] = data[k] + kl_weight * zs[column0 + k] * away2[k];
+    __syncthreads();
+    for (int k = 0; k < count; k++)
+      for (int j = 0; j < teams; j++) total[k] += sums[j * strip + column0 + k];
+    __syncthreads();
+  }
+  for (int k = 0; team == 0 && k < count; k++) to[column0 + k] = total[k];
 }
 
 __global__ void draw_gaussian_kernel(float* __restrict__ w, size_t w_stride, GaussianArrays a, int first, int count,
@@ -427,26 +418,26 @@ void multiply_weights(float* w, size_t w_stride, const GaussianArrays& a, Pieces
                                 a.mean, a.stride, pieces.table, z.z, z.z_stride, z.groups);
 }
 
-int multiplier_partials(const Run& run) {
-  return run.column ? (run.count / run.width + segment - 1) / segment * run.width : 0;
+std::vector<ZPart> z_parts_of(const std::vector<Run>& runs) {
+  std::vector<ZPart> parts;
+  for (Run piece : pieces_of(runs))
+    if (piece.z_first >= 0 && !piece.column) parts.push_back({piece, 0});
+  for (const Run& run : runs)
+    for (int i = 0; run.z_first >= 0 && run.column && i < run.width; i += strip) {
+      const int columns = std::min(strip, run.width - i);
+      Run part = run;
+      part.first += i, part.z_first += i, part.count = run.count / run.width * columns;
+      parts.push_back({part, columns});
+    }
+  return parts;
 }
 
-void multiplier_gradient(float* dz, const GaussianArrays& a, const Run& run, const Multipliers& z,
-                         const StepState* states, float* partial, Stream stream) {
+void multiplier_gradient(float* dz, const GaussianArrays& a, ZParts parts, const Multipliers& z,
+                         const StepState* states, Stream stream) {
   BATON_RANGE("multiplier_gradient");
   check_arrays("multiplier_gradient", a);
-  if (run.z_first < 0 || run.width < 1 || run.count % run.width != 0)
-    throw InputError("multiplier_gradient: the run of " + std::to_string(run.count) + " parameters has no z");
-  const int rows = a.replicas * z.groups;
-  if (!run.column) {
-    simt::launch<block_multiplier_kernel>(simt::warps(run.count / run.width, rows), stream, dz, a, run, z, states);
-    return;
-  }
-  const int strips = (run.width + strip - 1) / strip, segments = (run.count / run.width + segment - 1) / segment;
-  simt::launch<column_multiplier_kernel>(simt::blocks(strips * segments, strip_threads, 0, rows), stream, partial, a,
-                                         run, z, states);
-  simt::launch<add_segments_kernel>(simt::each(run.width, rows), stream, dz, z.z_stride, partial, run.z_first,
-                                    run.width, segments);
+  simt::launch<multiplier_gradient_kernel>(simt::blocks(parts.count, strip * teams, 0, a.replicas * z.groups), stream,
+                                           dz, a, parts.table, z, states);
 }
 
 void draw_gaussian(float* w, size_t w_stride, const GaussianArrays& a, int first, int count, int groups,

@@ -82,12 +82,20 @@ void gaussian_kl(KlAccumulator, const GaussianArrays&, Pieces, float* partial, S
 
 // w[w_stride * q + i] = z mean[i] over the pieces that have z, for every row q.
 void multiply_weights(float* w, size_t w_stride, const GaussianArrays&, Pieces, const Multipliers&, Stream);
-// dz[z_stride * q + k] = d data / d z_k + kl_now / groups * d K_w / d z_k for every row q and the z of one run:
+// The runs with z, in parts that hold all the weights of their z, for a block each: about 2,048 neighbouring weights,
+// or a strip of at most 64 columns, whose rows begin at run.first and are run.width apart.
+struct ZPart {
+  Run run;
+  int columns;  // of a strip
+};
+std::vector<ZPart> z_parts_of(const std::vector<Run>&);
+struct ZParts {
+  const ZPart* table;  // device memory
+  int count;
+};
+// dz[z_stride * q + k] = d data / d z_k + kl_now / groups * d K_w / d z_k for every row q and all the z of the parts:
 //   sum over its weights of  mu grad + kl_now / groups * z (mu - mu_p)^2 / sigma_p^2.
-// partial: scratch of multiplier_partials(run) floats a row (0 for a run without `column`).
-void multiplier_gradient(float* dz, const GaussianArrays&, const Run&, const Multipliers&, const StepState*,
-                         float* partial, Stream);
-int multiplier_partials(const Run&);
+void multiplier_gradient(float* dz, const GaussianArrays&, ZParts, const Multipliers&, const StepState*, Stream);
 
 // Draws of a few parameters for every row q = r * groups + g (the biases of layers whose weights are drawn):
 //   w[w_stride * q + first + i] = mean + sigma e,  e = the first lane of normal4(noise, g * count + i, stream_id, step)

@@ -157,14 +157,10 @@ void multipliers(const NetworkSizes& network, int groups) {
       [=, &network](Buffers& b) -> std::function<void()> {
         const TakenMultipliers of = take_multipliers(b, network, groups);
         const StepState* states = b.states(1);
-        std::vector<Run> runs;
-        int partials = 1;
-        for (const Run& run : network.runs(true))
-          if (run.z_first >= 0) runs.push_back(run), partials = std::max(partials, multiplier_partials(run));
-        float *dz = b.room<float>(of.z.z_stride * groups), *partial = b.room<float>(size_t(partials) * groups);
-        return [=, stream = b.stream()] {
-          for (const Run& run : runs) multiplier_gradient(dz, of.arrays, run, of.z, states, partial, stream);
-        };
+        const std::vector<ZPart> parts = z_parts_of(network.runs(true));
+        const ZParts table{b.put(parts), int(parts.size())};
+        float* dz = b.room<float>(of.z.z_stride * groups);
+        return [=, stream = b.stream()] { multiplier_gradient(dz, of.arrays, table, of.z, states, stream); };
       });
 }
 
@@ -213,7 +209,8 @@ TakenFlow take_flow(Buffers& b, const NetworkSizes& network, int steps, int hidd
   f.z0 = b.room<float>(z), f.z = b.room<float>(z), f.dz = b.normal(z, 1e-3f);
   f.log_q = b.room<double>(table.size() * rows);
   f.trace = {b.room<float>(flow_trace_floats(f.shape, rows)), rows};
-  flow_draw_base(f.z0, f.shape, f.parameters, rows, 1, f.states, b.stream());
+  const FlowNoise noise{FlowNoise::training, f.states};
+  flow_forward(f.z, f.log_q, f.shape, f.parameters, f.z0, f.trace, rows, b.stream(), &noise);
   return f;
 }
 
@@ -234,30 +231,20 @@ void flows(const NetworkSizes& network, int rows) {
   add("flow_backward" + suffix, {5 * bytes, 2 * flops}, [=, &network](Buffers& b) -> std::function<void()> {
     const TakenFlow f = take_flow(b, network, steps, hidden, rows);
     float* gradients = b.room<float>(f.parameters.stride);
-    flow_forward(f.z, f.log_q, f.shape, f.parameters, f.z0, f.trace, rows, b.stream());
     return [=, stream = b.stream()] {  // of a dz that earlier calls have overwritten
-      flow_backward(gradients, f.dz, f.shape, f.parameters, f.z0, f.trace, f.states, 1.f / float(rows), true, rows, 1,
-                    stream);
+      flow_backward(gradients, f.dz, {}, f.shape, f.parameters, f.z0, f.trace, f.states, 1.f / float(rows), true, rows,
+                    1, stream);
     };
   });
-  add("flow_log_density" + suffix, {2 * bytes, flops}, [=, &network](Buffers& b) -> std::function<void()> {
-    const TakenFlow f = take_flow(b, network, steps, hidden, rows);
-    float* inverse = b.room<float>(size_t(f.shape.z_size) * rows);
-    flow_forward(f.z, f.log_q, f.shape, f.parameters, f.z0, f.trace, rows, b.stream());
-    return [=, stream = b.stream()] {
-      flow_log_density(f.log_q, inverse, f.shape, f.parameters, f.z, nullptr, f.trace, rows, stream);
-    };
-  });
-  add("flow_log_density_backward" + suffix, {3 * bytes, 2 * flops}, [=, &network](Buffers& b) -> std::function<void()> {
-    const TakenFlow f = take_flow(b, network, steps, hidden, rows);
-    float* inverse = b.room<float>(size_t(f.shape.z_size) * rows);
-    flow_forward(f.z, f.log_q, f.shape, f.parameters, f.z0, f.trace, rows, b.stream());
-    flow_log_density(f.log_q, inverse, f.shape, f.parameters, f.z, nullptr, f.trace, rows, b.stream());
-    return [=, stream = b.stream()] {
-      flow_log_density_backward(f.dz, f.shape, f.parameters, inverse, nullptr, f.trace, f.states, -1.f / float(rows),
-                                rows, stream);
-    };
-  });
+  for (const bool back : {false, true})
+    add((back ? "flow_log_density_and_back" : "flow_log_density") + suffix,
+        {(back ? 5 : 2) * bytes, (back ? 3 : 1) * flops}, [=, &network](Buffers& b) -> std::function<void()> {
+          const TakenFlow f = take_flow(b, network, steps, hidden, rows);
+          const FlowTrace trace{b.room<float>(flow_trace_floats(f.shape, rows)), rows};
+          float* dz = back ? b.room<float>(size_t(f.shape.z_size) * rows) : nullptr;
+          const FlowDensity density{f.parameters, nullptr, trace, f.log_q, nullptr, dz, -1.f / float(rows)};
+          return [=, stream = b.stream()] { flow_log_density({density}, f.shape, f.z, f.states, rows, stream); };
+        });
 }
 
 }  // namespace

@@ -70,8 +70,8 @@ class MnfPosterior : public GaussianPosterior {
   void draw(int, const StepState* states) override {
     BATON_RANGE("draw");
     const Stream stream = device_.stream();
-    flow_draw_base(z0_, shape_, parameters("value"), groups_, replicas(), states, stream);
-    flow_forward(z_, log_q_, shape_, parameters("value"), z0_, trace_, groups_, stream);
+    const FlowNoise noise{FlowNoise::training, states};
+    flow_forward(z_, log_q_, shape_, parameters("value"), z0_, trace_, groups_, stream, &noise);
     multiply_weights(draws_, size_t(stride()), arrays(), pieces_, multipliers(nullptr), stream);
   }
 
@@ -89,12 +89,13 @@ class MnfPosterior : public GaussianPosterior {
   void add_kl(KlAccumulator sums) override {
     const Stream stream = device_.stream();
     const FlowTrace trace{sample_trace_.memory, kl_draws}, prior_trace{sample_prior_trace_.memory, kl_draws};
+    const FlowNoise noise{FlowNoise::prediction, nullptr, key_of(0, 9)};
     for (int r = 0; r < replicas(); r++) {
       const KlAccumulator own{sums.sums + sums.stride * r, sums.stride};
-      flow_draw_base_draws(sample_z0_, shape_, parameters("value", r), true, 0, kl_draws, key_of(0, 9), stream);
-      flow_forward(sample_z_, sample_log_q_, shape_, parameters("value", r), sample_z0_, trace, kl_draws, stream);
-      flow_log_density(sample_log_prior_, sample_z0_, shape_, parameters("prior", r), sample_z_, plain_prior_ + r,
-                       prior_trace, kl_draws, stream, &trace);
+      flow_forward(sample_z_, sample_log_q_, shape_, parameters("value", r), sample_z0_, trace, kl_draws, stream,
+                   &noise);
+      flow_log_density({{parameters("prior", r), plain_prior_ + r, prior_trace, sample_log_prior_}}, shape_, sample_z_,
+                       nullptr, kl_draws, stream, &trace);
       flow_kl(own.sums + first_z_name(), own.stride, sample_log_q_, sample_log_prior_, shape_.tensors, kl_draws, 1,
               stream);
       gaussian_kl(own, arrays(r), pieces_, partial_, stream, {sample_z_, nullptr, size_t(shape_.z_size), 0, kl_draws});
@@ -184,15 +185,22 @@ class MnfPosterior : public GaussianPosterior {
     const auto take_z = [&](int n) { return arena_.take<float>(size_t(n) * shape_.z_size); };
     const auto take_trace = [&](int n) { return FlowTrace{arena_.take<float>(flow_trace_floats(shape_, n)), n}; };
     const auto take_density = [&](int n) { return arena_.take<double>(size_t(n) * table_.size()); };
-    z0_ = take_z(rows), z_ = take_z(rows), dz_ = take_z(rows), prior_z0_ = take_z(rows), own_z0_ = take_z(rows);
-    log_q_ = take_density(rows), log_prior_ = take_density(rows), own_log_q_ = take_density(rows);
-    trace_ = take_trace(rows), prior_trace_ = take_trace(rows);
-    if (path_gradient_) own_trace_ = take_trace(rows);
+    z0_ = take_z(rows), z_ = take_z(rows), dz_ = take_z(rows);
+    log_q_ = take_density(rows);
+    trace_ = take_trace(rows);
     plain_prior_ = arena_.take<int32_t>(size_t(replicas()));
-    int partials = 1;
-    for (const Run& run : runs_)
-      if (run.z_first >= 0) partials = std::max(partials, multiplier_partials(run));
-    z_partial_ = arena_.take<float>(size_t(partials) * rows);
+    // What ln q~(z) and, with the path gradient, ln q(z) along the path of z alone ask of z.
+    const float share = 1.f / float(groups_);
+    const auto take = [&](const char* array, const int32_t* identity, float scale) {
+      densities_.push_back(
+          {parameters(array), identity, take_trace(rows), take_density(rows), nullptr, take_z(rows), scale});
+    };
+    take("prior", plain_prior_, -share);
+    if (path_gradient_) take("value", nullptr, share);
+    const std::vector<ZPart> parts = z_parts_of(runs_);
+    ZPart* table = arena_.take<ZPart>(parts.size());
+    upload(device_, table, parts);
+    z_parts_ = {table, int(parts.size())};
     sample_z0_ = take_z(draws_together), sample_z_ = take_z(draws_together);
     sample_log_q_ = take_density(draws_together), sample_log_prior_ = take_density(draws_together);
     sample_trace_ = take_trace(draws_together), sample_prior_trace_ = take_trace(draws_together);
@@ -202,31 +210,19 @@ class MnfPosterior : public GaussianPosterior {
 
   void backward_through_flows(const StepState* states) {
     const Stream stream = device_.stream();
-    const Multipliers z = multipliers(draw_gradients_);
-    for (const Run& run : runs_)
-      if (run.z_first >= 0) multiplier_gradient(dz_, arrays(), run, z, states, z_partial_, stream);
-    flow_log_density(log_prior_, prior_z0_, shape_, parameters("prior"), z_, plain_prior_, prior_trace_, groups_,
-                     stream, &trace_);
-    flow_kl(accumulated_.sums + first_z_name(), accumulated_.stride, log_q_, log_prior_, shape_.tensors, groups_,
-            replicas(), stream);
-    const float share = 1.f / float(groups_);
-    flow_log_density_backward(dz_, shape_, parameters("prior"), prior_z0_, plain_prior_, prior_trace_, states, -share,
-                              groups_, stream);
-    if (path_gradient_) {  // ln q along the path of z alone: through the inverse, its parameters held
-      flow_log_density(own_log_q_, own_z0_, shape_, parameters("value"), z_, nullptr, own_trace_, groups_, stream,
-                       &trace_);
-      flow_log_density_backward(dz_, shape_, parameters("value"), own_z0_, nullptr, own_trace_, states, share, groups_,
-                                stream);
-    }
-    flow_backward(flows_->at("value.grad"), dz_, shape_, parameters("value"), z0_, trace_, states, share,
-                  !path_gradient_, groups_, replicas(), stream);
+    multiplier_gradient(dz_, arrays(), z_parts_, multipliers(draw_gradients_), states, stream);
+    flow_log_density(densities_, shape_, z_, states, groups_, stream, &trace_);
+    flow_kl(accumulated_.sums + first_z_name(), accumulated_.stride, log_q_, densities_[0].log_q, shape_.tensors,
+            groups_, replicas(), stream);
+    flow_backward(flows_->at("value.grad"), dz_, densities_, shape_, parameters("value"), z0_, trace_, states,
+                  1.f / float(groups_), !path_gradient_, groups_, replicas(), stream);
   }
 
   void multiply_by_z(float* w, int replica, bool noise, int first, int count, Key key) {
     const Stream stream = device_.stream();
-    flow_draw_base_draws(sample_z0_, shape_, parameters("value", replica), noise, first, count, key, stream);
+    const FlowNoise z_noise{noise ? FlowNoise::prediction : FlowNoise::none, nullptr, key, first};
     flow_forward(sample_z_, nullptr, shape_, parameters("value", replica), sample_z0_, {sample_trace_.memory, count},
-                 count, stream);
+                 count, stream, &z_noise);
     multiply_weights(w, size_t(stride()), arrays(replica), pieces_,
                      {sample_z_, nullptr, size_t(shape_.z_size), 0, count}, stream);
   }
@@ -247,10 +243,12 @@ class MnfPosterior : public GaussianPosterior {
   std::unique_ptr<ParameterStore> flows_;
   FlowShape shape_{};
   float *draws_, *draw_gradients_;  // the weights z mu of every row, and their gradients: [replicas * groups][stride]
-  float *z0_, *z_, *dz_, *prior_z0_, *own_z0_, *z_partial_;
-  double *log_q_, *log_prior_, *own_log_q_;
+  float *z0_, *z_, *dz_;
+  ZParts z_parts_{};
+  double* log_q_;
   int32_t* plain_prior_;  // [replicas], 1 until the first hand-over: the prior of z is its base alone
-  FlowTrace trace_{}, prior_trace_{}, own_trace_{};
+  FlowTrace trace_{};
+  std::vector<FlowDensity> densities_;
   float *sample_z0_, *sample_z_;
   double *sample_log_q_, *sample_log_prior_;
   FlowTrace sample_trace_{}, sample_prior_trace_{};

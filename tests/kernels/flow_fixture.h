@@ -13,6 +13,7 @@
 
 #include "tests/support/buffers.h"
 #include "tests/support/compare.h"
+#include "tests/support/npz.h"
 
 namespace baton::test {
 namespace {
@@ -151,7 +152,7 @@ struct Flows {
     const size_t trace_floats = flow_trace_floats(shape(), rows());
     forward_memory = std::make_unique<Buffer<float>>(memory, trace_floats, NAN);
     density_memory = std::make_unique<Buffer<float>>(memory, trace_floats, NAN);
-    for (auto* b : {&z0, &z, &back, &dz}) *b = std::make_unique<Buffer<float>>(memory, z_floats(), untouched);
+    for (auto* b : {&z0, &z, &back, &dz, &added}) *b = std::make_unique<Buffer<float>>(memory, z_floats(), untouched);
     log_q = std::make_unique<Buffer<double>>(memory, densities(), 9.);
     states = std::make_unique<Buffer<StepState>>(memory, size_t(c.replicas));
     identity = std::make_unique<Buffer<int32_t>>(memory, size_t(c.replicas));
@@ -180,18 +181,29 @@ struct Flows {
   void forward() {
     flow_forward(*z, *log_q, shape(), parameters(), *z0, {*forward_memory, rows()}, c.groups, memory.stream());
   }
-  void density(bool with_identity = false, bool of_forward = false) {
+  // As forward(), of a z0 that is drawn; for predictions of `samples` rows.
+  void draw(const FlowNoise& noise, int samples = 0) {
+    flow_forward(*z, *log_q, shape(), parameters(), *z0, {*forward_memory, samples ? samples : rows()},
+                 samples ? samples : c.groups, memory.stream(), &noise);
+  }
+  // Into log_q, back and, with a scale, added.
+  FlowDensity density_of(float scale = 0, bool with_identity = false) {
+    return {parameters(),
+            with_identity ? identity->data() : nullptr,
+            {*density_memory, rows()},
+            *log_q,
+            *back,
+            scale != 0 ? added->data() : nullptr,
+            scale};
+  }
+  void density(float scale = 0, bool with_identity = false, bool of_forward = false) {
     const FlowTrace made_by{*forward_memory, rows()};
-    flow_log_density(*log_q, *back, shape(), parameters(), *z, with_identity ? identity->data() : nullptr,
-                     {*density_memory, rows()}, c.groups, memory.stream(), of_forward ? &made_by : nullptr);
+    flow_log_density({density_of(scale, with_identity)}, shape(), *z, *states, c.groups, memory.stream(),
+                     of_forward ? &made_by : nullptr);
   }
-  void density_backward(float scale, bool with_identity = false) {
-    flow_log_density_backward(*dz, shape(), parameters(), *back, with_identity ? identity->data() : nullptr,
-                              {*density_memory, rows()}, *states, scale, c.groups, memory.stream());
-  }
-  void backward(float scale, bool with_density = true) {
-    flow_backward(*gradients, *dz, shape(), parameters(), *z0, {*forward_memory, rows()}, *states, scale, with_density,
-                  c.groups, c.replicas, memory.stream());
+  void backward(float scale, bool with_density = true, const std::vector<FlowDensity>& densities = {}) {
+    flow_backward(*gradients, *dz, densities, shape(), parameters(), *z0, {*forward_memory, rows()}, *states, scale,
+                  with_density, c.groups, c.replicas, memory.stream());
     forward_memory->host(), density_memory->host();  // check their guards
   }
 
@@ -227,7 +239,7 @@ struct Flows {
   Floats values{};
   std::unique_ptr<Buffer<FlowTensor>> device_table{};
   std::unique_ptr<Buffer<float>> device_values{}, gradients{}, forward_memory{}, density_memory{}, z0{}, z{}, back{},
-      dz{};
+      dz{}, added{};
   std::unique_ptr<Buffer<double>> log_q{};
   std::unique_ptr<Buffer<StepState>> states{};
   std::unique_ptr<Buffer<int32_t>> identity{};
@@ -296,6 +308,49 @@ inline void randomize(Flows& f, unsigned seed, Spread s = {}) {
   f.z0->set(z0), f.dz->set(dz);
 }
 
+// ---------------------------------------------------------------------------------------------------------- goldens
+inline Npz golden_of(const std::string& name) { return Npz(golden_file(std::string("layers/") + name)); }
+
+constexpr const char* coupling_names[] = {"m", "W0", "b0", "W1", "b1", "W2", "b2"};
+constexpr const char* planar_names[] = {"w", "b", "u"};
+
+// f(name in the golden without its prefix, offset, size) for every tensor of parameters but the base.
+template <class F>
+void each_parameter(const Flows& f, F visit) {
+  const FlowTensor& t = f.table[0];
+  for (int k = 0; k < f.c.steps; k++) {
+    const std::string prefix = "f" + std::to_string(k) + "_";
+    const FlowStep& s = t.steps[k];
+    if (f.c.kind == FlowKind::planar) {
+      const int at[] = {s.w0, s.b0, s.b1}, size[] = {t.size, 1, t.size};
+      for (int i = 0; i < 3; i++) visit(prefix + planar_names[i], at[i], size[i]);
+    } else {
+      const int at[] = {s.mask, s.w0, s.b0, s.w1, s.b1, s.w2, s.b2}, all = t.size * f.c.hidden;
+      const int size[] = {t.size, all, f.c.hidden, all, t.size, all, t.size};
+      for (int i = 0; i < 7; i++) visit(prefix + coupling_names[i], at[i], size[i]);
+    }
+  }
+}
+
+// Parameters from the arrays called prefix + ..., for every replica.
+inline void load(Flows& f, const Npz& golden, const std::string& prefix) {
+  for (int r = 0; r < f.c.replicas; r++) {
+    Floats log_std;
+    for (double sd : golden.f64(prefix + "s0")) log_std.push_back(float(std::log(sd)));
+    f.put(r, f.table[0].base_mean, golden.f32(prefix + "m0")), f.put(r, f.table[0].base_log_std, log_std);
+    each_parameter(f, [&](const std::string& name, int at, int) { f.put(r, at, golden.f32(prefix + name)); });
+  }
+  f.upload();
+}
+
+inline Floats rows_of(const Flows& f, const Floats& x) {  // [rows][size] to rows of z
+  Floats z(f.z_floats(), untouched);
+  const int size = f.table[0].size;
+  for (int q = 0; q < f.rows(); q++) std::copy_n(x.begin() + size * q, size, z.begin() + f.z_size * q);
+  return z;
+}
+
+// ------------------------------------------------------------------------------------------------------- comparisons
 // Some indices of 0, ..., n - 1: all, or a random choice.
 inline std::vector<int> some_of(int n, int most, unsigned seed) {
   std::vector<int> all(n);

@@ -7,7 +7,6 @@
 
 #include "tests/kernels/flow_fixture.h"
 #include "tests/support/device.h"
-#include "tests/support/npz.h"
 
 namespace baton::test {
 namespace {
@@ -44,14 +43,11 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
   std::vector<int32_t> identity(c.replicas);
   for (int r = 1; r < c.replicas; r += 2) identity[r] = 7;
   f.identity->set(identity);
-  f.density(true);
-  const Floats back = f.back->host();
+  f.density(-scale, true);
+  const Floats back = f.back->host(), added = f.added->host();
   const Doubles log_p = f.log_q->host();
   EXPECT_TRUE(f.padding_untouched(back));
-  f.dz->set(up);
-  f.density_backward(-scale, true);
-  const Floats dz = f.dz->host();
-  EXPECT_TRUE(f.padding_untouched(dz));
+  EXPECT_TRUE(f.padding_untouched(added));
 
   Doubles want_z, want_back, want_log_q, want_log_p, want_dz, got_dz, want_dz0, got_dz0;
   for (int q = 0; q < f.rows(); q++)
@@ -66,7 +62,7 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
       want_z.insert(want_z.end(), x.begin(), x.end());
       want_back.insert(want_back.end(), y.begin(), y.end());
       for (int i : some_of(f.table[t].size, 40, seed)) {
-        got_dz.push_back(double(dz[f.at(q, t, i)]) - up[f.at(q, t, i)]);
+        got_dz.push_back(added[f.at(q, t, i)]);
         want_dz.push_back(-weight * slope(given[i], [&] {
           Doubles copy = given;
           return reference.log_density(copy, none);
@@ -155,7 +151,7 @@ void check_against_reference(const Case& c, unsigned seed, Spread spread = {}) {
       "flow." + std::to_string(int(c.kind)) + "." + std::to_string(seed) + "." + std::to_string(c.steps);
   record(name + ".z", z, 1e-6f);
   record(name + ".back", back, 1e-6f);
-  record(name + ".dz", dz, 1e-5f);
+  record(name + ".added", added, 1e-5f);
   record(name + ".gradients", gradients, 1e-5f);
 }
 
@@ -250,7 +246,7 @@ void check_round_trip(const Case& c, unsigned seed, Spread spread, double tolera
   randomize(f, seed, spread);
   f.forward();
   const Doubles log_q = f.log_q->host();
-  f.density(false, of_forward);
+  f.density(0, false, of_forward);
   const Floats z0 = f.z0->host(), back = f.back->host();
   for (size_t i = 0; i < z0.size(); i++) {
     ASSERT_NEAR(back[i], z0[i], tolerance * (1 + std::abs(z0[i]))) << i;
@@ -296,24 +292,56 @@ TEST(Flow, InverseOfForwardIsTheIdentityAtExtremes) {
 TEST(Flow, PathGradientVanishesAtEquality) {
   BATON_NEEDS_DEVICE();
   for (FlowKind kind : {FlowKind::gated, FlowKind::affine, FlowKind::planar}) {
-    Flows f({.kind = kind, .sizes = {5, 9}, .hidden = 3, .groups = 2, .replicas = 2});
-    randomize(f, 71);
+    Flows f({.kind = kind, .sizes = {5, 9}, .hidden = 3, .groups = 2, .replicas = 2}), old(f.c);
+    randomize(f, 71), randomize(old, 71);
     f.set_weights({0.3f, 0.7f});
     f.forward();
-    f.density();
-    const Doubles own = f.log_q->host();
+    flow_log_density({f.density_of(1), old.density_of(-1)}, f.shape(), *f.z, *f.states, 2, f.memory.stream());
+    EXPECT_TRUE(exact(f.log_q->host(), old.log_q->host()));
+    Floats minus = f.own(f.added->host());
+    EXPECT_TRUE(std::any_of(minus.begin(), minus.end(), [](float v) { return v != 0; }));
+    for (float& v : minus) v = -v;
+    EXPECT_TRUE(exact(f.own(old.added->host()), minus));
     f.dz->set(Floats(f.z_floats()));
-    f.density_backward(1);
-    EXPECT_TRUE(difference(f.dz->host(), f.dz->host()).nonzero);
-    f.density();
-    EXPECT_TRUE(exact(f.log_q->host(), own));
-    f.density_backward(-1);
+    f.backward(1, false, {f.density_of(1), old.density_of(-1)});
     EXPECT_TRUE(exact(f.dz->host(), Floats(f.z_floats())));
-    f.backward(1, false);
     Floats g = f.gradients->host();
     for (size_t i = 0; i < g.size(); i++)
       if (!f.used[i % f.stride]) g[i] = 0;
     EXPECT_TRUE(exact(g, Floats(g.size())));
+  }
+}
+
+// Two densities in one call are each alone, and the way back starts from the sum of all that is asked of z.
+TEST(Flow, DensitiesTogetherAreEachAlone) {
+  BATON_NEEDS_DEVICE();
+  for (FlowKind kind : {FlowKind::gated, FlowKind::affine, FlowKind::planar}) {
+    Flows f({.kind = kind, .sizes = {5, 70}, .hidden = 6, .groups = 2, .replicas = 2}), old(f.c);
+    randomize(f, 74), randomize(old, 75);
+    f.set_weights({0.3f, 0.7f});
+    f.forward();
+    old.z->set(f.z->host());
+    old.states->set(f.states->host());
+    old.identity->set({0, 1});
+    f.density(1), old.density(-0.5f, true);
+    const auto results = [&] {
+      return std::tuple(f.log_q->host(), f.back->host(), f.added->host(), old.log_q->host(), old.back->host(),
+                        old.added->host());
+    };
+    const auto alone = results();
+    const std::vector<FlowDensity> both{f.density_of(1), old.density_of(-0.5f, true)};
+    for (Flows* x : {&f, &old}) x->added->set(Floats(f.z_floats(), untouched));
+    flow_log_density(both, f.shape(), *f.z, *f.states, 2, f.memory.stream());
+    EXPECT_EQ(results(), alone);
+    Floats sum = f.dz->host();
+    const Floats a = f.added->host(), b = old.added->host();
+    f.backward(1, false, both);
+    const Floats dz0 = f.dz->host(), gradients = f.gradients->host();
+    for (size_t i = 0; i < sum.size(); i++) sum[i] = sum[i] + a[i] + b[i];
+    f.dz->set(sum);
+    f.backward(1, false);
+    EXPECT_TRUE(exact(f.own(dz0), f.own(f.dz->host())));
+    EXPECT_TRUE(exact(gradients, f.gradients->host()));
   }
 }
 
@@ -324,7 +352,7 @@ TEST(Flow, IdentityIsTheBase) {
     randomize(f, 72);
     f.identity->set({1, 1});
     f.z->set(f.z0->host());
-    f.density(true);
+    f.density(0, true);
     EXPECT_TRUE(exact(f.own(f.back->host()), f.own(f.z0->host())));
     Doubles want;
     for (int q = 0; q < 4; q++)
@@ -348,11 +376,10 @@ TEST(Flow, GroupsAndReplicasAreSingleCalls) {
     auto everything = [&](Flows& f) {
       f.forward();
       const Doubles log_q = f.log_q->host();
-      f.density();
+      f.density(1);
       f.backward(1);
       const Floats dz0 = f.dz->host();
-      f.density_backward(1);
-      return std::tuple(f.z->host(), log_q, f.back->host(), f.log_q->host(), dz0, f.dz->host(), f.gradients->host());
+      return std::tuple(f.z->host(), log_q, f.back->host(), f.log_q->host(), dz0, f.added->host(), f.gradients->host());
     };
     const auto [z, log_q, back, log_p, dz0, dz, gradients] = everything(all);
     all.dz->set(up);
@@ -388,47 +415,6 @@ TEST(Flow, GroupsAndReplicasAreSingleCalls) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- goldens
-Npz golden_of(const std::string& name) { return Npz(golden_file(std::string("layers/") + name)); }
-
-const char* const coupling_names[] = {"m", "W0", "b0", "W1", "b1", "W2", "b2"};
-const char* const planar_names[] = {"w", "b", "u"};
-
-// f(name in the golden without its prefix, offset, size) for every tensor of parameters but the base.
-template <class F>
-void each_parameter(const Flows& f, F visit) {
-  const FlowTensor& t = f.table[0];
-  for (int k = 0; k < f.c.steps; k++) {
-    const std::string prefix = "f" + std::to_string(k) + "_";
-    const FlowStep& s = t.steps[k];
-    if (f.c.kind == FlowKind::planar) {
-      const int at[] = {s.w0, s.b0, s.b1}, size[] = {t.size, 1, t.size};
-      for (int i = 0; i < 3; i++) visit(prefix + planar_names[i], at[i], size[i]);
-    } else {
-      const int at[] = {s.mask, s.w0, s.b0, s.w1, s.b1, s.w2, s.b2}, all = t.size * f.c.hidden;
-      const int size[] = {t.size, all, f.c.hidden, all, t.size, all, t.size};
-      for (int i = 0; i < 7; i++) visit(prefix + coupling_names[i], at[i], size[i]);
-    }
-  }
-}
-
-// Parameters from the arrays called prefix + ..., for every replica.
-void load(Flows& f, const Npz& golden, const std::string& prefix) {
-  for (int r = 0; r < f.c.replicas; r++) {
-    Floats log_std;
-    for (double sd : golden.f64(prefix + "s0")) log_std.push_back(float(std::log(sd)));
-    f.put(r, f.table[0].base_mean, golden.f32(prefix + "m0")), f.put(r, f.table[0].base_log_std, log_std);
-    each_parameter(f, [&](const std::string& name, int at, int) { f.put(r, at, golden.f32(prefix + name)); });
-  }
-  f.upload();
-}
-
-Floats rows_of(const Flows& f, const Floats& x) {  // [rows][size] to rows of z
-  Floats z(f.z_floats(), untouched);
-  const int size = f.table[0].size;
-  for (int q = 0; q < f.rows(); q++) std::copy_n(x.begin() + size * q, size, z.begin() + f.z_size * q);
-  return z;
-}
-
 TEST(Flow, Goldens) {
   BATON_NEEDS_DEVICE();
   const std::pair<const char*, Case> cases[] = {
@@ -472,12 +458,10 @@ TEST(Flow, Goldens) {
 
     f.set_weights(Floats(4, 1.f));
     f.z->set(rows_of(f, golden.f32("in_zt")));
-    f.density();
+    f.density(1);
     EXPECT_TRUE(close(f.own(f.back->host()), golden.f64("inv_out_z0"), {.l2 = 1e-6}));
     EXPECT_TRUE(close(f.log_q->host(), golden.f64("inv_out_logq"), {.l2 = 2e-6}));
-    f.dz->set(Floats(f.z_floats()));
-    f.density_backward(1);
-    EXPECT_TRUE(close(f.own(f.dz->host()), golden.f64("inv_g_zt"), {.l2 = 2e-6}));
+    EXPECT_TRUE(close(f.own(f.added->host()), golden.f64("inv_g_zt"), {.l2 = 2e-6}));
   }
 }
 
@@ -511,7 +495,7 @@ TEST(Flow, GoldenLayers) {
     EXPECT_TRUE(close(now.own(now.z->host()), golden.f64("out_z"), {.l2 = 1e-6}));
     EXPECT_TRUE(close(now.log_q->host(), golden.f64("out_logq"), {.l2 = 2e-6}));
     old.z->set(now.z->host());
-    old.density(true);
+    old.density(-1.f / samples, true);
     EXPECT_TRUE(close(old.own(old.back->host()), golden.f64("out_zt0"), {.l2 = 1e-6}));
     EXPECT_TRUE(close(old.log_q->host(), golden.f64("out_logqt"), {.l2 = 2e-6}));
 
@@ -539,19 +523,13 @@ TEST(Flow, GoldenLayers) {
       for (size_t k = i % size; k < mu.size(); k += size) r += std::pow((mu[k] - mu_old[k]) / sigma[k], 2);
       dz.push_back(float(z[i] * r / samples));
     }
-    old.dz->set(rows_of(old, dz));
-    old.density_backward(-1.f / samples, true);
-    now.dz->set(old.dz->host());
-    now.backward(1.f / samples);
+    now.dz->set(rows_of(now, dz));
+    now.backward(1.f / samples, true, {old.density_of(1, true)});
     expect_gradients("gkl_");
     if (golden.has("gstl_klz_m0")) {
-      now.density();
+      now.density(1), old.density(-1, true);
       now.dz->set(Floats(now.z_floats()));
-      now.density_backward(1);
-      old.dz->set(now.dz->host());
-      old.density_backward(-1, true);
-      now.dz->set(old.dz->host());
-      now.backward(1, false);
+      now.backward(1, false, {now.density_of(1), old.density_of(1, true)});
       expect_gradients("gstl_klz_");
     }
   }
@@ -565,7 +543,7 @@ TEST(Flow, SmallBaseDraws) {
   Flows f({.sizes = {5, 66, 1}, .hidden = 1, .groups = 3, .replicas = 2});
   randomize(f, 81);
   f.z0->set(Floats(f.z_floats(), untouched));
-  flow_draw_base(*f.z0, f.shape(), f.parameters(), 3, 2, *f.states, f.memory.stream());
+  f.draw({FlowNoise::training, *f.states});
   const Floats got = f.z0->host();
   EXPECT_TRUE(f.padding_untouched(got));
   auto want_of = [&](int q, int replica, Key key, uint32_t group, uint32_t step, size_t t, int i) {
@@ -588,18 +566,18 @@ TEST(Flow, SmallBaseDraws) {
 
   // Draws: replica 0, and they do not depend on how many are made at once.
   const Key key = key_of(8);
-  flow_draw_base_draws(*f.z0, f.shape(), f.parameters(), true, 7, 6, key, f.memory.stream());
+  f.draw({FlowNoise::prediction, nullptr, key, 7}, 6);
   const Floats draws = f.z0->host();
   want.clear();
   for (int q = 0; q < 6; q++)
     for (size_t t = 0; t < 3; t++)
       for (int i = 0; i < f.table[t].size; i++) want.push_back(want_of(q, 0, key, 0, 7 + q, t, i));
   EXPECT_TRUE(close(f.own(draws), want, {.l2 = 2e-7}));
-  flow_draw_base_draws(*f.z0, f.shape(), f.parameters(), true, 9, 1, key, f.memory.stream());
+  f.draw({FlowNoise::prediction, nullptr, key, 9}, 1);
   const Floats again = f.z0->host();
   EXPECT_TRUE(exact(Floats(again.begin(), again.begin() + f.z_size),
                     Floats(draws.begin() + 2 * f.z_size, draws.begin() + 3 * f.z_size)));
-  flow_draw_base_draws(*f.z0, f.shape(), f.parameters(), false, 9, 1, key, f.memory.stream());
+  f.draw({FlowNoise::none}, 1);
   const Floats still = f.z0->host();
   for (const FlowTensor& t : f.table)
     for (int i = 0; i < t.size; i++) EXPECT_EQ(still[t.z_at + i], f.values[t.base_mean + i]);
@@ -610,7 +588,7 @@ TEST(Flow, BaseMoments) {
   const int groups = 4000;
   Flows f({.sizes = {6}, .hidden = 1, .steps = 0, .groups = groups});
   randomize(f, 82);
-  flow_draw_base(*f.z0, f.shape(), f.parameters(), groups, 1, *f.states, f.memory.stream());
+  f.draw({FlowNoise::training, *f.states});
   const Floats z0 = f.z0->host();
   for (int i = 0; i < 6; i++) {
     const double mean = f.values[f.table[0].base_mean + i], sd = std::exp(f.values[f.table[0].base_log_std + i]);
@@ -723,8 +701,8 @@ TEST(Flow, FreshFlows) {
         }
       }
     // z is about 1, and the prior made of it is hit.
-    flow_draw_base(*f.z0, f.shape(), f.parameters(), 2, 2, *f.states, f.memory.stream());
-    f.forward();
+    f.draw({FlowNoise::training, *f.states});
+    EXPECT_TRUE(f.padding_untouched(f.z->host()));
     const Doubles log_q = f.log_q->host();
     double sum = 0, squares = 0;
     const Floats z = f.own(f.z->host());
@@ -763,21 +741,27 @@ TEST(Flow, RefusesShapes) {
     fault(s);
     EXPECT_THROW(forward(s, trace, 1), InputError);
     EXPECT_THROW(flow_trace_floats(s, 1), InputError);
-    EXPECT_THROW(flow_log_density(*f.log_q, *f.back, s, f.parameters(), *f.z, nullptr, trace, 1, {}), InputError);
+    EXPECT_THROW(flow_log_density({f.density_of()}, s, *f.z, nullptr, 1, {}), InputError);
     EXPECT_THROW(flow_initialise(*f.device_values, s, f.stride, 0, *f.states, 1, {}), InputError);
-    EXPECT_THROW(flow_draw_base(*f.z0, s, f.parameters(), 1, 1, *f.states, {}), InputError);
-    EXPECT_THROW(flow_log_density_backward(*f.dz, s, f.parameters(), *f.back, nullptr, trace, *f.states, 1, 1, {}),
-                 InputError);
-    EXPECT_THROW(flow_backward(*f.gradients, *f.dz, s, f.parameters(), *f.z0, trace, *f.states, 1, true, 1, 1, {}),
+    EXPECT_THROW(flow_backward(*f.gradients, *f.dz, {}, s, f.parameters(), *f.z0, trace, *f.states, 1, true, 1, 1, {}),
                  InputError);
   }
   EXPECT_THROW(flow_forward(*f.z0, nullptr, f.shape(), f.parameters(), *f.z0, trace, 1, {}), InputError);
-  EXPECT_THROW(flow_log_density(*f.log_q, *f.z, f.shape(), f.parameters(), *f.z, nullptr, trace, 1, {}), InputError);
+  EXPECT_THROW(f.draw({FlowNoise::training}), InputError);
+  const auto density = [&](const std::vector<FlowDensity>& densities, const FlowTrace* made_by = nullptr) {
+    flow_log_density(densities, f.shape(), *f.z, nullptr, 1, {}, made_by);
+  };
+  FlowDensity in_place = f.density_of(), in_forward = f.density_of();
+  in_place.z0 = *f.z, in_forward.trace = trace;
+  EXPECT_THROW(density({}), InputError);
+  EXPECT_THROW(density({in_place}), InputError);
+  EXPECT_THROW(density({f.density_of(1)}), InputError);  // without states
+  EXPECT_THROW(density({in_forward}, &trace), InputError);
+  EXPECT_THROW(density({f.density_of(), f.density_of()}), InputError);
+  EXPECT_THROW(f.backward(1, true, std::vector<FlowDensity>(3, f.density_of(1))), InputError);
   EXPECT_THROW(
-      flow_backward(*f.gradients, *f.dz, f.shape(), f.parameters(), *f.z0, trace, *f.states, 1, true, 1, 2, {}),
+      flow_backward(*f.gradients, *f.dz, {}, f.shape(), f.parameters(), *f.z0, trace, *f.states, 1, true, 1, 2, {}),
       InputError);
-  EXPECT_THROW(flow_draw_base(*f.z0, f.shape(), f.parameters(), 1, 1, nullptr, {}), InputError);
-  EXPECT_THROW(flow_draw_base_draws(*f.z0, f.shape(), f.parameters(), true, 0, 0, {}, {}), InputError);
   EXPECT_THROW(flow_kl(nullptr, 2, nullptr, nullptr, 3, 1, 1, {}), InputError);
   EXPECT_THROW(flow_kl(nullptr, 3, nullptr, nullptr, 3, 0, 1, {}), InputError);
 }

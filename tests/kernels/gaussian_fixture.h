@@ -129,7 +129,7 @@ struct Multiplied {
         dz(p.memory, z_stride * rows, 9.f),
         grad(p.memory, normals(grad_stride * rows, seed + 51)),
         w(p.memory, grad_stride * rows, 9.f),
-        partial(p.memory, size_t(std::max(1, multiplier_partials(columns))) * rows, NAN) {
+        parts(p.memory, z_parts_of(p.runs)) {
     randomize(p, seed);
     std::vector<StepState> states;
     for (int r = 0; r < replicas; r++) {
@@ -150,8 +150,7 @@ struct Multiplied {
   bool used(int j) const { return z_of(j) >= 0 || (j >= plain.first && j < plain.first + plain.count); }
   int slot_of(int j) const { return z_of(j) < 0 ? 1 : j >= columns.first ? 2 : 0; }
   void gradients() {
-    for (const Run& run : {blocks, columns})
-      multiplier_gradient(dz, p.arrays(), run, multipliers(), *p.states, partial, p.memory.stream());
+    multiplier_gradient(dz, p.arrays(), {parts, int(parts.size())}, multipliers(), *p.states, p.memory.stream());
   }
 
   int groups;
@@ -160,9 +159,11 @@ struct Multiplied {
   Posterior p;
   size_t grad_stride;
   int rows;
-  Buffer<float> z, dz, grad, w, partial;
+  Buffer<float> z, dz, grad, w;
+  Buffer<ZPart> parts;
 };
-const ZShape small_shape{6, 5, 9, 7, 4}, large_shape{180, 25, 130, 70, 300};  // the second: several pieces and segments
+const ZShape small_shape{6, 5, 9, 7, 4};
+const ZShape large_shape{180, 25, 130, 70, 300}, tall_shape{2, 3, 5, 1100, 1};  // several pieces and segments; rounds
 
 }  // namespace
 }  // namespace baton::test
