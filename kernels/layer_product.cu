@@ -113,7 +113,8 @@ struct StoreSamples {
 };
 
 // y = x * w of the shape, with `inputs` arrays of x (their squares are formed where there is one for two products).
-template <int inputs, int products, class Store>
+// by_columns: of a dense layer, w lies as [in][out].
+template <int inputs, int products, bool by_columns, class Store>
 struct Correlation {
   ConvShape shape;
   int rows;  // of the launch
@@ -123,11 +124,13 @@ struct Correlation {
 
   template <class T, class A>
   void run(const typename A::Source& a, Stream stream) const {
-    using B = MatrixRows<T, T::columns, 4, products>;
+    using B = std::conditional_t<by_columns, MatrixColumns<T, T::columns, 4, products>,
+                                 MatrixRows<T, T::columns, 4, products>>;
     Form<T, A, B, products == 2, Store> form;
     form.a = a;
-    const int depth = shape.in_channels * shape.kernel * shape.kernel;
-    form.b.rows = shape.out_channels, form.b.depth = (depth + 3) / 4 * 4;
+    const int depth = shape.in_channels * shape.kernel * shape.kernel;  // w's rows are filled up
+    form.b.rows = by_columns ? (shape.out_channels + 3) / 4 * 4 : shape.out_channels;
+    form.b.depth = by_columns ? depth : (depth + 3) / 4 * 4;
     for (int o = 0; o < products; o++) form.b.of[o] = w[o];
     form.store = store;
     form.split = {positions.rows(), shape.out_channels, depth, 1, (depth + step_depth - 1) / step_depth};
@@ -148,11 +151,17 @@ struct Correlation {
     run<T, A>(a, stream);
   }
   void run(Stream stream) const {
-    if (is_dense(shape)) {
-      if (!is_aligned(x, shape.in_channels)) run_dense<Tile<1, 1, 4>, 1>(stream);
-      else if (long(shape.batch) * shape.out_channels >= 128 * 1024) run_dense<Tile<4, 2>, 4>(stream);
-      else run_dense<Tile<1, 1, 4>, 4>(stream);
-    } else if (shape.out_channels > 32) {
+    if constexpr (by_columns) return run_dense(stream);
+    else if (is_dense(shape)) return run_dense(stream);
+    else return run_windows(stream);
+  }
+  void run_dense(Stream stream) const {
+    if (!is_aligned(x, shape.in_channels)) run_dense<Tile<1, 1, 4>, 1>(stream);
+    else if (long(shape.batch) * shape.out_channels >= 128 * 1024) run_dense<Tile<4, 2>, 4>(stream);
+    else run_dense<Tile<1, 1, 4>, 4>(stream);
+  }
+  void run_windows(Stream stream) const {
+    if (shape.out_channels > 32) {
       if (shape.pad > 0) run_windows<Tile<2, 2>, true>(stream);
       else run_windows<Tile<2, 2>, false>(stream);
     } else {
@@ -162,23 +171,23 @@ struct Correlation {
   }
 };
 
-template <int inputs, int products, class Store>
+template <int inputs, int products, bool by_columns = false, class Store>
 void correlate(const ConvShape& s, int rows, const Positions& positions, const Matrices (&x)[inputs],
                const Operand (&w)[products], const Store& store, Stream stream) {
-  Correlation<inputs, products, Store> c{s, rows, positions, {}, {}, store};
+  Correlation<inputs, products, by_columns, Store> c{s, rows, positions, {}, {}, store};
   for (int o = 0; o < inputs; o++) c.x[o] = {x[o].data, x[o].stride, 1};
   for (int o = 0; o < products; o++) c.w[o] = w[o];
   c.run(stream);
 }
 
 // Results as they are.
-template <int inputs, int products>
+template <int inputs, int products, bool by_columns = false>
 void correlate_plainly(const ConvShape& s, int rows, const Matrices (&x)[inputs], const Operand (&w)[products],
                        const MutableMatrices (&y)[products], Stream stream) {
   const int h = s.out_height(), width = s.out_width();
   StoreImages<products> store{{}, s.batch * h * width, s.out_channels, h * width};
   for (int o = 0; o < products; o++) store.to[o] = y[o];
-  correlate<inputs, products>(s, rows, {h, width, s.batch * h * width, false}, x, w, store, stream);
+  correlate<inputs, products, by_columns>(s, rows, {h, width, s.batch * h * width, false}, x, w, store, stream);
 }
 
 }  // namespace
@@ -202,7 +211,7 @@ LayerProduct::LayerProduct(Arena& arena, ProductJobs& jobs, const ConvShape& s, 
                      std::to_string(s.kernel) + " with a padding of " + std::to_string(s.pad));
   const int sets = mean_sets_ + (dual_ ? rows : 0), launched = rows * groups;
   forward_ = arena.take<float>(forward_floats_ * sets);
-  if (backward) {
+  if (backward && !is_dense(s)) {
     backward_floats_ = size_t(s.in_channels) * backward_pitch(s);
     backward_ = arena.take<float>(backward_floats_ * sets);
   }
@@ -270,11 +279,17 @@ void LayerProduct::backward_data(Matrices dm, Matrices dv, MutableMatrices dx, M
   BATON_RANGE("product_backward_data");
   const ConvShape s{shape_.batch,       shape_.out_channels, shape_.out_height(),           shape_.out_width(),
                     shape_.in_channels, shape_.kernel,       shape_.kernel - 1 - shape_.pad};
-  const size_t n = backward_floats_;
+  const size_t n = backward_ ? backward_floats_ : forward_floats_;
+  const float* w = backward_ ? backward_ : forward_;  // of dense layers the same matrix serves, by its columns
   const int rows = rows_ * groups_;
-  const Operand mean{backward_, n, rows / mean_sets_}, variance{backward_ + n * mean_sets_, n, groups_};
-  if (dual_) correlate_plainly<2, 2>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
-  else correlate_plainly<1, 1>(s, rows, {dm}, {mean}, {dx}, stream);
+  const Operand mean{w, n, rows / mean_sets_}, variance{w + n * mean_sets_, n, groups_};
+  if (backward_) {
+    if (dual_) correlate_plainly<2, 2>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
+    else correlate_plainly<1, 1>(s, rows, {dm}, {mean}, {dx}, stream);
+  } else {
+    if (dual_) correlate_plainly<2, 2, true>(s, rows, {dm, dv}, {mean, variance}, {dx, dsquare}, stream);
+    else correlate_plainly<1, 1, true>(s, rows, {dm}, {mean}, {dx}, stream);
+  }
 }
 
 }  // namespace baton
