@@ -83,6 +83,7 @@ void add_bgd_benchmarks();
 void add_kernel_benchmarks();
 void add_family_benchmarks();
 void add_last_layer_benchmarks();
+void add_product_benchmarks();
 void add_reparam_benchmarks();
 void add_seam_benchmarks();
 void add_step_benchmarks();

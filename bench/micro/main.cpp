@@ -210,6 +210,7 @@ int run(int argc, char** argv) {
     if (session.roofline.gflops > 0)
       benchmark::AddCustomContext("roofline_gflops", std::to_string(session.roofline.gflops));
   }
+  add_product_benchmarks();
   add_reparam_benchmarks();
   add_kernel_benchmarks();
   add_family_benchmarks();
