@@ -38,10 +38,9 @@ ARGS = parse_arguments()
 os.environ.setdefault("OMP_NUM_THREADS", str(ARGS.threads))  # read when PyTorch is loaded
 try:
     import torch
-except ImportError:  # a virtual environment without PyTorch: Debian's own Python may have it
-    if sys.executable != "/usr/bin/python3" and os.access("/usr/bin/python3", os.X_OK):
-        os.execv("/usr/bin/python3", ["/usr/bin/python3", *sys.argv])
-    sys.exit("step_torch: needs PyTorch; tools/setup --peers installs Debian's")
+except ImportError:
+    sys.exit(f"step_torch: needs PyTorch, which {sys.executable} does not have; tools/setup --peers installs it for "
+             "build/peers/bin/python")
 
 from networks_torch import ARCHITECTURES, Bayesian, BayesianGradientDescent, Plain, Predictor  # noqa: E402
 

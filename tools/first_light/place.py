@@ -76,7 +76,8 @@ class Place:
     @functools.cached_property
     def torch_python(self):
         """A Python that has PyTorch, or None."""
-        for python in dict.fromkeys([shutil.which("python3"), sys.executable, "/usr/bin/python3"]):
+        own = str(self.root / "build" / "peers" / "bin" / "python")  # of tools/setup --peers
+        for python in dict.fromkeys([own, shutil.which("python3"), sys.executable, "/usr/bin/python3"]):
             if python and os.access(python, os.X_OK):
                 try:
                     found = subprocess.run([python, "-c", "import torch"], capture_output=True, timeout=120)
