@@ -1,11 +1,12 @@
 // The interface to the libraries for matrix products and plain convolutions in float32, for all replicas of a layer.
-// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS and cuDNN, a call for each replica.
-// Where the device's precision is tf32, their operands are rounded to it: on the host by simt::round_to_tf32(), on a
-// GPU by the libraries, in a way that their documentation does not tell. A replica's result has the same bits in every
-// call with the same shapes, for any number of threads and of other replicas. On a GPU that holds for one model of GPU
-// and one version of the libraries, and only where the replicas' matrices are aligned alike, as a library may choose
-// its kernel by the alignment of its arguments. Strides that are a multiple of 16 bytes are enough, and activations
-// have them where the batch is a multiple of 4.
+// Host: OpenBLAS and the direct convolutions of conv_host.cpp. GPU: cuBLAS and cuDNN, a call for each replica; there
+// the layers' own products are these under fp32 alone, and kernels/layer_product.h under tf32. Where the device's
+// precision is tf32, their operands are rounded to it: on the host by simt::round_to_tf32(), on a GPU by the libraries,
+// in a way that their documentation does not tell. A replica's result has the same bits in every call with the same
+// shapes, for any number of threads and of other replicas. On a GPU that holds for one model of GPU and one version of
+// the libraries, and only where the replicas' matrices are aligned alike, as a library may choose its kernel by the
+// alignment of its arguments. Strides that are a multiple of 16 bytes are enough, and activations have them where the
+// batch is a multiple of 4.
 #pragma once
 #include <memory>
 #include <string>
