@@ -26,7 +26,7 @@ CASES += [Case("lenet5 mnf+path tf32 x1", [*_network("lenet5", "mnf", 1), "--pat
 CASES += [Case(f"mlp1200 bgd K={draws}", ["--network", "mlp1200", "--case", "bgd_step", "--draws", str(draws)])
           for draws in (1, 10, 16)]
 # What the budget holds: a step of every method on LeNet-5.
-BUDGETED = ["lenet5 ft x1", "lenet5 ffg x1", "lenet5 cfg x1", "lenet5 mnf+path x1"]
+BUDGETED = ["lenet5 ft x1", "lenet5 ffg x1", "lenet5 ffg tf32 x1", "lenet5 cfg x1", "lenet5 mnf+path x1"]
 
 
 class CostError(Exception):
