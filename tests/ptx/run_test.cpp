@@ -225,10 +225,11 @@ TEST(PtxRun, AsynchronousCopies) {
 // A predicate says that a lane reads nothing: its bytes become 0, wherever its source is said to be.
 TEST(PtxRun, AsynchronousCopiesThatIgnoreTheirSource) {
   Machine machine(module_of(prologue + own_and_other +
-                            "and.b32 %r6, %t, 1;\nsetp.eq.u32 %p0, %r6, 0;\nselp.b64 %rd1, 16, %at, %p0;\n"
-                            "cp.async.ca.shared.global [%r3], [%rd1], 4, %p0;\n" +
-                            commit +
-                            "cp.async.wait_group 0;\nld.shared.u32 %r5, [%r3];\nst.global.u32 [%at], %r5;\nret;"));
+                                "and.b32 %r6, %t, 1;\nsetp.eq.u32 %p0, %r6, 0;\nselp.b64 %rd1, 16, %at, %p0;\n"
+                                "cp.async.ca.shared.global [%r3], [%rd1], 4, %p0;\n" +
+                                commit +
+                                "cp.async.wait_group 0;\nld.shared.u32 %r5, [%r3];\nst.global.u32 [%at], %r5;\nret;",
+                            1));
   std::vector<u32> values(64);
   std::iota(values.begin(), values.end(), 100);
   const uint64_t at = Machine::upload(values);
