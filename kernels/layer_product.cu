@@ -210,15 +210,17 @@ LayerProduct::LayerProduct(Arena& arena, ProductJobs& jobs, const ConvShape& s, 
     throw InputError("the products of a layer: kernels are 1x1 to 5x5 and wider than the padding, not " +
                      std::to_string(s.kernel) + " with a padding of " + std::to_string(s.pad));
   const int sets = mean_sets_ + (dual_ ? rows : 0), launched = rows * groups;
-  forward_ = arena.take<float>(forward_floats_ * sets);
-  if (backward && !is_dense(s)) {
-    backward_floats_ = size_t(s.in_channels) * backward_pitch(s);
-    backward_ = arena.take<float>(backward_floats_ * sets);
+  if (means.data) {
+    forward_ = arena.take<float>(forward_floats_ * sets);
+    if (backward && !is_dense(s)) {
+      backward_floats_ = size_t(s.in_channels) * backward_pitch(s);
+      backward_ = arena.take<float>(backward_floats_ * sets);
+    }
+    const auto after = [&](float* p, size_t floats) { return p ? p + floats * mean_sets_ : nullptr; };
+    jobs.add(Packing{means, forward_, backward_, s, mean_sets_});
+    if (dual_)
+      jobs.add(Packing{variances, after(forward_, forward_floats_), after(backward_, backward_floats_), s, rows});
   }
-  const auto after = [&](float* p, size_t floats) { return p ? p + floats * mean_sets_ : nullptr; };
-  jobs.add(Packing{means, forward_, backward_, s, mean_sets_});
-  if (dual_)
-    jobs.add(Packing{variances, after(forward_, forward_floats_), after(backward_, backward_floats_), s, rows});
   parts_ = parts_of_gradients(s);
   if (!mean_gradients.data || (parts_ == 1 && (groups == 1 || !dual_))) return;
   const size_t weights = s.weight_size(), part = weights * (dual_ ? 2 : 1);

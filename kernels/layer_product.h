@@ -12,7 +12,7 @@
 // A dense layer is a convolution of images of one pixel. The rows of a launch are a network's rows (replicas or draws)
 // times the groups of a row's examples: each group may have means of its own, and variances are a row's.
 //
-// A result has the same bits for any number of rows, on one kind of build.
+// A replica's result has the same bits for any number of rows: the order of sums depends on a row's shape alone.
 #pragma once
 #include "engine/blas.h"
 #include "kernels/local_reparam.h"
@@ -68,11 +68,11 @@ struct Sampling {
 class LayerProduct {
  public:
   // shape: of one group; its batch is the group's. means: one matrix for every row and group, or one that all share
-  // (stride 0); variances: one a row, or none (null). backward: for all three directions, else for forward alone, and
-  // then there are no gradients. Gradients are laid out as the weights, those of the means for each group, and are
-  // there
-  // (=) after the jobs have been added up; null: nobody wants them. Throws InputError for shapes without outputs, for
-  // kernels above 5x5 and for padding of a kernel's size or more.
+  // (stride 0), or none (null) where gradients of weights alone are wanted; variances: one a row, or none (null).
+  // backward: for all three directions, else for forward alone, and then there are no gradients. Gradients are laid out
+  // as the weights, those of the means for each group; they are written (=) once the jobs have been added up; null:
+  // nobody wants them. Throws InputError for shapes without outputs, for kernels above 5x5 and for padding of a
+  // kernel's size or more.
   LayerProduct(Arena&, ProductJobs&, const ConvShape& shape, int rows, int groups, Matrices means, Matrices variances,
                bool backward, MutableMatrices mean_gradients, MutableMatrices variance_gradients);
 

@@ -4,7 +4,7 @@
 // A block has a tile of C, each warp 32 x 32 of it, and goes along the depth in steps of 32. While a step is
 // multiplied, the next ones are copied into shared memory. Two products may share their operands: the means' C = A B^T
 // and the variances' C' = A' B'^T, where A' or B' are the squares of A or B, formed in registers, or operands of their
-// own. Every sum runs along the depth in the same order, whatever the tile and the number of rows.
+// own.
 #pragma once
 #include "kernels/layer_product_readers.h"
 #include "kernels/local_reparam_parts.h"

@@ -102,18 +102,34 @@ Linear::BiasParts Conv2d::bias_parts(Rows rows) const {
 }
 
 void Conv2d::take_moment_buffers(const LayerContext& c) {
-  draw_product_ = make_product(c.device, c.arena, {1, c.batch});
-  gradients_ = c.arena.take<float>(geometry_.weight_size());
+  const size_t weights = geometry_.weight_size();
+  if (!c.device.tensor_cores()) {
+    draw_product_ = make_product(c.device, c.arena, {1, c.batch});
+    gradients_ = c.arena.take<float>(weights);
+    return;
+  }
+  gradients_ = c.arena.take<float>(weights * c.rows);
+  moment_product_ =
+      std::make_unique<LayerProduct>(c.arena, moment_jobs_, shape(c.batch), c.rows, 1, Matrices{}, Matrices{}, true,
+                                     MutableMatrices{gradients_, weights}, MutableMatrices{});
+  moment_jobs_.settle(c.device, c.arena);
 }
 
-// One draw's gradient at a time: it is folded into the moments before the next one takes its place.
+// By the libraries one draw's gradient at a time: it is folded into the moments before the next one takes its place.
 void Conv2d::add_moments(const Moments& moments, const DrawnPass& draws, const Activation& x, const Pass& pass) {
   const size_t weights = geometry_.weight_size();
+  const Stream stream = device().stream();
+  if (moment_product_) {
+    moment_product_->backward_weights({x.signal.value, x.stride}, {dm_, pre_stride_}, {}, stream);
+    moment_jobs_.add_up(stream);
+    accumulate_moments(moments, gradients_, weights, int(weight_at()), int(weights), draws, pass.states, stream);
+    return;
+  }
   for (int k = 0; k < draws.draws; k++) {
     draw_product_->backward_weights(device(), {x.signal.value + x.stride * k, 0}, {dm_ + pre_stride_ * k, 0},
                                     {gradients_, 0});
     accumulate_moments(moments, gradients_, weights, int(weight_at()), int(weights),
-                       {draws.first_draw + k, 1, draws.add || k > 0}, pass.states, device().stream());
+                       {draws.first_draw + k, 1, draws.add || k > 0}, pass.states, stream);
   }
 }
 

@@ -41,8 +41,11 @@ class Conv2d : public Linear {
   uint8_t* which_ = nullptr;  // pooled: each window's winner, and its slope
   float* slope_ = nullptr;
   float* sums_ = nullptr;       // of the pre-activations' gradients over each plane
-  float* gradients_ = nullptr;  // of one draw for its moments, or of single examples for their squares
+  float* gradients_ = nullptr;  // of draws for their moments, or of single examples for their squares
   std::unique_ptr<Product> draw_product_, example_product_;
+  // Where tensor cores multiply: the gradients of all draws at once.
+  ProductJobs moment_jobs_;
+  std::unique_ptr<LayerProduct> moment_product_;
 };
 
 }  // namespace baton

@@ -11,6 +11,7 @@ SCHEDULERS = 4                 # a multiprocessor, each issues one warp instruct
 CLOCK = 1.98e9                 # Hz, boost
 FP32 = 67e12                   # FLOP/s, ordinary cores
 TF32 = 495e12                  # FLOP/s, tensor cores, dense
+FLOPS_OF_HMMA = 2 * 16 * 8 * 8  # of one mma.m16n8k8
 HBM = 4.3e12                   # bytes/s that a copy reaches; the data sheet says 4.8
 L2 = 5.5e12                    # bytes/s
 L2_BYTES = 50e6

@@ -19,7 +19,10 @@ def cost(profile, readable_name, registers_of):
             kernels.append(kernel_row(nodes, readable_name(key), registers_of(key)))
         else:
             calls.append(call_row(nodes, key))
-    flops = sum(row["flops"] for row in calls)
+    # Of our own products every HMMA counts, also where a tile is larger than what it is filled with.
+    tensor = sum(n["counters"].get("warp_instructions", {}).get("tensor", 0) for n in profile["graph"]
+                 if n["kind"] == "kernel")
+    flops = sum(row["flops"] for row in calls) + tensor * chip.FLOPS_OF_HMMA
     update = max((row for row in kernels if row["is_update"]), key=lambda row: row["footprint_bytes"], default=None)
     update_bytes = update["footprint_bytes"] if update else 0
     nodes = len(profile["graph"])
