@@ -142,11 +142,11 @@ void train_group(const Progression& at, const Images& images, const Normalisatio
     const auto of = [&](const char* name) { return c.settings.value(name, 0.0); };
     const std::string row = format_text(
         "%s,%s,%d,%d,%g,%s,%s,%g,%g,%g,%g,%g,%g,%d,%.4f,%.4f,%.4f,%.2f,%s,%.1f", c.kind.c_str(),
-        describe_rest(c, device.precision()).c_str(), int(c.training["parts"]), int(c.training["batch"]), double(c.training["epochs"]),
-        c.settings["schedule"].get<std::string>().c_str(), c.settings.value("scale_rule", "").c_str(), of("lr"),
-        of("lr_scale"), of("prior_sd"), of("init_log_std"), of("beta"), of("warmup_epochs"), int(c.training["seed"]),
-        last[r][0], last[r][1], last[r][2], log_std.empty() ? 0. : log_std[r], curve[r].c_str(),
-        seconds / double(group.size()));
+        describe_rest(c, device.precision()).c_str(), int(c.training["parts"]), int(c.training["batch"]),
+        double(c.training["epochs"]), c.settings["schedule"].get<std::string>().c_str(),
+        c.settings.value("scale_rule", "").c_str(), of("lr"), of("lr_scale"), of("prior_sd"), of("init_log_std"),
+        of("beta"), of("warmup_epochs"), int(c.training["seed"]), last[r][0], last[r][1], last[r][2],
+        log_std.empty() ? 0. : log_std[r], curve[r].c_str(), seconds / double(group.size()));
     table << row << std::endl;
     printf("%s\n", row.c_str());
     fflush(stdout);
