@@ -51,12 +51,22 @@ __global__ void conv_sample_pool_kernel(Signal out, uint8_t* __restrict__ which,
       s3 = sqrtf(variance_with_bias(vp[a + w + 1], bias_variance));
       p0 += s0 * e.x, p1 += s1 * e.y, p2 += s2 * e.z, p3 += s3 * e.w;
     }
-    const PooledWindow won = pool_window<noisy>(p0, p1, p2, p3, s0, s1, s2, s3, e, bias_mean);
-    const float y = simt::as_operand(won.y, out.rounded);
+    // pool_window() written out: g++ does not vectorise this loop with a call that returns a struct.
+    const float top = p1 > p0 ? p1 : p0, low = p3 > p2 ? p3 : p2;
+    const float best = (low > top ? low : top) + bias_mean;
+    const float y = simt::as_operand(best < 0.f ? 0.f : best, out.rounded);  // a NaN stays one: it must reach the loss
     value[o] = y;
     if constexpr (squared) square[o] = y * y;
-    if constexpr (keep) place[o] = uint8_t(won.place);
-    if constexpr (keep && noisy) kept[o] = won.slope;
+    if constexpr (keep) {
+      const int first = p1 > p0 ? 1 : 0, second = p3 > p2 ? 3 : 2, winner = low > top ? second : first;
+      place[o] = uint8_t(best > 0.f ? winner : 4);
+      if constexpr (noisy) {
+        const float sd_top = p1 > p0 ? s1 : s0, sd_low = p3 > p2 ? s3 : s2, sd = low > top ? sd_low : sd_top;
+        const float e_top = p1 > p0 ? e.y : e.x, e_low = p3 > p2 ? e.w : e.z, noise = low > top ? e_low : e_top;
+        const float h = 0.5f * noise / (sd > 1e-15f ? sd : 1.f);
+        kept[o] = sd > 1e-15f ? h : 0.f;
+      }
+    }
   }
 }
 
